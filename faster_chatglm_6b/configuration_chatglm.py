@@ -1,0 +1,128 @@
+"""Configuration of ChatGLM-6B, field for field the one of THUDM/chatglm-6b's config.json."""
+
+from typing import Any
+
+from transformers.configuration_utils import PretrainedConfig
+
+_POSITIVE_INTEGERS = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "max_sequence_length",
+    "inner_hidden_size",
+)
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "gmask_token_id")
+
+
+class ChatGLMConfig(PretrainedConfig):
+    """Sizes and special ids of a ChatGLM-6B checkpoint.
+
+    Args:
+        vocab_size: rows of the embedding and of the output head.
+        hidden_size, inner_hidden_size: width of the residual stream and of the MLP.
+        num_layers, num_attention_heads: depth, and heads per layer; ``hidden_size / num_attention_heads`` is the head size.
+        layernorm_epsilon: epsilon of every LayerNorm.
+        bos_token_id, eos_token_id: ids of ``<sop>`` and ``<eop>``.
+        mask_token_id, gmask_token_id: ids of ``[MASK]`` and ``[gMASK]``.
+        max_sequence_length: longest prompt the model was trained for, in tokens.
+        position_encoding_2d: rotate one half of each head by position and the other by block position.
+        quantization_bit: 0, or 8 or 4 where the checkpoint holds quantised linear layers.
+        pre_seq_len, prefix_projection: P-Tuning v2 prefix, ``None`` for none.
+        tie_word_embeddings: the head is the embedding, as stock runs it.
+
+    Raises:
+        ValueError: sizes that are missing, not positive integers or contradict each other.
+    """
+
+    model_type = "chatglm"
+    attribute_map = {
+        "num_hidden_layers": "num_layers",
+        "intermediate_size": "inner_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+    }
+
+    def __init__(
+        self,
+        vocab_size: int = 130528,
+        hidden_size: int = 4096,
+        num_layers: int = 28,
+        num_attention_heads: int = 32,
+        layernorm_epsilon: float = 1e-5,
+        use_cache: bool = True,
+        bos_token_id: int = 130004,
+        eos_token_id: int = 130005,
+        mask_token_id: int = 130000,
+        gmask_token_id: int = 130001,
+        pad_token_id: int = 3,
+        max_sequence_length: int = 2048,
+        inner_hidden_size: int = 16384,
+        position_encoding_2d: bool = True,
+        quantization_bit: int = 0,
+        pre_seq_len: int | None = None,
+        prefix_projection: bool = False,
+        tie_word_embeddings: bool = True,
+        **kwargs: Any,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.num_attention_heads = num_attention_heads
+        self.layernorm_epsilon = layernorm_epsilon
+        self.use_cache = use_cache
+        self.mask_token_id = mask_token_id
+        self.gmask_token_id = gmask_token_id
+        self.max_sequence_length = max_sequence_length
+        self.inner_hidden_size = inner_hidden_size
+        self.position_encoding_2d = position_encoding_2d
+        self.quantization_bit = quantization_bit
+        self.pre_seq_len = pre_seq_len
+        self.prefix_projection = prefix_projection
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        # Set after super().__init__: transformers 5 has no such fields on the base class, transformers 4 overwrites them there.
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = pad_token_id
+        self._check()
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def _check(self) -> None:
+        for name in _POSITIVE_INTEGERS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"config.json gives {name}={value!r}, but a positive integer is needed; "
+                    "take config.json from the checkpoint again."
+                )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"config.json gives hidden_size={self.hidden_size} and num_attention_heads={self.num_attention_heads}, "
+                "but the heads must divide the hidden size; take config.json from the checkpoint again."
+            )
+        if self.head_size % 4:
+            raise ValueError(
+                f"config.json gives heads of {self.head_size} values (hidden_size {self.hidden_size} over "
+                f"{self.num_attention_heads} heads), but 2-D rotary positions need a multiple of 4; "
+                "take config.json from the checkpoint again."
+            )
+        for name in _TOKEN_IDS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < self.vocab_size:
+                raise ValueError(
+                    f"config.json gives {name}={value!r}, but an id from 0 to {self.vocab_size - 1} (vocab_size - 1) is "
+                    "needed; take config.json from the checkpoint again."
+                )
+        if self.quantization_bit not in (0, 4, 8, None):
+            raise ValueError(
+                f"config.json gives quantization_bit={self.quantization_bit!r}, but only 0, 4 and 8 exist; "
+                "take config.json from the checkpoint again."
+            )
+        if not isinstance(self.layernorm_epsilon, (int, float)) or not 0 < self.layernorm_epsilon < 1:
+            raise ValueError(
+                f"config.json gives layernorm_epsilon={self.layernorm_epsilon!r}, but a number between 0 and 1 is needed; "
+                "take config.json from the checkpoint again."
+            )

@@ -1,0 +1,46 @@
+"""Cosine and sine tables of ChatGLM-6B's rotary positions (RoFormer, Su et al. 2021; stock's ``RotaryEmbedding``)."""
+
+import torch
+
+_BASE = 10000.0
+
+
+class RotaryTable:
+    """Tables of cos and sin by position, made on first use and kept per device and dtype.
+
+    The frequencies are rounded to float16 first, whatever the model's dtype: stock builds the model in float16, so the
+    trained weights and all published outputs rest on the rounded values. A float16 model rounds the angle itself too, as
+    stock does; bfloat16 keeps float32 angles, because stock's bfloat16 angles are wrong by radians on long prompts.
+
+    It is not an ``nn.Module`` and holds no buffer: transformers 5 fills non-persistent buffers with uninitialised memory.
+
+    Args:
+        dim: rotated width, in values; ``dim / 2`` frequencies.
+    """
+
+    def __init__(self, dim: int):
+        self.dim = dim
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def get(self, positions: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin, each [at least ``positions``, dim / 2], in ``dtype`` on ``device``."""
+        table = self._tables.get((device, dtype))
+        if table is None or table[0].shape[0] < positions:
+            table = tuple(t.to(device) for t in self._make(positions, dtype))
+            self._tables[device, dtype] = table
+        return table
+
+    def _make(self, positions: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        # On the CPU and by name, so that a model built under a "meta" default device still gets real values.
+        exponent = torch.arange(0, self.dim, 2, dtype=torch.float32, device="cpu") / self.dim
+        frequency = (1.0 / _BASE**exponent).half()
+        angle_dtype = torch.float16 if dtype == torch.float16 else torch.float32
+        position = torch.arange(positions, dtype=torch.float32, device="cpu")
+        angle = torch.outer(position, frequency.float()).to(angle_dtype).float()
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def __deepcopy__(self, memo: dict) -> "RotaryTable":
+        return RotaryTable(self.dim)
+
+    def __reduce__(self) -> tuple:
+        return RotaryTable, (self.dim,)
