@@ -1,0 +1,64 @@
+# Each target prepares what it needs: a virtual environment in $(VENV), a build of torch that suits the machine, this package.
+# A stamp file in the environment records what was installed; it is renewed when pyproject.toml or setup.py changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+TRANSFORMERS ?= 5.23.0
+ARGS ?=
+
+CPU_TORCH := 2.13.0+cpu
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+READY := $(VENV)/.ready-$(TRANSFORMERS)
+READY_DEV := $(VENV)/.ready-dev-$(TRANSFORMERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu lint bench clean
+
+help: ## list the targets and the variables
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  TRANSFORMERS=$(TRANSFORMERS)  ARGS='options passed on to the program'"
+
+demo: $(READY) ## install on first use, then chat with the tiny checkpoint
+	@$(PY) examples/demo.py --tiny $(ARGS)
+
+test: $(READY_DEV) ## install on first use, then run the tests that need no GPU
+	$(PY) -m pytest -m "not gpu" $(ARGS)
+
+test-gpu: $(READY_DEV) ## run the tests that need an NVIDIA GPU
+	$(PY) -m pytest -m gpu $(ARGS)
+
+lint: $(READY_DEV) ## check style and format with ruff
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: $(READY) ## measure decoding (NVIDIA GPU; ARGS="--help" lists the options)
+	$(PY) examples/benchmark.py $(ARGS)
+
+clean: ## remove the environments and everything that was generated
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch for a machine without an NVIDIA GPU. PyPI's Linux build is several GB of CUDA libraries, and PyPI has no other: look for the
+# CPU build where pip is set up to look, then let uv fetch it (uv knows PyTorch's own index), and take PyPI's build only at the last.
+define install_torch
+	if $(PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; then :; \
+	elif nvidia-smi >/dev/null 2>&1 || [ "$$(uname -s)" != Linux ]; then $(PIP) install -q torch; \
+	elif $(PIP) install -q "torch==$(CPU_TORCH)" 2>/dev/null; then :; \
+	elif $(PIP) install -q uv && $(PY) -m uv pip install -q --python $(PY) --torch-backend cpu "torch>=2.4"; then :; \
+	else echo "No CPU build of torch can be reached: installing PyPI's build, a download of several GB."; \
+		$(PIP) install -q torch; \
+	fi
+endef
+
+# The stamps of one environment replace each other: only the version of transformers that was installed last is ready.
+$(READY) $(READY_DEV): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+		"$(PYTHON) is Python %d.%d, but 3.10 or newer is needed; name one: make PYTHON=python3.11" % sys.version_info[:2])'
+	@echo "Preparing $(VENV) (transformers $(TRANSFORMERS)); the first time takes a few minutes."
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.ready-*
+	@$(install_torch)
+	@$(PIP) install -q -e '.$(if $(findstring .ready-dev,$@),[dev])' 'transformers==$(TRANSFORMERS)'
+	@touch $(VENV)/.ready-$(TRANSFORMERS) $@
