@@ -1,0 +1,78 @@
+"""One line above unchanged Hugging Face code: ChatGLM-6B loads on today's transformers and runs no code from the hub.
+
+    import faster_chatglm_6b
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("THUDM/chatglm-6b", trust_remote_code=True)
+    model = AutoModel.from_pretrained("THUDM/chatglm-6b", trust_remote_code=True)
+
+The import, which may stand before or after the others, does this and no more:
+
+1. ``backend.py`` chooses the framework that will run the model (``FASTER_CHATGLM_6B_BACKEND=auto|torch|oneflow``);
+2. ``hook.py`` has transformers resolve the classes of a ChatGLM-6B checkpoint to those of this package. ChatGLM2,
+   ChatGLM3 and GLM-4 checkpoints, and all other models, are not touched.
+
+It loads neither torch nor transformers. ``disable()`` undoes it, ``status()`` tells what it did, and with
+``FASTER_CHATGLM_6B_DISABLE=1`` nothing is ever installed.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from . import _status, hook
+from .backend import choose_backend
+
+__version__ = "0.1.0"
+# The commit of THUDM/chatglm-6b whose behaviour is matched. Public programs name it as their snapshot of that
+# repository. The reference vectors were made from the repository's state of September 2023; that this commit is
+# that state could not be checked without the hub.
+revision = "8b7d33596d18c5e83e2da052d05ca4db02e60620"
+
+__all__ = ["__version__", "disable", "disabled", "enable", "revision", "status"]
+
+_DISABLE_VARIABLE = "FASTER_CHATGLM_6B_DISABLE"
+
+
+def enable() -> None:
+    """Serves ChatGLM-6B checkpoints from now on; the import does it. With ``FASTER_CHATGLM_6B_DISABLE=1``, nothing."""
+    if not _is_switched_off_by_environment():
+        hook.install()
+
+
+def disable() -> None:
+    """Restores transformers as it was. Models that are loaded stay as they are."""
+    hook.uninstall()
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """``with disabled():`` runs its body with transformers as it was, in all threads, and enables again afterwards."""
+    was_enabled = hook.is_installed()
+    disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            enable()
+
+
+def status() -> _status.Status:
+    """What was chosen, patched and served so far, and why; printing it gives a readable report."""
+    return _status.report(__version__, revision, hook.is_installed(), _switch(), _backend, hook.patched_names())
+
+
+def _is_switched_off_by_environment() -> bool:
+    return os.environ.get(_DISABLE_VARIABLE, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+def _switch() -> str:
+    if hook.is_installed():
+        return "enabled"
+    if _is_switched_off_by_environment():
+        return f"off, {_DISABLE_VARIABLE}={os.environ[_DISABLE_VARIABLE]} is set"
+    return "off, disable() was called"
+
+
+_backend = choose_backend()
+enable()

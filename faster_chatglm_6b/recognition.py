@@ -1,0 +1,133 @@
+"""Whether a checkpoint is ChatGLM-6B, told from its JSON files alone, before any of its code could run.
+
+ChatGLM2, ChatGLM3, GLM-4, VisualGLM and the first ChatGLM-6B releases share model_type "chatglm" and the class names
+with the checkpoints that we serve, so neither of these can decide.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+# Class name in the checkpoint's auto_map -> module and class of ours.
+LOCAL_CLASSES = {
+    "ChatGLMConfig": "configuration_chatglm",
+    "ChatGLMTokenizer": "tokenization_chatglm",
+    "ChatGLMModel": "modeling_chatglm",
+    "ChatGLMForConditionalGeneration": "modeling_chatglm",
+}
+# Sizes that no later GLM names so; one is enough: if others are missing, ChatGLMConfig must say so, not remote code.
+_CHATGLM_6B_KEYS = {"inner_hidden_size", "max_sequence_length", "position_encoding_2d"}
+_NEWER_GLM_KEYS = {
+    "multi_query_attention",
+    "padded_vocab_size",
+    "ffn_hidden_size",
+    "rmsnorm",
+    "seq_length",
+    "kv_channels",
+}
+_VISUALGLM_KEYS = {"eva_config", "qformer_config", "vision_config", "image_size", "image_length"}
+# Until April 2023 the first 20000 ids stood for images and the tokenizer was another program (icetk).
+_OLD_VOCABULARY, _VOCABULARY = 150528, 130528
+_OUR_AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoTokenizer")
+
+
+class Verdict(NamedTuple):
+    """``is_served``: the checkpoint is ours. ``reason``: why a related one is not; empty for the models of others."""
+
+    is_served: bool
+    reason: str
+
+
+SERVED = Verdict(True, "")
+UNRELATED = Verdict(False, "")
+
+
+def judge_config(config: Mapping[str, Any]) -> Verdict:
+    """Judges the parsed config.json of a checkpoint. int8 and int4 checkpoints (``quantization_bit``) are served."""
+    keys = set(config)
+    if config.get("model_type", "chatglm") != "chatglm":
+        return UNRELATED
+    if keys & _NEWER_GLM_KEYS:
+        return Verdict(False, f"config.json has {_listed(keys & _NEWER_GLM_KEYS)}, as ChatGLM2, ChatGLM3 and GLM-4 do")
+    if keys & _VISUALGLM_KEYS:
+        return Verdict(False, f"config.json has {_listed(keys & _VISUALGLM_KEYS)}, as VisualGLM does")
+    vocabulary = config.get("vocab_size")
+    if not keys & _CHATGLM_6B_KEYS and vocabulary != _VOCABULARY:
+        if "model_type" not in config:
+            return UNRELATED
+        return Verdict(False, f"config.json has none of {_listed(_CHATGLM_6B_KEYS)}, which ChatGLM-6B has")
+    if vocabulary == _OLD_VOCABULARY:
+        return Verdict(False, f"its vocabulary is the old one of {_OLD_VOCABULARY} ids")
+    if "gmask_token_id" not in config and vocabulary != _VOCABULARY:
+        return Verdict(False, "config.json has no gmask_token_id, as with the old vocabulary of 150528 ids")
+    foreign = _foreign_classes(config.get("auto_map"))
+    if foreign:
+        return Verdict(False, f"its auto_map asks for {_listed(foreign)}, which is no class of ChatGLM-6B")
+    return SERVED
+
+
+def judge_tokenizer_config(config: Mapping[str, Any]) -> Verdict:
+    """Judges the parsed tokenizer_config.json of a directory that holds a tokenizer and no model."""
+    if config.get("tokenizer_class") != "ChatGLMTokenizer":
+        return UNRELATED
+    if config.get("num_image_tokens") or "eop_token" in config:
+        return Verdict(False, "tokenizer_config.json belongs to the old vocabulary of 150528 ids")
+    # ChatGLM2 and later name neither of these; the old vocabulary counts its image tokens by default.
+    if "num_image_tokens" in config or {"end_token", "gmask_token"} <= set(config):
+        return SERVED
+    return Verdict(False, "tokenizer_config.json has no num_image_tokens, as ChatGLM2, ChatGLM3 and GLM-4 have none")
+
+
+def judge_checkpoint(name: str, hub_options: Mapping[str, Any]) -> Verdict | None:
+    """Judges a directory, a config file or a hub id as transformers would read it.
+
+    Args:
+        name: ``pretrained_model_name_or_path``.
+        hub_options: what else the caller gave; only the options that say where to find the files are used.
+
+    Returns:
+        The verdict, or ``None`` if neither config.json nor tokenizer_config.json can be read there.
+    """
+    from transformers.configuration_utils import PretrainedConfig
+
+    options = {key: hub_options[key] for key in _HUB_OPTIONS if hub_options.get(key) is not None}
+    try:
+        config, _ = PretrainedConfig.get_config_dict(name, **options)
+    except (OSError, ValueError):
+        config = {}
+    verdict = judge_config(config)
+    if verdict != UNRELATED or "model_type" in config:
+        return verdict
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    try:
+        tokenizer_config = get_tokenizer_config(name, **options)
+    except (OSError, ValueError):
+        tokenizer_config = {}
+    if not config and not tokenizer_config:
+        return None
+    return judge_tokenizer_config(tokenizer_config)
+
+
+# force_download is left out: the caller has just downloaded what it forced.
+_HUB_OPTIONS = ("cache_dir", "proxies", "token", "use_auth_token", "revision", "local_files_only", "subfolder")
+
+
+def _foreign_classes(auto_map: Any) -> set[str]:
+    if not isinstance(auto_map, Mapping):
+        return set()
+    names = set()
+    for auto_class in _OUR_AUTO_CLASSES:
+        references = auto_map.get(auto_class)
+        for reference in references if isinstance(references, (list, tuple)) else (references,):
+            if isinstance(reference, str):
+                names.add(class_name(reference))
+    return names - set(LOCAL_CLASSES)
+
+
+def class_name(reference: str) -> str:
+    """ "Name" of an auto_map entry "module.Name" or "owner/repository--module.Name"."""
+    return reference.rsplit("--", 1)[-1].rsplit(".", 1)[-1]
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names))
