@@ -12,6 +12,11 @@ _POSITIVE_INTEGERS = (
     "max_sequence_length",
     "inner_hidden_size",
 )
+_AUTO_MAP = {
+    "AutoConfig": "configuration_chatglm.ChatGLMConfig",
+    "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
+    "AutoModelForSeq2SeqLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
+}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "gmask_token_id")
 
 
@@ -83,7 +88,28 @@ class ChatGLMConfig(PretrainedConfig):
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
+        # Lets the Auto classes, and through them the hook, find a checkpoint that this config is saved with.
+        self.auto_map = getattr(self, "auto_map", None) or dict(_AUTO_MAP)
         self._check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """transformers' ``from_dict``, for a config.json that gives every size: none is guessed.
+
+        Raises:
+            ValueError: a size is missing.
+        """
+        missing = [name for name in (*_POSITIVE_INTEGERS, *_TOKEN_IDS) if name not in config_dict]
+        if missing:
+            raise ValueError(
+                f"config.json lacks {', '.join(missing)}, which a ChatGLM-6B checkpoint must give; take config.json from the "
+                "checkpoint again."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
+        """Nothing: registering would make ``save_pretrained`` copy this package's source into checkpoints."""
 
     @property
     def head_size(self) -> int:

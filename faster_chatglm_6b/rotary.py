@@ -3,6 +3,8 @@
 import torch
 
 _BASE = 10000.0
+# Tables grow by this many positions, so that decoding does not remake them at every token.
+_ROWS = 2048
 
 
 class RotaryTable:
@@ -26,7 +28,8 @@ class RotaryTable:
         """Return cos and sin, each [at least ``positions``, dim / 2], in ``dtype`` on ``device``."""
         table = self._tables.get((device, dtype))
         if table is None or table[0].shape[0] < positions:
-            table = tuple(t.to(device) for t in self._make(positions, dtype))
+            rows = -(-positions // _ROWS) * _ROWS
+            table = tuple(t.to(device) for t in self._make(rows, dtype))
             self._tables[device, dtype] = table
         return table
 

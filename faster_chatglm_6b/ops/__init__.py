@@ -6,6 +6,9 @@ The model calls operators only through an ``Operators`` table. Their contracts a
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
+from .. import _status
 from . import reference
 
 OPERATOR_NAMES = (
@@ -44,3 +47,28 @@ def reference_operators(reason: str) -> Operators:
         **{name: getattr(reference, name) for name in OPERATOR_NAMES},
         choices={name: ("reference", reason) for name in OPERATOR_NAMES},
     )
+
+
+_DIFFERENTIABLE = reference_operators("autograd is on, and the fused kernels have no backward")
+_chosen: dict[tuple[torch.device, torch.dtype, int], Operators] = {}
+
+
+def operators_for(device: torch.device, dtype: torch.dtype, head_size: int, differentiable: bool) -> Operators:
+    """The table for models on ``device`` in ``dtype``; chosen once per combination and reported by ``status()``.
+
+    Args:
+        head_size: width of one attention head.
+        differentiable: whether autograd must be able to pass, which the fused kernels cannot.
+    """
+    if differentiable:
+        return _DIFFERENTIABLE
+    key = (device, dtype, head_size)
+    table = _chosen.get(key)
+    if table is None:
+        table = _chosen[key] = _choose(device)
+        _status.record_operators(f"{device} {str(dtype).removeprefix('torch.')}", table.choices)
+    return table
+
+
+def _choose(device: torch.device) -> Operators:
+    return reference_operators(f"PyTorch's own kernels serve {device.type}")

@@ -9,9 +9,6 @@ import math
 import torch
 from torch.nn import functional
 
-_SQRT_2_OVER_PI = 0.7978845608028654
-_GELU_CUBIC = 0.044715
-
 
 def fast_gelu(x: torch.Tensor) -> torch.Tensor:
     """tanh GELU, 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) (Hendrycks and Gimpel 2016; stock's ``gelu_impl``).
@@ -19,7 +16,7 @@ def fast_gelu(x: torch.Tensor) -> torch.Tensor:
     Args:
         x: any shape and floating dtype.
     """
-    return 0.5 * x * (1.0 + torch.tanh(_SQRT_2_OVER_PI * x * (1.0 + _GELU_CUBIC * x * x)))
+    return functional.gelu(x, approximate="tanh")
 
 
 def fused_fast_gelu_mul(x: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,152 @@
+"""``chat``, ``stream_chat`` and ``process_response``, with the arguments and results of the checkpoint's own code."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+
+from .detokenizer import IncrementalDetokenizer
+from .prompts import build_prompt, process_response
+from .tokenization_chatglm import ChatGLMTokenizer
+
+History = list[tuple[str, str]]
+
+
+class InvalidScoreLogitsProcessor(LogitsProcessor):
+    """Makes a row whose logits overflowed (NaN or +inf) say token 5, a blank, instead of failing.
+
+    Unlike stock's, it looks at each row alone and takes -inf for what it is: a token that another processor forbade.
+    """
+
+    token_id = 5
+    score = 5e4
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return scores [B, vocab_size] with invalid rows replaced."""
+        invalid = (scores.isnan() | (scores == torch.inf)).any(dim=-1, keepdim=True)
+        certain = torch.zeros_like(scores)
+        certain[:, self.token_id] = self.score
+        return torch.where(invalid, certain, scores)
+
+
+class ChatMixin:
+    """Conversations on top of ``generate`` and ``stream_generate``."""
+
+    def process_response(self, response: str) -> str:
+        """See ``prompts.process_response``."""
+        return process_response(response)
+
+    def chat(
+        self,
+        tokenizer: ChatGLMTokenizer,
+        query: str,
+        history: History | None = None,
+        max_length: int = 2048,
+        num_beams: int = 1,
+        do_sample: bool = True,
+        top_p: float = 0.7,
+        temperature: float = 0.95,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs: Any,
+    ) -> tuple[str, History]:
+        """Answer one turn.
+
+        Args:
+            tokenizer: the checkpoint's tokenizer.
+            query: the user's text. Control tokens typed in it ("[gMASK]", "<sop>"...) stay text.
+            history: earlier (query, response) rounds; not changed.
+            max_length: limit of prompt and answer together, in tokens.
+            num_beams, do_sample, top_p, temperature, logits_processor, kwargs: as in ``generate``; transformers' default
+                ``top_k=50`` applies too.
+
+        Returns:
+            the response, and the history with this round appended.
+
+        Raises:
+            ValueError: an empty query, a tokenizer that does not fit the model, or a prompt that leaves no room.
+        """
+        history = list(history or [])
+        input_ids = self._chat_input_ids(tokenizer, query, history)
+        settings = _chat_settings(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
+        output_ids = self.generate(input_ids, num_beams=num_beams, **settings)
+        response = process_response(tokenizer.decode(output_ids[0, input_ids.shape[1] :].tolist()))
+        return response, [*history, (query, response)]
+
+    def stream_chat(
+        self,
+        tokenizer: ChatGLMTokenizer,
+        query: str,
+        history: History | None = None,
+        max_length: int = 2048,
+        do_sample: bool = True,
+        top_p: float = 0.7,
+        temperature: float = 0.95,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs: Any,
+    ) -> Iterator[tuple[str, History]]:
+        """Answer one turn token by token; arguments as in ``chat``, without beams.
+
+        Yields:
+            the response so far and the history with it, once per token. A character of which only some bytes are there
+            yet is held back. An answer that ends at once yields one empty response.
+        """
+        history = list(history or [])
+        input_ids = self._chat_input_ids(tokenizer, query, history)
+        settings = _chat_settings(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
+        tokens = self.stream_tokens(input_ids, **settings)
+        return self._stream_responses(tokenizer, query, history, tokens)
+
+    def _stream_responses(
+        self, tokenizer: ChatGLMTokenizer, query: str, history: History, tokens: Iterator[torch.Tensor]
+    ) -> Iterator[tuple[str, History]]:
+        text = IncrementalDetokenizer(tokenizer)
+        yielded, response = None, ""
+        for token in tokens:
+            token_id = int(token[0])
+            if token_id == tokenizer.eos_token_id and yielded is not None:
+                break
+            response = yielded = process_response(text.push([token_id]))
+            yield response, [*history, (query, response)]
+        response = process_response(text.finish())
+        if response != yielded:
+            yield response, [*history, (query, response)]
+
+    def _chat_input_ids(self, tokenizer: ChatGLMTokenizer, query: str, history: History) -> torch.Tensor:
+        """Ids [1, length] of a turn's prompt, on the model's device."""
+        if not isinstance(query, str) or not query.strip():
+            raise ValueError(f"The query is {query!r}, but chat needs a text that is not empty.")
+        self._check_tokenizer(tokenizer)
+        ids = tokenizer.encode_text(build_prompt(query, history))
+        return torch.tensor([[*ids, tokenizer.gmask_token_id, tokenizer.bos_token_id]], device=self.device)
+
+    def _check_tokenizer(self, tokenizer: ChatGLMTokenizer) -> None:
+        if not isinstance(tokenizer, ChatGLMTokenizer):
+            raise ValueError(
+                f"The tokenizer is a {type(tokenizer).__name__}, but ChatGLM-6B needs a ChatGLMTokenizer; load it with "
+                "AutoTokenizer.from_pretrained from the same checkpoint as the model."
+            )
+        config = self.config
+        theirs = (tokenizer.gmask_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        ours = (config.gmask_token_id, config.bos_token_id, config.eos_token_id)
+        if theirs != ours or tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {tokenizer.vocab_size} tokens with [gMASK], <sop> and <eop> at {theirs}, but the model "
+                f"has {config.vocab_size} with them at {ours}; load both from the same checkpoint."
+            )
+
+
+def _chat_settings(
+    max_length: int,
+    do_sample: bool,
+    top_p: float,
+    temperature: float,
+    logits_processor: LogitsProcessorList | None,
+    kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """Arguments of ``generate`` for a chat turn. The caller's list of processors is copied, not extended."""
+    processors = LogitsProcessorList([*(logits_processor or []), InvalidScoreLogitsProcessor()])
+    settings = {"max_length": max_length, "do_sample": do_sample, "logits_processor": processors, **kwargs}
+    if settings["do_sample"]:
+        settings = {"top_p": top_p, "temperature": temperature, **settings}
+    return settings

@@ -1,0 +1,222 @@
+"""What ``generate()`` needs to know of a prefix LM, and token-by-token generation, over transformers' own machinery."""
+
+import logging
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from .decoding.loop import generate_tokens
+from .prompt_layout import PromptLayout
+
+_log = logging.getLogger("faster_chatglm_6b")
+
+# Set while stream_tokens asks generate() for an iterator over tokens instead of the finished sequences.
+_streaming: ContextVar[bool] = ContextVar("faster_chatglm_6b_streaming", default=False)
+
+
+class PrefixGenerationMixin:
+    """Overrides of ``GenerationMixin``; stands before it among a model's bases."""
+
+    def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """transformers' ``generate``, after a check of the prompt.
+
+        A stock tokenizer's 4-D mask and position ids are accepted beside transformers' 2-D mask.
+
+        Raises:
+            ValueError: no room for an answer, ids that are no ChatGLM prompt, or a mask that ``generate`` cannot follow.
+        """
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise ValueError(
+                "generate() needs input_ids of shape [batch, length] that hold the prompt (inputs_embeds may be given besides)."
+            )
+        kwargs = self._prompt_arguments(input_ids, generation_config, kwargs)
+        return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    def stream_generate(self, input_ids: torch.Tensor, **kwargs: Any) -> Iterator[torch.Tensor]:
+        """Yield the sequences so far, int64 [B, prompt + tokens], once per token; arguments as in ``generate``.
+
+        Rows that ended are filled with the pad id; the last item equals what ``generate`` returns.
+        """
+        tokens = self.stream_tokens(input_ids, **kwargs)
+        return self._grow(input_ids, tokens)
+
+    @staticmethod
+    def _grow(input_ids: torch.Tensor, tokens: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for token in tokens:
+            input_ids = torch.cat((input_ids, token.to(input_ids.device)[:, None]), dim=1)
+            yield input_ids
+
+    def stream_tokens(self, input_ids: torch.Tensor, **kwargs: Any) -> Iterator[torch.Tensor]:
+        """Iterator over the new tokens, int64 [B] on the CPU each. Arguments are checked at the call, before the first token.
+
+        Raises:
+            ValueError: modes that do not produce one token at a time (beams, assisted decoding).
+        """
+        reset = _streaming.set(True)
+        try:
+            tokens = self.generate(input_ids, **kwargs)
+        finally:
+            _streaming.reset(reset)
+        if isinstance(tokens, torch.Tensor) or not isinstance(tokens, Iterator):
+            raise ValueError(
+                "Streaming yields one token at a time, which beams and assisted decoding cannot; call generate() for them, or "
+                "leave num_beams, prompt_lookup_num_tokens and assistant_model out."
+            )
+        return tokens
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy search and sampling, which transformers sends here after it prepared and checked everything."""
+        if not _streaming.get():
+            return super()._sample(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+        return generate_tokens(
+            self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        prompt_position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Inputs of the next forward: what the cache does not hold yet of input_ids [B, L], with positions and mask.
+
+        Args:
+            prompt_position_ids: positions of the prompt that the caller chose himself; later tokens count on from them.
+        """
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        length = input_ids.shape[1]
+        layout = PromptLayout.of(input_ids, self.config, attention_mask)
+        position_ids = layout.position_ids(past_length, length, self.config.position_encoding_2d)
+        if prompt_position_ids is not None:
+            position_ids = _continued(prompt_position_ids, past_length, length)
+        one_free_row = past_length == length - 1 and not layout.is_padded
+        model_inputs = {
+            "input_ids": input_ids[:, past_length:].contiguous(),
+            "position_ids": position_ids.to(input_ids.device),
+            "attention_mask": None if one_free_row else layout.hidden(past_length, length).to(input_ids.device),
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+        }
+        if inputs_embeds is not None and past_length == 0 and inputs_embeds.shape[1] == length:
+            model_inputs["inputs_embeds"] = inputs_embeds
+        if logits_to_keep is not None:
+            model_inputs["logits_to_keep"] = logits_to_keep
+        return model_inputs
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
+        """None: positions follow from the ids at every step (transformers 5 would count all axes on by one)."""
+        return None
+
+    def _prompt_arguments(self, input_ids: torch.Tensor, generation_config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Check the prompt and turn stock's mask and positions into what transformers' ``generate`` understands."""
+        kwargs = dict(kwargs)
+        mask, position_ids = kwargs.get("attention_mask"), kwargs.pop("position_ids", None)
+        if mask is not None and mask.dim() == 4:
+            kwargs["attention_mask"] = _padding_of(mask, input_ids, self.config)
+        layout = PromptLayout.of(input_ids, self.config, kwargs.get("attention_mask"))
+        if kwargs.get("attention_mask") is None:
+            slots = torch.arange(input_ids.shape[1])
+            kwargs["attention_mask"] = (slots >= layout.first_slot[:, None]).long().to(input_ids.device)
+        if position_ids is not None:
+            derived = layout.position_ids(0, input_ids.shape[1], self.config.position_encoding_2d)
+            if position_ids.shape != derived.shape:
+                raise ValueError(
+                    f"position_ids have shape {list(position_ids.shape)}, but {list(derived.shape)} is needed; leave them out "
+                    "to have them derived from input_ids."
+                )
+            if not torch.equal(position_ids.cpu(), derived):
+                kwargs["prompt_position_ids"] = position_ids
+        self._check_lengths(input_ids.shape[1], int((input_ids.shape[1] - layout.first_slot).max()), generation_config, kwargs)
+        implementation = kwargs.get("cache_implementation") or getattr(generation_config, "cache_implementation", None)
+        if implementation in ("static", "offloaded_static", "sliding_window", "hybrid"):
+            _log.info("cache_implementation=%r cannot follow a prefix mask; the default cache is used.", implementation)
+            kwargs["cache_implementation"] = None
+        return kwargs
+
+    def _check_lengths(self, length: int, real_length: int, generation_config: Any, kwargs: dict[str, Any]) -> None:
+        limit = self.config.max_sequence_length
+        if real_length > limit:
+            raise ValueError(
+                f"The prompt has {real_length} tokens, but this model was trained for at most {limit}; shorten the query or "
+                "drop the oldest rounds of the history."
+            )
+        max_length = kwargs.get("max_length")
+        max_new_tokens = kwargs.get("max_new_tokens")
+        if generation_config is not None:
+            max_length = max_length if max_length is not None else getattr(generation_config, "max_length", None)
+            max_new_tokens = (
+                max_new_tokens if max_new_tokens is not None else getattr(generation_config, "max_new_tokens", None)
+            )
+            if kwargs.get("max_length") is None and max_length == type(generation_config)().max_length:
+                max_length = None
+        if max_length is not None and max_new_tokens is None and length >= max_length:
+            raise ValueError(
+                f"The prompt has {length} tokens and max_length is {max_length}, which leaves no room for an answer; raise "
+                "max_length, shorten the query or drop the oldest rounds of the history."
+            )
+        for source in (kwargs.get("prefill_chunk_size"), getattr(generation_config, "prefill_chunk_size", None)):
+            if source is not None:
+                raise ValueError(
+                    f"prefill_chunk_size is {source}, but a ChatGLM prompt is attended in both directions and cannot be "
+                    "prefilled in chunks; leave it out."
+                )
+
+
+def _continued(prompt_position_ids: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Positions of the slots start to stop where the prompt's are given: the last axis of the last one counts on."""
+    given = prompt_position_ids.cpu()
+    steps = torch.arange(1, stop - given.shape[-1] + 1)
+    later = given[..., -1:].repeat(*[1] * (given.dim() - 1), steps.shape[0])
+    if given.dim() == 3:
+        later[:, 1] += steps
+    else:
+        later += steps
+    return torch.cat((given, later), dim=-1)[..., start:stop]
+
+
+def _padding_of(mask: torch.Tensor, input_ids: torch.Tensor, config: Any) -> torch.Tensor:
+    """The 2-D mask behind the stock tokenizer's 4-D one.
+
+    Raises:
+        ValueError: the mask is not the one that follows from the ids and a left padding.
+    """
+    length = input_ids.shape[1]
+    if mask.shape == (input_ids.shape[0], 1, length, length):
+        padding = (~mask[:, 0, -1].bool()).long()
+        layout = PromptLayout.of(input_ids, config, padding)
+        rows = torch.arange(length) >= layout.first_slot[:, None]
+        expected = layout.hidden(0, length)[:, 0]
+        if torch.equal(mask[:, 0].bool().cpu()[rows], expected[rows]):
+            return padding.to(input_ids.device)
+    raise ValueError(
+        f"attention_mask has shape {list(mask.shape)} and is not the mask that the tokenizer makes for these ids; generate() "
+        "follows padding only: pass a mask [batch, length] with 0 for padding."
+    )
+
+

@@ -1,0 +1,111 @@
+"""``from_pretrained``: the checkpoint's own dtype, no remote code, and an error instead of a half-loaded model."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pickle import UnpicklingError
+from typing import Any
+
+from safetensors import SafetensorError
+
+from . import _status
+from .configuration_chatglm import ChatGLMConfig
+from .hook import checkpoint_code_blocked, is_checkpoint_code_blocked
+
+
+@contextmanager
+def _environment_default(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+
+
+class CheckpointMixin:
+    """Overrides of ``PreTrainedModel``; stands before it among a model's bases."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """transformers' ``from_pretrained``, in the checkpoint's dtype unless the caller names another.
+
+        Raises:
+            OSError: weights that are missing, truncated or corrupt.
+            ValueError: weights that do not fit config.json, or a config.json that is not one of ChatGLM-6B.
+        """
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs.pop("dtype", None)
+            kwargs["torch_dtype"] = "auto"
+        config = kwargs.get("config")
+        if config is not None and not isinstance(config, ChatGLMConfig) and hasattr(config, "to_dict"):
+            kwargs["config"] = ChatGLMConfig.from_dict(config.to_dict())
+        wants_info = kwargs.pop("output_loading_info", False)
+        # Without remote code transformers takes us for a native model and would ask the hub to convert .bin files.
+        with checkpoint_code_blocked(), _environment_default("DISABLE_SAFETENSORS_CONVERSION", "true"):
+            model, info = _readable(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
+        _check_complete(info, pretrained_model_name_or_path)
+        model.tie_head()
+        _status.record_served("model", str(pretrained_model_name_or_path))
+        return (model, info) if wants_info else model
+
+    def tie_head(self) -> None:
+        """Share the embedding with the head where the config ties them.
+
+        transformers 5 leaves them apart if a checkpoint holds two different tensors; stock always let the embedding win.
+        """
+        head = self.get_output_embeddings()
+        if head is not None and self.config.tie_word_embeddings:
+            head.weight = self.get_input_embeddings().weight
+
+    def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' loader of a generate() from a repository; a checkpoint that merely holds one never runs it."""
+        if is_checkpoint_code_blocked():
+            raise OSError("A custom generate() in a ChatGLM-6B checkpoint is not run; pass custom_generate= to generate().")
+        return super().load_custom_generate(*args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
+        """Nothing: registering would make ``save_pretrained`` copy this package's source into checkpoints."""
+
+
+def _readable(from_pretrained: Any, name: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """Call from_pretrained, and say in one sentence that a weight file is damaged where that is what went wrong."""
+    try:
+        return from_pretrained(name, *args, output_loading_info=True, **kwargs)
+    except (SafetensorError, UnpicklingError, EOFError) as error:
+        raise _damaged(name, error) from error
+    except (OSError, RuntimeError) as error:
+        causes = (error, error.__cause__, error.__context__)
+        if any(isinstance(cause, (SafetensorError, UnpicklingError, EOFError)) for cause in causes) or (
+            "PytorchStreamReader" in str(error)
+        ):
+            raise _damaged(name, error) from error
+        if "size mismatch" in str(error) or "mismatched" in str(error):
+            raise ValueError(
+                f"The weights of {name} have other shapes than its config.json says; take both from the same checkpoint. "
+                f"({error})"
+            ) from error
+        raise
+
+
+def _damaged(name: Any, error: Exception) -> OSError:
+    return OSError(
+        f"A weight file of {name} is truncated or corrupt and cannot be read; copy or download the checkpoint again. ({error})"
+    )
+
+
+def _check_complete(info: dict[str, Any], name: Any) -> None:
+    """Refuse weights that are missing, which transformers would fill with random numbers."""
+    missing = sorted(key for key in info["missing_keys"] if key != "lm_head.weight")
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(
+            f"The weights of {name} lack {shown}, which its config.json asks for; copy or download the checkpoint again."
+        )
+    if info.get("mismatched_keys"):
+        raise ValueError(
+            f"The weights of {name} have other shapes than its config.json says; take both from the same checkpoint. "
+            f"({sorted(info['mismatched_keys'])[0]})"
+        )

@@ -1,0 +1,353 @@
+"""The ChatGLM-6B network, with the checkpoint's parameter names. Every operator is called through an ``Operators`` table."""
+
+import math
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.utils import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+
+from .chat import ChatMixin
+from .configuration_chatglm import ChatGLMConfig
+from .generation import PrefixGenerationMixin
+from .layers import LayerNorm, Linear, project
+from .loading import CheckpointMixin
+from .ops import Operators, operators_for
+from .ops.reference import attention_probabilities
+from .prompt_layout import PromptLayout, causal_hidden
+from .rotary import RotaryTable
+
+# GLMBlock's default depth, which stock never overrides: the residual weight of every checkpoint, whatever its num_layers.
+RESIDUAL_ALPHA = math.sqrt(2 * 28)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention over a packed projection that holds [q k v] head by head."""
+
+    def __init__(self, config: ChatGLMConfig, layer_id: int):
+        super().__init__()
+        self.layer_id = layer_id
+        self.head_size = config.head_size
+        self.query_key_value = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, ops: Operators, step: "Step"
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Map hidden_states [B, M, hidden] to (RESIDUAL_ALPHA * hidden_states + attention [B, M, hidden], probabilities)."""
+        packed = project(self.query_key_value, hidden_states, ops)
+        batch, rows, width = packed.shape
+        rotary = {"position_ids": step.position_ids, "cos": step.cos, "sin": step.sin, "k_size": self.head_size}
+        query = ops.fused_apply_rotary_emb(packed, tensor_index=0, **rotary)
+        key = ops.fused_apply_rotary_emb(packed, tensor_index=1, **rotary)
+        value = packed.view(batch, rows, width // (3 * self.head_size), 3, self.head_size)[:, :, :, 2].transpose(1, 2)
+        key, value = ops.fused_attention_concat_past_key_value(step.past_key_values, key, value, self.layer_id)
+        context = ops.fused_multi_head_attention_inference_v2(
+            query=query, key=key, value=value, attn_bias=step.attn_bias, prefix_length=step.prefix_length
+        )
+        probabilities = None
+        if step.output_attentions:
+            # Kept apart from the operator, whose fused implementations never form the probabilities.
+            probabilities = attention_probabilities(query, key, step.attn_bias).flatten(0, 1)
+        return project(self.dense, context, ops, residual=hidden_states, alpha=RESIDUAL_ALPHA), probabilities
+
+
+class GLU(nn.Module):
+    """The MLP, not gated despite its name in the checkpoint's code."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.dense_h_to_4h = Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = Linear(config.inner_hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, ops: Operators) -> torch.Tensor:
+        """Map hidden_states [B, M, hidden] to RESIDUAL_ALPHA * hidden_states + MLP(hidden_states)."""
+        inner = ops.fast_gelu(project(self.dense_h_to_4h, hidden_states, ops))
+        return project(self.dense_4h_to_h, inner, ops, residual=hidden_states, alpha=RESIDUAL_ALPHA)
+
+
+class GLMBlock(nn.Module):
+    """One layer. The residuals start from the normalised input, as in DeepNorm (Wang et al. 2022)."""
+
+    def __init__(self, config: ChatGLMConfig, layer_id: int):
+        super().__init__()
+        self.input_layernorm = LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.attention = SelfAttention(config, layer_id)
+        self.post_attention_layernorm = LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.mlp = GLU(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, ops: Operators, step: "Step"
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Map hidden_states [B, M, hidden] to the same shape, and the attention's probabilities or None."""
+        hidden_states, probabilities = self.attention(self.input_layernorm(hidden_states, ops), ops, step)
+        return self.mlp(self.post_attention_layernorm(hidden_states, ops), ops), probabilities
+
+
+class Step(dict):
+    """What all layers of one forward share: position_ids, cos, sin, attn_bias, prefix_length, past_key_values and
+    output_attentions. It is a dict, so that accelerate moves its tensors to each layer's device."""
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class ChatGLMPreTrainedModel(CheckpointMixin, PreTrainedModel):
+    """What both models share with transformers' loaders."""
+
+    config_class = ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GLMBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]
+    _supports_sdpa = True
+    _supports_cache_class = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Weights come from the checkpoint; a fresh model keeps PyTorch's own initialisation."""
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: ChatGLMConfig, empty_init: bool = True):
+        super().__init__(config)
+        _refuse_what_cannot_run(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(GLMBlock(config, layer_id) for layer_id in range(config.num_layers))
+        self.final_layernorm = LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.rotary = RotaryTable(config.head_size // 2 if config.position_encoding_2d else config.head_size)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding of the tokens."""
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding of the tokens."""
+        self.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | tuple | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Run the network; outputs have stock's layouts.
+
+        Args:
+            input_ids: int64 [B, M]; may be left out where ``inputs_embeds``, ``position_ids`` and a 4-D mask are given.
+            position_ids: int64 [B, 2, M] (or [B, M] without 2-D positions); derived from input_ids when left out.
+            attention_mask: [B, T] with 0 for padding, or bool [B, 1, M, T] with True where hidden; derived from
+                input_ids when left out, a run of pad ids at the start counting as padding.
+            past_key_values: a transformers ``Cache``, or stock's tuple of (key, value) [T, B, H, K].
+            inputs_embeds: [B, M, hidden], used instead of the embedding of input_ids.
+
+        Returns:
+            last_hidden_state and each of hidden_states [M, B, hidden]; attentions [B * H, M, T].
+
+        Raises:
+            ValueError: arguments that do not fit together; see ``PromptLayout.of`` for bad ids.
+        """
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        # A recomputed layer would append its keys a second time.
+        use_cache = use_cache and not (self.gradient_checkpointing and self.training)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        output_attentions = bool(self.config.output_attentions if output_attentions is None else output_attentions)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        cache = _as_cache(past_key_values, use_cache)
+        past_length = cache.get_seq_length() if cache is not None else 0
+        position_ids, attn_bias, prefix_length = self._positions_and_bias(
+            input_ids, position_ids, attention_mask, inputs_embeds, past_length
+        )
+        hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        device, dtype = hidden_states.device, hidden_states.dtype
+        ops = operators_for(device, dtype, self.config.head_size, differentiable=torch.is_grad_enabled())
+        cos, sin = self.rotary.get(int(position_ids.max()) + 1, device, dtype)
+        step = Step(
+            position_ids=position_ids.to(device),
+            cos=cos,
+            sin=sin,
+            attn_bias=attn_bias if attn_bias is None else _additive(attn_bias, device, dtype),
+            prefix_length=prefix_length,
+            past_key_values=cache,
+            output_attentions=output_attentions,
+        )
+        all_hidden_states, all_attentions = [], []
+        for layer in self.layers:
+            all_hidden_states.append(hidden_states)
+            if self.gradient_checkpointing and self.training:
+                hidden_states, probabilities = self._gradient_checkpointing_func(layer.__call__, hidden_states, ops, step)
+            else:
+                hidden_states, probabilities = layer(hidden_states, ops, step)
+            all_attentions.append(probabilities)
+        hidden_states = self.final_layernorm(hidden_states, ops)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden_states.transpose(0, 1),
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(h.transpose(0, 1) for h in (*all_hidden_states, hidden_states))
+            if output_hidden_states
+            else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _positions_and_bias(
+        self,
+        input_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        past_length: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, int | None]:
+        """Positions, the bool mask of hidden keys (None: nothing is hidden), and the plain prefix's length if it is one."""
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("Neither input_ids nor inputs_embeds are given; pass one of them.")
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        is_dense = attention_mask is not None and attention_mask.dim() == 4
+        if attention_mask is not None and attention_mask.dim() not in (2, 4):
+            raise ValueError(
+                f"attention_mask has shape {list(attention_mask.shape)}; pass [batch, length] with 0 for padding, or a bool "
+                "[batch, 1, query, key] with True where hidden."
+            )
+        if past_length:
+            if position_ids is None:
+                raise ValueError(
+                    "position_ids are missing: with past_key_values they cannot be derived from the new tokens alone; pass "
+                    "them, or use generate()."
+                )
+            hidden = attention_mask.bool() if is_dense else causal_hidden(past_length, length, attention_mask)
+            return position_ids, hidden, None
+        if position_ids is not None and is_dense:
+            return position_ids, attention_mask.bool(), None
+        if input_ids is None:
+            raise ValueError(
+                "inputs_embeds alone do not tell where the context ends; pass input_ids with them, or position_ids and a "
+                "bool attention_mask of shape [batch, 1, length, length]."
+            )
+        layout = PromptLayout.of(input_ids, self.config, None if is_dense else attention_mask)
+        if position_ids is None:
+            position_ids = layout.position_ids(0, length, self.config.position_encoding_2d)
+        if is_dense:
+            return position_ids, attention_mask.bool(), None
+        return position_ids, layout.hidden(0, length), layout.common_prefix
+
+
+class ChatGLMForConditionalGeneration(ChatMixin, PrefixGenerationMixin, ChatGLMPreTrainedModel, GenerationMixin):
+    """ChatGLM-6B with its output head, chat and generation."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
+
+    def __init__(self, config: ChatGLMConfig, empty_init: bool = True):
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The output head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the output head."""
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | tuple | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Run the network and the head; arguments as in ``ChatGLMModel.forward``.
+
+        Args:
+            labels: int64 [B, M], -100 where the loss does not count; shifted by one inside.
+            logits_to_keep: compute the logits of the last rows only; 0 for all.
+
+        Returns:
+            logits [B, M, vocab_size]; loss: the mean cross entropy in float32 if labels are given.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        outputs = self.transformer(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        hidden_states = outputs.last_hidden_state.transpose(0, 1)[:, -logits_to_keep:]
+        ops = operators_for(
+            hidden_states.device, hidden_states.dtype, self.config.head_size, differentiable=torch.is_grad_enabled()
+        )
+        logits = project(self.lm_head, hidden_states, ops)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(
+                logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten().to(logits.device), ignore_index=-100
+            )
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+def _as_cache(past_key_values: Cache | tuple | None, use_cache: bool) -> Cache | None:
+    """A transformers cache from what the caller gave: a cache, stock's tuple of (key, value) [T, B, H, K], or nothing."""
+    if past_key_values is None:
+        return DynamicCache() if use_cache else None
+    if not isinstance(past_key_values, (tuple, list)):
+        return past_key_values
+    cache = DynamicCache()
+    for layer, (key, value) in enumerate(past_key_values):
+        cache.update(key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), layer)
+    return cache
+
+
+def _additive(hidden: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The bias that hides keys. It is the lowest finite value and not -inf, so that a row that sees nothing (a pad) attends
+    evenly, as in stock, and never turns into NaN."""
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
+    return bias.masked_fill_(hidden.to(device), torch.finfo(dtype).min)
+
+
+def _refuse_what_cannot_run(config: ChatGLMConfig) -> None:
+    if config.quantization_bit:
+        raise NotImplementedError(
+            f"config.json gives quantization_bit={config.quantization_bit}, but this version runs float checkpoints only; "
+            "load THUDM/chatglm-6b instead."
+        )
+    if config.pre_seq_len:
+        raise NotImplementedError(
+            f"config.json gives pre_seq_len={config.pre_seq_len}, but this version does not run P-Tuning v2 prefixes; load "
+            "the checkpoint without its prefix."
+        )

@@ -1,0 +1,30 @@
+"""The text around a query, and the clean-up of an answer, as ChatGLM-6B was trained and published with."""
+
+import re
+
+# Half-width marks beside a Chinese character become full-width ones, because the tokenizer's NFKC made them half-width.
+_MARKS = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
+_AFTER_CHINESE = [(re.compile(rf"(?<=[\u4e00-\u9fff]){re.escape(half)}"), full) for half, full in _MARKS.items()]
+_BEFORE_CHINESE = [(re.compile(rf"{re.escape(half)}(?=[\u4e00-\u9fff])"), full) for half, full in _MARKS.items()]
+_TRAINING_TIME, _YEAR = "[[训练时间]]", "2023年"
+
+
+def build_prompt(query: str, history: list[tuple[str, str]]) -> str:
+    """The prompt of a chat turn.
+
+    Args:
+        query: what the user says now.
+        history: earlier (query, response) rounds, oldest first; without any the prompt is the bare query.
+    """
+    if not history:
+        return query
+    rounds = [f"[Round {i}]\n问：{question}\n答：{answer}\n" for i, (question, answer) in enumerate(history)]
+    return "".join(rounds) + f"[Round {len(history)}]\n问：{query}\n答："
+
+
+def process_response(response: str) -> str:
+    """Clean up decoded text: strip it, fill in the training date, and restore full-width marks beside Chinese characters."""
+    response = response.strip().replace(_TRAINING_TIME, _YEAR)
+    for (after, full), (before, _) in zip(_AFTER_CHINESE, _BEFORE_CHINESE, strict=True):
+        response = before.sub(full, after.sub(full, response))
+    return response

@@ -1,0 +1,70 @@
+"""Shared fixtures: the golden data and the tiny model it was made with."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import faster_chatglm_6b  # noqa: F401
+
+GOLDEN = Path(__file__).parent / "golden"
+BEYOND_THE_REPO = Path(
+    os.environ.get("FASTER_CHATGLM_6B_GOLDEN", Path(__file__).resolve().parents[2] / "shared" / "golden")
+)
+
+# One thread: the models are tiny, and float sums stay the same from run to run.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Reference data made with the stock code; its README says how."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def golden_tensors():
+    """Read golden/<model>/<name>.safetensors."""
+    return lambda name, model="tiny", root=GOLDEN: load_file(root / "golden" / model / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="session")
+def golden_json():
+    """Read golden/<model>/<name>.json."""
+    return lambda name, model="tiny": json.loads((GOLDEN / "golden" / model / f"{name}.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="session")
+def large_golden_dir() -> Path:
+    """The part of the golden data that is too large for the repository."""
+    if not (BEYOND_THE_REPO / "ckpt" / "tiny_hd128").is_dir():
+        pytest.skip(
+            f"no golden data with heads of 128 in {BEYOND_THE_REPO}; set FASTER_CHATGLM_6B_GOLDEN to the directory that "
+            "holds ckpt/tiny_hd128 and golden/tiny_hd128"
+        )
+    return BEYOND_THE_REPO
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(golden_dir) -> Path:
+    """The tiny random checkpoint of the golden data."""
+    return golden_dir / "ckpt" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_dir):
+    """The tiny checkpoint in float32; tests must not change it."""
+    from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+
+    return ChatGLMForConditionalGeneration.from_pretrained(tiny_dir).float().eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_dir):
+    """The tiny checkpoint's tokenizer."""
+    from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
+
+    return ChatGLMTokenizer.from_pretrained(tiny_dir)
