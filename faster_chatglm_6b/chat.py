@@ -146,7 +146,9 @@ def _chat_settings(
 ) -> dict[str, Any]:
     """Arguments of ``generate`` for a chat turn. The caller's list of processors is copied, not extended."""
     processors = LogitsProcessorList([*(logits_processor or []), InvalidScoreLogitsProcessor()])
-    settings = {"max_length": max_length, "do_sample": do_sample, "logits_processor": processors, **kwargs}
-    if settings["do_sample"]:
-        settings = {"top_p": top_p, "temperature": temperature, **settings}
+    settings = {"do_sample": do_sample, "logits_processor": processors, **kwargs}
+    if settings.get("max_new_tokens") is None:
+        settings["max_length"] = max_length
+    if do_sample:
+        settings |= {"top_p": top_p, "temperature": temperature}
     return settings

@@ -55,18 +55,28 @@ class PrefixGenerationMixin:
 
         Raises:
             ValueError: modes that do not produce one token at a time (beams, assisted decoding).
+            Otherwise as ``generate``.
         """
         reset = _streaming.set(True)
         try:
             tokens = self.generate(input_ids, **kwargs)
         finally:
             _streaming.reset(reset)
-        if isinstance(tokens, torch.Tensor) or not isinstance(tokens, Iterator):
-            raise ValueError(
-                "Streaming yields one token at a time, which beams and assisted decoding cannot; call generate() for them, or "
-                "leave num_beams, prompt_lookup_num_tokens and assistant_model out."
-            )
+        if not isinstance(tokens, Iterator):
+            raise _no_single_next_token()
         return tokens
+
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' beam search, where the caller does not ask for a stream."""
+        if _streaming.get():
+            raise _no_single_next_token()
+        return super()._beam_search(*args, **kwargs)
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' assisted decoding, where the caller does not ask for a stream."""
+        if _streaming.get():
+            raise _no_single_next_token()
+        return super()._assisted_decoding(*args, **kwargs)
 
     def _sample(
         self,
@@ -186,6 +196,13 @@ class PrefixGenerationMixin:
                     f"prefill_chunk_size is {source}, but a ChatGLM prompt is attended in both directions and cannot be "
                     "prefilled in chunks; leave it out."
                 )
+
+
+def _no_single_next_token() -> ValueError:
+    return ValueError(
+        "Streaming yields one token at a time, which beams and assisted decoding cannot; call generate() for them, or leave "
+        "num_beams, prompt_lookup_num_tokens and assistant_model out."
+    )
 
 
 def _continued(prompt_position_ids: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -12,6 +12,10 @@ from . import _status
 from .configuration_chatglm import ChatGLMConfig
 from .hook import checkpoint_code_blocked, is_checkpoint_code_blocked
 
+# How torch, safetensors and transformers say that a file cannot be read.
+_DAMAGE = (SafetensorError, UnpicklingError, EOFError)
+_DAMAGE_WORDS = ("PytorchStreamReader", "Unable to load weights from pytorch checkpoint file")
+
 
 @contextmanager
 def _environment_default(name: str, value: str) -> Iterator[None]:
@@ -74,13 +78,11 @@ def _readable(from_pretrained: Any, name: Any, *args: Any, **kwargs: Any) -> tup
     """Call from_pretrained, and say in one sentence that a weight file is damaged where that is what went wrong."""
     try:
         return from_pretrained(name, *args, output_loading_info=True, **kwargs)
-    except (SafetensorError, UnpicklingError, EOFError) as error:
+    except _DAMAGE as error:
         raise _damaged(name, error) from error
     except (OSError, RuntimeError) as error:
         causes = (error, error.__cause__, error.__context__)
-        if any(isinstance(cause, (SafetensorError, UnpicklingError, EOFError)) for cause in causes) or (
-            "PytorchStreamReader" in str(error)
-        ):
+        if any(isinstance(cause, _DAMAGE) for cause in causes) or any(words in str(error) for words in _DAMAGE_WORDS):
             raise _damaged(name, error) from error
         if "size mismatch" in str(error) or "mismatched" in str(error):
             raise ValueError(

@@ -66,6 +66,8 @@ class PromptLayout:
                     "pass one 0 or 1 for each token."
                 )
             hidden = ~real
+            if not bool(real.any(dim=1).all()):
+                raise ValueError("attention_mask hides every token of a row; pass 1 for the tokens of the prompt.")
         first_slot = _first_index(real)
         is_gmask, is_mask = input_ids == config.gmask_token_id, input_ids == config.mask_token_id
         has_gmask = is_gmask.any(dim=1)
