@@ -33,6 +33,9 @@ class ChatGLMConfig(PretrainedConfig):
         max_sequence_length: longest prompt the model was trained for, in tokens.
         position_encoding_2d: rotate one half of each head by position and the other by block position.
         quantization_bit: 0, or 8 or 4 where the checkpoint holds quantised linear layers.
+        quantization_embeddings: the embedding, which is the head too, is quantised as well (older checkpoints).
+        quantization_group_size: columns that share a scale; None for one scale per row, as in stock.
+        quantization_head_bits: 8 where the head is quantised on its own; None where it is not.
         pre_seq_len, prefix_projection: P-Tuning v2 prefix, ``None`` for none.
         tie_word_embeddings: the head is the embedding, as stock runs it.
 
@@ -64,6 +67,9 @@ class ChatGLMConfig(PretrainedConfig):
         inner_hidden_size: int = 16384,
         position_encoding_2d: bool = True,
         quantization_bit: int = 0,
+        quantization_embeddings: bool = False,
+        quantization_group_size: int | None = None,
+        quantization_head_bits: int | None = None,
         pre_seq_len: int | None = None,
         prefix_projection: bool = False,
         tie_word_embeddings: bool = True,
@@ -81,6 +87,9 @@ class ChatGLMConfig(PretrainedConfig):
         self.inner_hidden_size = inner_hidden_size
         self.position_encoding_2d = position_encoding_2d
         self.quantization_bit = quantization_bit
+        self.quantization_embeddings = quantization_embeddings
+        self.quantization_group_size = quantization_group_size
+        self.quantization_head_bits = quantization_head_bits
         self.pre_seq_len = pre_seq_len
         self.prefix_projection = prefix_projection
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from . import _status
@@ -61,7 +62,10 @@ class CheckpointMixin:
         """
         head = self.get_output_embeddings()
         if head is not None and self.config.tie_word_embeddings:
-            head.weight = self.get_input_embeddings().weight
+            embedding = self.get_input_embeddings()
+            head.weight = embedding.weight
+            if hasattr(embedding, "weight_scale"):
+                head.weight_scale = embedding.weight_scale
 
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' loader of a generate() from a repository; a checkpoint that merely holds one never runs it."""
@@ -76,6 +80,7 @@ class CheckpointMixin:
 
 def _readable(from_pretrained: Any, name: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """Call from_pretrained, and say in one sentence that a weight file is damaged where that is what went wrong."""
+    default_dtype = torch.get_default_dtype()
     try:
         return from_pretrained(name, *args, output_loading_info=True, **kwargs)
     except _DAMAGE as error:
@@ -90,6 +95,9 @@ def _readable(from_pretrained: Any, name: Any, *args: Any, **kwargs: Any) -> tup
                 f"({error})"
             ) from error
         raise
+    finally:
+        # transformers 4 leaves the checkpoint's dtype as the process' default where loading fails half way.
+        torch.set_default_dtype(default_dtype)
 
 
 def _damaged(name: Any, error: Exception) -> OSError:

@@ -17,6 +17,7 @@ from .loading import CheckpointMixin
 from .ops import Operators, operators_for
 from .ops.reference import attention_probabilities
 from .prompt_layout import PromptLayout, causal_hidden
+from .quantization import QuantizationMixin, prepare_quantized
 from .rotary import RotaryTable
 
 # GLMBlock's default depth, which stock never overrides: the residual weight of every checkpoint, whatever its num_layers.
@@ -247,7 +248,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return position_ids, layout.hidden(0, length), layout.common_prefix
 
 
-class ChatGLMForConditionalGeneration(ChatMixin, PrefixGenerationMixin, ChatGLMPreTrainedModel, GenerationMixin):
+class ChatGLMForConditionalGeneration(
+    ChatMixin, PrefixGenerationMixin, QuantizationMixin, ChatGLMPreTrainedModel, GenerationMixin
+):
     """ChatGLM-6B with its output head, chat and generation."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
@@ -256,6 +259,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, PrefixGenerationMixin, ChatGLMP
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        prepare_quantized(self)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -341,11 +345,6 @@ def _additive(hidden: torch.Tensor, device: torch.device, dtype: torch.dtype) ->
 
 
 def _refuse_what_cannot_run(config: ChatGLMConfig) -> None:
-    if config.quantization_bit:
-        raise NotImplementedError(
-            f"config.json gives quantization_bit={config.quantization_bit}, but this version runs float checkpoints only; "
-            "load THUDM/chatglm-6b instead."
-        )
     if config.pre_seq_len:
         raise NotImplementedError(
             f"config.json gives pre_seq_len={config.pre_seq_len}, but this version does not run P-Tuning v2 prefixes; load "

@@ -115,6 +115,7 @@ def test_config_that_is_incomplete_or_contradicts_itself_or_the_weights(checkpoi
     edit_config(checkpoint, **changes)
     with pytest.raises(ValueError, match=message):
         ChatGLMForConditionalGeneration.from_pretrained(checkpoint)
+    assert torch.get_default_dtype() == torch.float32
 
 
 @pytest.mark.parametrize("keep", [0, 4, 1000, -1000])
@@ -150,7 +151,7 @@ def test_missing_tensor(checkpoint):
         ChatGLMForConditionalGeneration.from_pretrained(checkpoint)
 
 
-@pytest.mark.parametrize(("field", "value"), [("quantization_bit", 8), ("pre_seq_len", 8)])
+@pytest.mark.parametrize(("field", "value"), [("pre_seq_len", 8)])
 def test_checkpoints_that_this_version_does_not_run(checkpoint, field, value):
     edit_config(checkpoint, **{field: value})
     with pytest.raises(NotImplementedError, match=f"{field}={value}"):

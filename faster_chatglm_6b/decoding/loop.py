@@ -26,11 +26,10 @@ def generate_tokens(
         with torch.no_grad():
             inputs = model.prepare_inputs_for_generation(input_ids, **model_kwargs)
             outputs = model(**inputs, return_dict=True)
-            mask = model_kwargs["attention_mask"]
-            model_kwargs |= {
-                "past_key_values": outputs.past_key_values,
-                "attention_mask": torch.cat((mask, mask.new_ones(mask.shape[0], 1)), dim=1),
-            }
+            model_kwargs["past_key_values"] = outputs.past_key_values
+            mask = model_kwargs.get("attention_mask")
+            if mask is not None:
+                model_kwargs["attention_mask"] = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), dim=1)
             scores = logits_processor(input_ids, outputs.logits[:, -1].to(copy=True, dtype=torch.float32))
             if generation_config.do_sample:
                 tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)

@@ -164,8 +164,10 @@ def fused_linear_with_groupwise_quantized_weight(
     b: torch.Tensor | None = None,
     num_bits: int = 8,
     group_size: int = -1,
+    _add_to_output: torch.Tensor | None = None,
+    beta: float = 1.0,
 ) -> torch.Tensor:
-    """x times a symmetric int8 or int4 weight with one scale per row or per group of columns, plus bias.
+    """x times a symmetric int8 or int4 weight with a scale per row or per group of columns, + b + beta * _add_to_output.
 
     An int4 byte holds the even column in its high nibble and the odd column in its low one, two's complement (stock's
     ``compress_int4_weight``).
@@ -173,9 +175,15 @@ def fused_linear_with_groupwise_quantized_weight(
     Args:
         x: [..., in]. w: int8 [out, in * num_bits / 8]. w_scale: [out, in / group_size] in the dtype of x, or [out] or
             [out, 1] for one group per row. b: [out] or None. num_bits: 8 or 4. group_size: columns per scale, -1 for all.
+        _add_to_output: [..., out] or None.
     """
-    if num_bits == 4:
-        w = torch.stack((w >> 4, (w << 4) >> 4), dim=-1).flatten(-2)
+    w = unpack_int4(w) if num_bits == 4 else w
     groups = 1 if group_size < 0 else w.shape[1] // group_size
     weight = w.to(x.dtype).view(w.shape[0], groups, -1) * w_scale.to(x.dtype).view(w.shape[0], groups, 1)
-    return functional.linear(x, weight.view(w.shape), b)
+    out = functional.linear(x, weight.view(w.shape), b)
+    return out if _add_to_output is None else out + beta * _add_to_output
+
+
+def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
+    """int8 [..., 2 n] in -8..7 of packed int8 [..., n]: the high nibble is the even column, the low one the odd."""
+    return torch.stack((packed >> 4, (packed << 4) >> 4), dim=-1).flatten(-2)

@@ -1,0 +1,197 @@
+"""int8 and int4 weights: stock's formula and storage, and groups of columns with a scale each for better quality."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .configuration_chatglm import ChatGLMConfig
+from .layers import Linear
+from .ops import Operators
+from .ops.reference import fused_linear_with_groupwise_quantized_weight, unpack_int4
+
+
+def quantize_weight(weight: torch.Tensor, bits: int, group_size: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric integers and scales of a weight (stock's ``QuantizedLinear``, bit for bit where every row is one group).
+
+    scale = fp16(absmax / (2^(bits - 1) - 1)); integer = round-half-even(weight / scale), the division in the weight's dtype.
+    A group of zeros gets scale 0 and zeros.
+
+    Args:
+        weight: [out, in], float16, bfloat16 or float32.
+        bits: 8 or 4.
+        group_size: columns that share a scale; -1 for the whole row.
+
+    Returns:
+        int8 [out, in] for 8 bits, or [out, in / 2] with the even column in the high nibble for 4; and the scales, float16
+        [out], or [out, in / group_size] with groups.
+    """
+    limit = 2 ** (bits - 1) - 1
+    groups = weight.view(weight.shape[0], -1, weight.shape[1] if group_size < 0 else group_size)
+    scale = (groups.abs().amax(dim=-1) / limit).half()
+    integers = torch.round(groups / scale[..., None]).nan_to_num_(0).clamp_(-limit - 1, limit)
+    integers = integers.to(torch.int8).view(weight.shape)
+    if bits == 4:
+        integers = (integers[:, ::2] << 4) | (integers[:, 1::2] & 0xF)
+    return integers, scale.squeeze(1) if group_size < 0 else scale
+
+
+class QuantizedLinear(Linear):
+    """A linear layer with an int8 or packed int4 ``weight`` and its ``weight_scale``, named and shaped as stock stores them.
+
+    It is an ``nn.Linear`` to adapters such as LoRA, and takes the place of one in the model.
+
+    Args:
+        in_features, out_features, bias: as in ``nn.Linear``.
+        bits: 8 or 4. group_size: columns per scale, -1 for one scale per row.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, bits: int, group_size: int = -1, device: Any = None
+    ):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size = bits, group_size
+        scale_shape = (out_features,) if group_size < 0 else (out_features, in_features // group_size)
+        self.weight = _frozen(torch.empty(out_features, in_features * bits // 8, dtype=torch.int8, device=device))
+        self.weight_scale = _frozen(torch.empty(scale_shape, dtype=torch.float16, device=device))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float16, device=device)) if bias else None
+
+    @classmethod
+    def of(cls, linear: nn.Linear, bits: int, group_size: int = -1) -> "QuantizedLinear":
+        """The quantised form of a float layer, on its device."""
+        layer = cls(linear.in_features, linear.out_features, False, bits, group_size, device="meta")
+        integers, scale = quantize_weight(linear.weight.detach(), bits, group_size)
+        layer.weight, layer.weight_scale, layer.bias = _frozen(integers), _frozen(scale), linear.bias
+        return layer
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        ops: Operators | None = None,
+        residual: torch.Tensor | None = None,
+        alpha: float = 1.0,
+    ) -> torch.Tensor:
+        """x weight^T + bias + alpha * residual, as ``Linear.forward``."""
+        operator = fused_linear_with_groupwise_quantized_weight
+        if ops is not None:
+            operator = ops.fused_linear_with_groupwise_quantized_weight
+        return operator(
+            x,
+            self.weight,
+            self.weight_scale,
+            b=self.bias,
+            num_bits=self.bits,
+            group_size=self.group_size,
+            _add_to_output=residual,
+            beta=alpha,
+        )
+
+    def extra_repr(self) -> str:
+        groups = "" if self.group_size < 0 else f", group_size={self.group_size}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}{groups}"
+
+
+class QuantizedEmbedding(nn.Embedding):
+    """An embedding with integer rows and a scale per row, as older checkpoints with quantised embeddings store it."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, bits: int):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.bits = num_embeddings, embedding_dim, bits
+        self.padding_idx = None
+        self.weight = _frozen(torch.empty(num_embeddings, embedding_dim * bits // 8, dtype=torch.int8))
+        self.weight_scale = _frozen(torch.empty(num_embeddings, dtype=torch.float16))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Rows [..., hidden] of int64 ids [...], in the scales' dtype."""
+        rows = self.weight[input_ids]
+        rows = unpack_int4(rows) if self.bits == 4 else rows
+        return rows.to(self.weight_scale.dtype) * self.weight_scale[input_ids][..., None]
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """(owner, attribute) of the linear layers that quantisation replaces, layer by layer."""
+    for layer in model.transformer.layers:
+        yield layer.attention, "query_key_value"
+        yield layer.attention, "dense"
+        yield layer.mlp, "dense_h_to_4h"
+        yield layer.mlp, "dense_4h_to_h"
+
+
+def prepare_quantized(model: nn.Module) -> None:
+    """Give a model under construction the layers that its config's quantised checkpoint fills."""
+    config = model.config
+    if not config.quantization_bit:
+        return
+    group_size = config.quantization_group_size or -1
+    check_quantization(config, config.quantization_bit, config.quantization_group_size, config.quantization_head_bits)
+    for owner, name in _linears(model):
+        linear = getattr(owner, name)
+        setattr(
+            owner, name, QuantizedLinear(linear.in_features, linear.out_features, True, config.quantization_bit, group_size)
+        )
+    vocabulary, hidden = config.vocab_size, config.hidden_size
+    if config.quantization_embeddings:
+        model.transformer.word_embeddings = QuantizedEmbedding(vocabulary, hidden, config.quantization_bit)
+        model.lm_head = QuantizedLinear(hidden, vocabulary, False, config.quantization_bit)
+    elif config.quantization_head_bits:
+        model.lm_head = QuantizedLinear(hidden, vocabulary, False, config.quantization_head_bits)
+
+
+def check_quantization(config: ChatGLMConfig, bits: int, group_size: int | None, head_bits: int | None) -> None:
+    """Raise ValueError, in one sentence, for settings that cannot be."""
+    if bits not in (4, 8):
+        raise ValueError(f"quantize() was asked for {bits!r} bits, but only 8 and 4 exist.")
+    if head_bits not in (None, 8):
+        raise ValueError(f"quantize() was asked for head_bits={head_bits!r}, but the head takes 8 bits, or None to stay as it is.")
+    widths = (config.hidden_size, config.inner_hidden_size)
+    if group_size is not None and (group_size < 1 or group_size % 2 or any(width % group_size for width in widths)):
+        raise ValueError(
+            f"quantize() was asked for group_size={group_size}, but it must be even and divide both {widths[0]} (hidden_size) "
+            f"and {widths[1]} (inner_hidden_size); 128 suits ChatGLM-6B."
+        )
+    if bits == 4 and any(width % 2 for width in widths):
+        raise ValueError(f"4 bits are stored in pairs, which the odd width of {widths} cannot be split into; use 8 bits.")
+
+
+class QuantizationMixin:
+    """``quantize()`` of the model with the output head."""
+
+    def quantize(self, bits: int, group_size: int | None = None, head_bits: int | None = None, **kwargs: Any) -> Any:
+        """Replace the layers' float weights by integers, in place and one layer after the other.
+
+        Args:
+            bits: 8 or 4.
+            group_size: columns that share a scale, 128 for example: better quality at 4 bits. None: one scale per row, which
+                is stock's formula.
+            head_bits: 8 to quantise the output head too, which is no longer the embedding then; None to leave it.
+            kwargs: stock's further arguments, without effect.
+
+        Returns:
+            the model.
+
+        Raises:
+            ValueError: other bits, a group size that does not divide, or a model that is quantised already; the model is
+                unchanged.
+        """
+        config = self.config
+        if config.quantization_bit:
+            raise ValueError(
+                f"This model is quantised to {config.quantization_bit} bits already; load the float checkpoint to quantise it "
+                "differently."
+            )
+        check_quantization(config, bits, group_size, head_bits)
+        for owner, name in _linears(self):
+            setattr(owner, name, QuantizedLinear.of(getattr(owner, name), bits, group_size or -1))
+        if head_bits:
+            self.lm_head = QuantizedLinear.of(self.lm_head, head_bits)
+            config.tie_word_embeddings = False
+        config.quantization_bit = bits
+        config.quantization_group_size = group_size
+        config.quantization_head_bits = head_bits
+        return self
