@@ -1,0 +1,532 @@
+"""A ChatGLM-6B checkpoint gets our classes and runs no code of its own, whatever was imported before.
+
+Other checkpoints of the family get their own. All of it happens in fresh processes, as the order of imports matters.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import remote_code
+import transformers
+
+from faster_chatglm_6b import recognition
+
+# Each leaves faster_chatglm_6b imported; argv[1] is a checkpoint whose code can be run. Then all do the same, below.
+IMPORT_ORDERS = {
+    "ours first": "import faster_chatglm_6b",
+    "transformers first": "import transformers, faster_chatglm_6b",
+    "auto classes first": """
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+import faster_chatglm_6b
+""",
+    "only auto_factory first": """
+import transformers.models.auto.auto_factory
+import faster_chatglm_6b
+""",
+    "a user's module bound the function": """
+from types import ModuleType
+user = sys.modules["user"] = ModuleType("user")
+exec("from transformers.dynamic_module_utils import get_class_from_dynamic_module", user.__dict__)
+import faster_chatglm_6b
+found = user.get_class_from_dynamic_module("configuration_chatglm.ChatGLMConfig", sys.argv[2])
+assert found.__module__ == "faster_chatglm_6b.configuration_chatglm", found
+""",
+    "twice and reloaded": """
+import importlib
+import faster_chatglm_6b
+import transformers.models.auto.auto_factory as auto_factory
+first = faster_chatglm_6b
+importlib.reload(faster_chatglm_6b.hook)
+importlib.reload(faster_chatglm_6b)
+for name in [name for name in sys.modules if name.split(".")[0] == "faster_chatglm_6b"]:
+    del sys.modules[name]
+import faster_chatglm_6b
+assert faster_chatglm_6b is not first
+importlib.reload(faster_chatglm_6b.hook)
+importlib.reload(faster_chatglm_6b)
+original = auto_factory.get_class_from_dynamic_module.__faster_chatglm_6b_original__
+assert original.__module__ == "transformers.dynamic_module_utils"
+assert not hasattr(original, "__faster_chatglm_6b_original__"), "wrapped twice"
+assert sum(type(finder).__module__ == "faster_chatglm_6b.hook" for finder in sys.meta_path) == 1
+""",
+    "its own code ran before": """
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+for auto_class in (AutoConfig, AutoTokenizer):
+    assert origin(auto_class.from_pretrained(sys.argv[1], trust_remote_code=True)) == "transformers_modules"
+own_config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert origin(AutoModel.from_config(own_config, trust_remote_code=True)) == "transformers_modules"
+assert set(executed()) == {"configuration_chatglm.py", "tokenization_chatglm.py", "modeling_chatglm.py"}
+import faster_chatglm_6b
+sys.argv[2] = sys.argv[1]
+""",
+    "while another thread imports transformers": """
+import threading
+thread = threading.Thread(target=__import__, args=("transformers.models.auto.modeling_auto",))
+thread.start()
+while "transformers.dynamic_module_utils" not in sys.modules:
+    pass
+import faster_chatglm_6b
+thread.join()
+""",
+}
+_LOAD_EVERYTHING = """
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+executed_before = executed()
+loaded = [
+    auto_class.from_pretrained(sys.argv[2], trust_remote_code=True)
+    for auto_class in (AutoTokenizer, AutoConfig, AutoModel)
+]
+again = AutoModel.from_config(loaded[1], trust_remote_code=True)
+answer({
+    "classes": [type(value).__name__ for value in (*loaded, again)],
+    "origins": sorted({origin(value) for value in (*loaded, again)}),
+    "executed": executed()[len(executed_before):],
+})
+"""
+
+
+@pytest.fixture(scope="module")
+def tripwires(tmp_path_factory, golden_dir):
+    """A ChatGLM-6B checkpoint whose code must not run."""
+    directory = tmp_path_factory.mktemp("checkpoints") / "chatglm-6b"
+    return remote_code.chatglm_6b_with_tripwires(directory, golden_dir / "ckpt" / "tiny")
+
+
+@pytest.fixture(scope="module")
+def import_orders(tmp_path_factory, golden_dir, tripwires):
+    """What each import order ends with: answer or error. Two at a time, as most of it is importing transformers."""
+    directory = tmp_path_factory.mktemp("orders")
+    working = remote_code.chatglm_6b(directory / "working", golden_dir / "ckpt" / "tiny")
+    remote_code.add_working_code(working)
+
+    def run(order):
+        source = "import sys\n" + IMPORT_ORDERS[order] + _LOAD_EVERYTHING
+        try:
+            return remote_code.run_python(source, directory / order.replace(" ", "_"), working, tripwires)
+        except AssertionError as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(IMPORT_ORDERS, pool.map(run, IMPORT_ORDERS), strict=True))
+
+
+@pytest.mark.parametrize("order", IMPORT_ORDERS)
+def test_import_order(order, import_orders):
+    if isinstance(import_orders[order], AssertionError):
+        raise import_orders[order]
+    assert import_orders[order] == {
+        "classes": [
+            "ChatGLMTokenizer",
+            "ChatGLMConfig",
+            "ChatGLMForConditionalGeneration",
+            "ChatGLMForConditionalGeneration",
+        ],
+        "origins": ["faster_chatglm_6b"],
+        "executed": [],
+    }
+
+
+# One process for all ways to load; each check stores what it found, or its error, under its own name.
+_WAYS_TO_LOAD = """
+import json, logging, os, sys, traceback
+from pathlib import Path
+import faster_chatglm_6b
+import torch, transformers
+from faster_chatglm_6b import backend
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, pipeline,
+)
+
+checkpoints = Path(sys.argv[1])
+found, messages = {}, []
+
+class Keep(logging.Handler):
+    def emit(self, record):
+        messages.append((record.levelname, record.getMessage()))
+
+logging.getLogger("faster_chatglm_6b").setLevel("INFO")
+logging.getLogger("faster_chatglm_6b").addHandler(Keep())
+
+def check(function):
+    before = len(executed())
+    try:
+        value = function()
+    except Exception as error:
+        value = {"error": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}
+    found[function.__name__] = {"value": value, "executed": executed()[before:]}
+
+def load(auto_class, name, **options):
+    return auto_class.from_pretrained(str(name), trust_remote_code=True, **options)
+
+def load_everything(name, **options):
+    return sorted({origin(load(auto, name, **options)) for auto in (AutoTokenizer, AutoConfig, AutoModel)})
+
+def error_of(function, *args, **kwargs):
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+
+ids = torch.tensor([[5, 6, 7, 321, 324]])
+
+@check
+def causal_lm():
+    return origin(load(AutoModelForCausalLM, checkpoints / "tripwires"))
+
+@check
+def seq2seq_lm():
+    return origin(load(AutoModelForSeq2SeqLM, checkpoints / "tripwires"))
+
+@check
+def text_generation_pipeline():
+    pipe = pipeline("text-generation", model=str(checkpoints / "tripwires"), trust_remote_code=True)
+    return [origin(pipe.model), origin(pipe.tokenizer)]
+
+@check
+def fine_tune_with_upstream_code():
+    config = load(AutoConfig, checkpoints / "fine_tune")
+    return load_everything(checkpoints / "fine_tune") + [
+        origin(AutoModel.from_config(config, trust_remote_code=True))
+    ]
+
+@check
+def no_code():
+    return load_everything(checkpoints / "no_code")
+
+@check
+def hub_id_with_revision():
+    return load_everything("someone/chatglm-demo", revision="v1.1")
+
+@check
+def hub_id_at_a_missing_revision():
+    return error_of(load, AutoConfig, "someone/chatglm-demo", revision="v9")[0]
+
+@check
+def config_file():
+    return origin(load(AutoConfig, checkpoints / "tripwires" / "config.json"))
+
+@check
+def config_object_of_remote_code():
+    with faster_chatglm_6b.disabled():
+        config = load(AutoConfig, checkpoints / "working")
+    assert origin(config) == "transformers_modules"
+    return origin(load(AutoModel, checkpoints / "tripwires", config=config))
+
+@check
+def quantised():
+    return [origin(load(AutoConfig, checkpoints / name)) for name in ("int8", "int4")]
+
+@check
+def planted_custom_generate():
+    model = load(AutoModel, checkpoints / "custom_generate").float().eval()
+    return model.generate(ids, max_new_tokens=2, do_sample=False).shape[1]
+
+@check
+def custom_generate_on_request():
+    if not hasattr(transformers.GenerationMixin, "load_custom_generate"):
+        return "this transformers has none"
+    model = load(AutoModel, checkpoints / "no_code").float().eval()
+    name = str(checkpoints / "recipe")
+    return [
+        model.generate(ids, custom_generate=name, trust_remote_code=True),
+        error_of(model.generate, ids, custom_generate=str(checkpoints / "tripwires"), trust_remote_code=True)[0],
+    ]
+
+@check
+def tokenizer_only():
+    tokenizer = load(AutoTokenizer, checkpoints / "tokenizer_only")
+    return [origin(tokenizer), tokenizer("a")["input_ids"][-2:]]
+
+@check
+def other_models():
+    return {name: load_everything(checkpoints / name) for name in ("chatglm2", "old_vocabulary")}
+
+@check
+def other_models_without_us():
+    with faster_chatglm_6b.disabled():
+        return {name: load_everything(checkpoints / name) for name in ("chatglm2_again", "old_vocabulary_again")}
+
+@check
+def other_models_log():
+    load_everything(checkpoints / "chatglm2")
+    return [m for m in messages if "chatglm2" in m[1] or "old_vocabulary" in m[1]]
+
+@check
+def other_tokenizer_only():
+    return origin(load(AutoTokenizer, checkpoints / "chatglm2_tokenizer_only"))
+
+@check
+def missing_size():
+    return error_of(load, AutoModel, checkpoints / "missing_size")
+
+@check
+def contradictory_sizes():
+    return error_of(load, AutoModel, checkpoints / "contradictory_sizes")
+
+@check
+def foreign_class():
+    return error_of(load, AutoModelForSequenceClassification, checkpoints / "foreign_class")
+
+@check
+def trust_is_still_asked_for():
+    path = str(checkpoints / "tripwires")
+    ours = [error_of(auto.from_pretrained, path, trust_remote_code=False) for auto in (AutoConfig, AutoTokenizer)]
+    with faster_chatglm_6b.disabled():
+        assert ours == [
+            error_of(auto.from_pretrained, path, trust_remote_code=False) for auto in (AutoConfig, AutoTokenizer)
+        ]
+    return ours
+
+@check
+def old_transformers():
+    real, backend.installed_version = backend.installed_version, {"transformers": "4.44.2"}.get
+    try:
+        return [
+            [error_of(load, auto, checkpoints / "no_code") for auto in (AutoTokenizer, AutoConfig, AutoModel)],
+            load_everything(checkpoints / "chatglm2"),
+        ]
+    finally:
+        backend.installed_version = real
+
+@check
+def old_torch():
+    real = backend.installed_version
+    backend.installed_version = {"transformers": transformers.__version__, "torch": "2.3.1"}.get
+    try:
+        return [
+            error_of(load, AutoModel, checkpoints / "no_code"),
+            load_everything(checkpoints / "chatglm2"),
+        ]
+    finally:
+        backend.installed_version = real
+
+@check
+def status():
+    now = faster_chatglm_6b.status()
+    return {
+        "served": [[kind, os.path.basename(name)] for kind, name in now.served],
+        "passed_through": {os.path.basename(name): why for name, why in now.passed_through.items()},
+        "patched": now.patched,
+        "text": str(now),
+    }
+
+answer(found)
+"""
+
+
+@pytest.fixture(scope="module")
+def ways_to_load(tmp_path_factory, golden_dir):
+    """Every check of _WAYS_TO_LOAD: {"value": ..., "executed": [...]}."""
+    directory = tmp_path_factory.mktemp("ways")
+    tiny, root = golden_dir / "ckpt" / "tiny", directory / "checkpoints"
+    tripwires = remote_code.chatglm_6b_with_tripwires(root / "tripwires", tiny)
+    remote_code.chatglm_6b(root / "no_code", tiny)
+    remote_code.chatglm_6b(root / "fine_tune", tiny, upstream="THUDM/chatglm-6b")
+    remote_code.add_working_code(remote_code.chatglm_6b(root / "working", tiny))
+    remote_code.plant_custom_generate(remote_code.chatglm_6b_with_tripwires(root / "custom_generate", tiny))
+    remote_code.plant_custom_generate(root / "recipe", "def generate(model, **kwargs):\n    return 'the recipe'\n")
+    for bits in (8, 4):
+        quantised = remote_code.chatglm_6b_with_tripwires(root / f"int{bits}", tiny)
+        remote_code.edit_json(quantised / "config.json", quantization_bit=bits)
+    (remote_code.chatglm_6b_with_tripwires(root / "tokenizer_only", tiny) / "config.json").unlink()
+
+    broken = remote_code.chatglm_6b_with_tripwires(root / "missing_size", tiny)
+    remote_code.edit_json(broken / "config.json", remove=("hidden_size",))
+    broken = remote_code.chatglm_6b_with_tripwires(root / "contradictory_sizes", tiny)
+    remote_code.edit_json(broken / "config.json", num_attention_heads=5)
+    foreign = remote_code.chatglm_6b_with_tripwires(root / "foreign_class", tiny)
+    references = {**remote_code.auto_map(), "AutoModelForSequenceClassification": "modeling_chatglm.ChatGLMClassifier"}
+    remote_code.edit_json(foreign / "config.json", auto_map=references)
+
+    chatglm2 = (remote_code.CHATGLM2_CONFIG, remote_code.CHATGLM2_TOKENIZER_CONFIG)
+    remote_code.other_glm(root / "chatglm2", *chatglm2)
+    remote_code.other_glm(root / "chatglm2_again", *chatglm2)
+    (remote_code.other_glm(root / "chatglm2_tokenizer_only", *chatglm2) / "config.json").unlink()
+    for name in ("old_vocabulary", "old_vocabulary_again"):
+        remote_code.other_glm(
+            root / name,
+            remote_code.OLD_VOCABULARY_CONFIG,
+            {"tokenizer_class": "ChatGLMTokenizer", "gmask_token": "[gMASK]"},
+        )
+    # main is another model than v1.1: which one is served tells whether the revision was heeded
+    hf_home = directory / "process" / "hf_home"
+    remote_code.put_into_hub_cache(hf_home, "someone/chatglm-demo", "v1.1", tripwires)
+    remote_code.put_into_hub_cache(hf_home, "someone/chatglm-demo", "main", root / "chatglm2")
+    source = "from transformers import AutoModelForSequenceClassification\n" + _WAYS_TO_LOAD
+    return remote_code.run_python(source, directory / "process", root)
+
+
+OURS, THEIRS = "faster_chatglm_6b", "transformers_modules"
+ALL_CODE = {"configuration_chatglm.py", "tokenization_chatglm.py", "modeling_chatglm.py"}
+
+
+@pytest.mark.parametrize(
+    ("way", "expected"),
+    [
+        ("causal_lm", OURS),
+        ("seq2seq_lm", OURS),
+        ("text_generation_pipeline", [OURS, OURS]),
+        ("fine_tune_with_upstream_code", [OURS, OURS]),
+        ("no_code", [OURS]),
+        ("hub_id_with_revision", [OURS]),
+        ("hub_id_at_a_missing_revision", "OSError"),
+        ("config_file", OURS),
+        ("quantised", [OURS, OURS]),
+        ("planted_custom_generate", 7),
+        ("tokenizer_only", [OURS, [321, 324]]),
+    ],
+)
+def test_way_to_load(way, expected, ways_to_load):
+    assert ways_to_load[way] == {"value": expected, "executed": []}
+
+
+def test_config_object_of_remote_code(ways_to_load):
+    found = ways_to_load["config_object_of_remote_code"]
+    if transformers.__version__.startswith("4.45."):
+        # This release itself refuses a model whose configuration class is another object, if of the same name.
+        assert found["executed"] == ["configuration_chatglm.py"]
+        assert "is not consistent with the config class you passed" in found["value"]["message"]
+        return
+    assert found == {"value": OURS, "executed": ["configuration_chatglm.py"]}  # that of disabled(), before
+
+
+def test_custom_generate_on_request(ways_to_load):
+    value = ways_to_load["custom_generate_on_request"]["value"]
+    assert value in (["the recipe", "OSError"], "this transformers has none")
+
+
+def test_other_models_run_exactly_their_own_code(ways_to_load):
+    found, without_us = ways_to_load["other_models"], ways_to_load["other_models_without_us"]
+    assert found["value"] == {"chatglm2": [THEIRS], "old_vocabulary": [THEIRS]}
+    assert found["executed"] == without_us["executed"]
+    assert set(found["executed"]) == ALL_CODE
+
+
+def test_other_models_are_logged_once_each(ways_to_load):
+    messages = ways_to_load["other_models_log"]["value"]
+    assert [level for level, _ in messages] == ["INFO", "INFO"]
+    (_, chatglm2), (_, old_vocabulary) = messages
+    assert "chatglm2: left to the checkpoint's own code, config.json has ffn_hidden_size" in chatglm2
+    assert (
+        "old_vocabulary: left to the checkpoint's own code, its vocabulary is the old one of 150528" in old_vocabulary
+    )
+
+
+def test_other_tokenizer_without_a_model(ways_to_load):
+    found = ways_to_load["other_tokenizer_only"]
+    assert found == {"value": THEIRS, "executed": ["tokenization_chatglm.py"]}
+
+
+def test_missing_size_is_an_error_and_no_reason_to_run_remote_code(ways_to_load):
+    found = ways_to_load["missing_size"]
+    assert found["executed"] == []
+    assert found["value"][0] == "ValueError"
+    assert "hidden_size" in found["value"][1]
+
+
+def test_contradictory_sizes_are_an_error(ways_to_load):
+    found = ways_to_load["contradictory_sizes"]
+    assert found["executed"] == []
+    assert found["value"][0] == "ValueError"
+    assert "num_attention_heads=5" in found["value"][1]
+
+
+def test_class_that_we_have_not(ways_to_load):
+    found = ways_to_load["foreign_class"]
+    assert found["executed"] == []
+    assert found["value"][0] == "ValueError"
+    assert "its class ChatGLMClassifier is not one of ChatGLMConfig," in found["value"][1]
+
+
+def test_trust_is_still_asked_for(ways_to_load):
+    found = ways_to_load["trust_is_still_asked_for"]
+    assert found["executed"] == []
+    for kind, message in found["value"]:
+        assert kind == "ValueError"
+        assert "trust_remote_code" in message
+
+
+def test_old_transformers_is_an_error_for_our_checkpoints_only(ways_to_load):
+    ours, theirs = ways_to_load["old_transformers"]["value"]
+    assert theirs == [THEIRS]
+    for kind, message in ours:
+        assert kind == "ImportError"
+        assert "needs transformers 4.45 or newer to load a ChatGLM-6B checkpoint and found 4.44.2" in message
+
+
+def test_old_torch_is_an_error_for_our_checkpoints_only(ways_to_load):
+    (kind, message), theirs = ways_to_load["old_torch"]["value"]
+    assert theirs == [THEIRS]
+    assert kind == "ImportError"
+    assert "needs torch 2.4 or newer to load a ChatGLM-6B checkpoint and found 2.3.1" in message
+
+
+def test_status_tells_what_was_served(ways_to_load):
+    now = ways_to_load["status"]["value"]
+    for entry in (["model", "tripwires"], ["config", "no_code"], ["tokenizer", "no_code"], ["model", "chatglm-demo"]):
+        assert entry in now["served"]
+    assert not [name for _, name in now["served"] if name in now["passed_through"]]
+    assert {"chatglm2", "old_vocabulary", "chatglm2_tokenizer_only"} == set(now["passed_through"])
+    for module in ("dynamic_module_utils", "models.auto.auto_factory", "models.auto.tokenization_auto"):
+        assert f"transformers.{module}.get_class_from_dynamic_module" in now["patched"]
+    assert "AutoModelForCausalLM knows ChatGLMConfig" in now["patched"]
+    assert "tokenizer of someone/chatglm-demo" in now["text"]
+
+
+CHATGLM_6B = {
+    **{key: value for key, value in remote_code.OLD_VOCABULARY_CONFIG.items()},
+    "vocab_size": 130528,
+    "gmask_token_id": 130001,
+    "auto_map": remote_code.auto_map(),
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "is_served", "reason"),
+    [
+        (CHATGLM_6B, True, ""),
+        ({**CHATGLM_6B, "quantization_bit": 4}, True, ""),
+        ({**CHATGLM_6B, "pre_seq_len": 128, "vocab_size": 704}, True, ""),
+        ({"model_type": "chatglm", "vocab_size": 130528}, True, ""),
+        ({key: value for key, value in CHATGLM_6B.items() if key != "model_type"}, True, ""),
+        ({**CHATGLM_6B, "auto_map": remote_code.auto_map("THUDM/chatglm-6b")}, True, ""),
+        ({**CHATGLM_6B, "model_type": "llama"}, False, ""),
+        ({}, False, ""),
+        ({"hidden_size": 4096}, False, ""),
+        (remote_code.CHATGLM2_CONFIG, False, "as ChatGLM2, ChatGLM3 and GLM-4 do"),
+        ({**CHATGLM_6B, "eva_config": {}}, False, "config.json has eva_config, as VisualGLM does"),
+        (remote_code.OLD_VOCABULARY_CONFIG, False, "old one of 150528"),
+        ({**remote_code.OLD_VOCABULARY_CONFIG, "gmask_token_id": 150001}, False, "old one of 150528"),
+        ({**remote_code.OLD_VOCABULARY_CONFIG, "vocab_size": 150536}, False, "no gmask_token_id"),
+        ({"model_type": "chatglm", "hidden_size": 4096}, False, "has none of inner_hidden_size"),
+        (
+            {**CHATGLM_6B, "auto_map": {"AutoModel": "modeling_x.ChatGLMWithImage"}},
+            False,
+            "its auto_map asks for ChatGLMWithImage",
+        ),
+    ],
+)
+def test_recognition_by_config(config, is_served, reason):
+    verdict = recognition.judge_config(config)
+    assert verdict.is_served is is_served
+    assert reason in verdict.reason
+    assert bool(reason) == bool(verdict.reason)
+
+
+@pytest.mark.parametrize(
+    ("config", "is_served", "reason"),
+    [
+        ({"tokenizer_class": "ChatGLMTokenizer", "num_image_tokens": 0}, True, ""),
+        ({"tokenizer_class": "ChatGLMTokenizer", "end_token": "</s>", "gmask_token": "[gMASK]"}, True, ""),
+        ({"tokenizer_class": "ChatGLMTokenizer", "num_image_tokens": 20000}, False, "old vocabulary"),
+        ({"tokenizer_class": "ChatGLMTokenizer", "eop_token": "<eop>", "gmask_token": "[gMASK]"}, False, "old"),
+        (remote_code.CHATGLM2_TOKENIZER_CONFIG, False, "as ChatGLM2"),
+        ({"tokenizer_class": "LlamaTokenizer", "num_image_tokens": 0}, False, ""),
+        ({}, False, ""),
+    ],
+)
+def test_recognition_by_tokenizer_config(config, is_served, reason):
+    verdict = recognition.judge_tokenizer_config(config)
+    assert verdict.is_served is is_served
+    assert reason in verdict.reason
+    assert bool(reason) == bool(verdict.reason)
