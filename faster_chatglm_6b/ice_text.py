@@ -97,6 +97,7 @@ class IceTextTokenizer:
         self.num_tokens: int = self.model.GetPieceSize()
         pieces = self.model.IdToPiece(list(range(self.num_tokens)))
         self.vocab: dict[str, int] = {piece: index for index, piece in enumerate(pieces)}
+        self.byte_of_id: dict[int, int] = {self.vocab[f"<0x{byte:02X}>"]: byte for byte in range(256)}
 
     def wrong_vocabulary(self, model_file: str | Path, missing: Sequence[str]) -> VocabularyError:
         """The error that tells why `model_file` is not ChatGLM-6B's current vocabulary."""
