@@ -114,7 +114,10 @@ class ChatGLMConfig(PretrainedConfig):
                 f"config.json lacks {', '.join(missing)}, which a ChatGLM-6B checkpoint must give; take config.json from the "
                 "checkpoint again."
             )
-        return super().from_dict(config_dict, **kwargs)
+        result = super().from_dict(config_dict, **kwargs)
+        # transformers sets the caller's own values after construction.
+        (result[0] if isinstance(result, tuple) else result)._check()
+        return result
 
     @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from . import _status
 from .configuration_chatglm import ChatGLMConfig
 from .hook import checkpoint_code_blocked, is_checkpoint_code_blocked
+from .quantized_loading import load_quantized, quantizes_while_loading
 
 # How torch, safetensors and transformers say that a file cannot be read.
 _DAMAGE = (SafetensorError, UnpicklingError, EOFError)
@@ -36,6 +37,9 @@ class CheckpointMixin:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """transformers' ``from_pretrained``, in the checkpoint's dtype unless the caller names another.
 
+        With ``quantization_bit=8`` or ``4`` (and ``quantization_group_size``, ``quantization_head_bits``) a float checkpoint is
+        quantised while it is read, so that memory holds the quantised model and one weight file at most.
+
         Raises:
             OSError: weights that are missing, truncated or corrupt.
             ValueError: weights that do not fit config.json, or a config.json that is not one of ChatGLM-6B.
@@ -46,10 +50,21 @@ class CheckpointMixin:
         config = kwargs.get("config")
         if config is not None and not isinstance(config, ChatGLMConfig) and hasattr(config, "to_dict"):
             kwargs["config"] = ChatGLMConfig.from_dict(config.to_dict())
+        if quantizes_while_loading(pretrained_model_name_or_path, kwargs):
+            with _clear_errors(pretrained_model_name_or_path):
+                model = load_quantized(cls, pretrained_model_name_or_path, kwargs)
+            _status.record_served("model", str(pretrained_model_name_or_path))
+            return model
         wants_info = kwargs.pop("output_loading_info", False)
         # Without remote code transformers takes us for a native model and would ask the hub to convert .bin files.
-        with checkpoint_code_blocked(), _environment_default("DISABLE_SAFETENSORS_CONVERSION", "true"):
-            model, info = _readable(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
+        with (
+            checkpoint_code_blocked(),
+            _environment_default("DISABLE_SAFETENSORS_CONVERSION", "true"),
+            _clear_errors(pretrained_model_name_or_path),
+        ):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
         _check_complete(info, pretrained_model_name_or_path)
         model.tie_head()
         _status.record_served("model", str(pretrained_model_name_or_path))
@@ -78,11 +93,12 @@ class CheckpointMixin:
         """Nothing: registering would make ``save_pretrained`` copy this package's source into checkpoints."""
 
 
-def _readable(from_pretrained: Any, name: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-    """Call from_pretrained, and say in one sentence that a weight file is damaged where that is what went wrong."""
+@contextmanager
+def _clear_errors(name: Any) -> Iterator[None]:
+    """Say in one sentence that a weight file of the checkpoint is damaged or does not fit, where that is what went wrong."""
     default_dtype = torch.get_default_dtype()
     try:
-        return from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        yield
     except _DAMAGE as error:
         raise _damaged(name, error) from error
     except (OSError, RuntimeError) as error:

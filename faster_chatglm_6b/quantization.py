@@ -146,13 +146,13 @@ def prepare_quantized(model: nn.Module) -> None:
 def check_quantization(config: ChatGLMConfig, bits: int, group_size: int | None, head_bits: int | None) -> None:
     """Raise ValueError, in one sentence, for settings that cannot be."""
     if bits not in (4, 8):
-        raise ValueError(f"quantize() was asked for {bits!r} bits, but only 8 and 4 exist.")
+        raise ValueError(f"Quantisation was asked for with {bits!r} bits, but only 8 and 4 exist.")
     if head_bits not in (None, 8):
-        raise ValueError(f"quantize() was asked for head_bits={head_bits!r}, but the head takes 8 bits, or None to stay as it is.")
+        raise ValueError(f"Quantisation was asked for with head_bits={head_bits!r}, but the head takes 8 bits, or None to stay as it is.")
     widths = (config.hidden_size, config.inner_hidden_size)
     if group_size is not None and (group_size < 1 or group_size % 2 or any(width % group_size for width in widths)):
         raise ValueError(
-            f"quantize() was asked for group_size={group_size}, but it must be even and divide both {widths[0]} (hidden_size) "
+            f"Quantisation was asked for with group_size={group_size}, but it must be even and divide both {widths[0]} (hidden_size) "
             f"and {widths[1]} (inner_hidden_size); 128 suits ChatGLM-6B."
         )
     if bits == 4 and any(width % 2 for width in widths):

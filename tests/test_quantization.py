@@ -138,7 +138,7 @@ def test_bad_requests_leave_the_model_unchanged(tiny_dir):
     model = load(tiny_dir)
     before = copy.deepcopy(model.state_dict())
     for settings, message in (
-        ({"bits": 3}, "asked for 3 bits, but only 8 and 4 exist"),
+        ({"bits": 3}, "asked for with 3 bits, but only 8 and 4 exist"),
         ({"bits": 4, "group_size": 48}, "group_size=48, but it must be even and divide both 128"),
         ({"bits": 4, "group_size": 0}, "group_size=0"),
         ({"bits": 8, "head_bits": 4}, "head_bits=4, but the head takes 8 bits"),
@@ -173,3 +173,32 @@ def test_quantised_generation_and_chat(golden_dir, tiny_tokenizer):
     assert greedy.tolist() == ids.tolist()
     response, _ = model.chat(tiny_tokenizer, "你好", do_sample=False, max_new_tokens=8)
     assert response
+
+
+@pytest.mark.parametrize("source", ["tiny", "tiny-sharded"])
+@pytest.mark.parametrize("settings", [{"bits": 8}, {"bits": 4, "group_size": 32, "head_bits": 8}])
+def test_quantising_while_loading_equals_quantising_after(golden_dir, tiny_dir, source, settings):
+    directory = golden_dir / "ckpt" / source
+    names = {"bits": "quantization_bit", "group_size": "quantization_group_size", "head_bits": "quantization_head_bits"}
+    model = load(directory, **{names[name]: value for name, value in settings.items()})
+    expected = load(tiny_dir).quantize(**settings)
+    for (name, a), (other, b) in zip(model.state_dict().items(), expected.state_dict().items(), strict=True):
+        assert name == other and a.dtype == b.dtype and torch.equal(a, b), name
+    assert not model.training
+    ids = model.float().generate(PROMPT, do_sample=False, max_new_tokens=4)
+    assert ids.tolist() == expected.float().generate(PROMPT, do_sample=False, max_new_tokens=4).tolist()
+
+
+def test_quantising_while_loading_refuses_what_it_cannot_do(golden_dir, tiny_dir, tmp_path):
+    with pytest.raises(ValueError, match="holds 4-bit weights, which cannot be turned into 8-bit"):
+        load(golden_dir / "ckpt" / "tiny-int4", quantization_bit=8)
+    with pytest.raises(ValueError, match="can fill one device only"):
+        load(tiny_dir, quantization_bit=8, device_map={"transformer": "cpu", "lm_head": "cpu"})
+    with pytest.raises(ValueError, match="5 bits, but only 8 and 4 exist|only 0, 4 and 8 exist"):
+        load(tiny_dir, quantization_bit=5)
+    tensors = load_file(tiny_dir / "model.safetensors")
+    del tensors["transformer.layers.2.mlp.dense_4h_to_h.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_bytes((tiny_dir / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="lack transformer.layers.2.mlp.dense_4h_to_h.weight"):
+        load(tmp_path, quantization_bit=8)
