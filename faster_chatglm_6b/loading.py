@@ -101,6 +101,13 @@ def _clear_errors(name: Any) -> Iterator[None]:
         yield
     except _DAMAGE as error:
         raise _damaged(name, error) from error
+    except AttributeError as error:
+        if "'NoneType' object has no attribute 'get'" not in str(error):
+            raise
+        raise OSError(
+            f"A safetensors file of {name} carries no format, which this version of transformers cannot read; use transformers "
+            '4.57 or newer, or save the file again with metadata={"format": "pt"}.'
+        ) from error
     except (OSError, RuntimeError) as error:
         causes = (error, error.__cause__, error.__context__)
         if any(isinstance(cause, _DAMAGE) for cause in causes) or any(words in str(error) for words in _DAMAGE_WORDS):

@@ -145,6 +145,18 @@ def test_a_padded_row_equals_its_single_run(tiny_model, golden_tensors, form):
         assert mine[: len(single)] == single and set(mine[len(single) :]) <= {3}
 
 
+def test_padded_and_unpadded_calls_agree_about_the_mask_token(tiny_model, tiny_tokenizer, cases):
+    """Stock's tokenizer takes [MASK] for the mask position where its model takes [gMASK], so the two calls differ there."""
+    stock = [cases[f"text_with_special_{form}|北京是[MASK]的首都"]["output_ids"] for form in ("unpadded", "padded_call")]
+    assert stock[0] != stock[1]
+    for name in names(cases, "text_with_special_"):
+        case, text = cases[name], name.split("|")[1]
+        inputs = tiny_tokenizer([text], return_tensors="pt", padding="padded_call" in name)
+        assert inputs["input_ids"].tolist() == case["prompt_ids"], name
+        expected = cases[f"text_with_special_unpadded|{text}"]["output_ids"]
+        assert tiny_model.generate(**inputs, **case["kwargs"]).tolist() == expected, name
+
+
 def test_other_modes(tiny_model, cases):
     """Prompt lookup, return_dict, num_return_sequences, streamer, stopping criteria, processors, cache_implementation."""
     from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList

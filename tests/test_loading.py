@@ -111,6 +111,24 @@ def test_a_model_built_on_the_meta_device_gets_real_rotary_angles(tiny_dir, tiny
     assert torch.equal(logits(model.float()), logits(tiny_model))
 
 
+def test_safetensors_without_a_format(tiny_dir, tmp_path):
+    """transformers of stock's time, and up to 4.45 at least, fail on it with an AttributeError."""
+    save_file(load_file(tiny_dir / "model.safetensors"), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((tiny_dir / "config.json").read_bytes())
+    try:
+        model = ChatGLMForConditionalGeneration.from_pretrained(tmp_path)
+    except OSError as error:
+        assert "carries no format" in str(error)
+    else:
+        assert torch.equal(logits(model), logits(ChatGLMForConditionalGeneration.from_pretrained(tiny_dir)))
+
+
+def test_config_answers_to_transformers_names(tiny_dir):
+    """Stock's config lacks num_hidden_layers, on which transformers since 4.57 fails."""
+    config = ChatGLMConfig.from_pretrained(tiny_dir)
+    assert (config.num_hidden_layers, config.intermediate_size, config.max_position_embeddings) == (3, 512, 2048)
+
+
 def test_device_map_auto(tiny_dir, tiny_model):
     pytest.importorskip("accelerate", reason="device_map needs accelerate: pip install accelerate")
     model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, device_map="auto").float()
