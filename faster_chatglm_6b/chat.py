@@ -57,7 +57,7 @@ class ChatMixin:
             query: the user's text. Control tokens typed in it ("[gMASK]", "<sop>"...) stay text.
             history: earlier (query, response) rounds; not changed.
             max_length: limit of prompt and answer together, in tokens.
-            num_beams, do_sample, top_p, temperature, logits_processor, kwargs: as in ``generate``; transformers' default
+            num_beams, do_sample, top_p, temperature, logits_processor, kwargs: as in ``generate``, whose default
                 ``top_k=50`` applies too.
 
         Returns:
@@ -131,8 +131,8 @@ class ChatMixin:
         ours = (config.gmask_token_id, config.bos_token_id, config.eos_token_id)
         if theirs != ours or tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
-                f"The tokenizer has {tokenizer.vocab_size} tokens with [gMASK], <sop> and <eop> at {theirs}, but the model "
-                f"has {config.vocab_size} with them at {ours}; load both from the same checkpoint."
+                f"The tokenizer has {tokenizer.vocab_size} tokens with [gMASK], <sop> and <eop> at {theirs}, but the "
+                f"model has {config.vocab_size} with them at {ours}; load both from the same checkpoint."
             )
 
 

@@ -26,7 +26,7 @@ class ChatGLMConfig(PretrainedConfig):
     Args:
         vocab_size: rows of the embedding and of the output head.
         hidden_size, inner_hidden_size: width of the residual stream and of the MLP.
-        num_layers, num_attention_heads: depth, and heads per layer; ``hidden_size / num_attention_heads`` is the head size.
+        num_layers, num_attention_heads: depth, and heads per layer, which share hidden_size.
         layernorm_epsilon: epsilon of every LayerNorm.
         bos_token_id, eos_token_id: ids of ``<sop>`` and ``<eop>``.
         mask_token_id, gmask_token_id: ids of ``[MASK]`` and ``[gMASK]``.
@@ -93,7 +93,8 @@ class ChatGLMConfig(PretrainedConfig):
         self.pre_seq_len = pre_seq_len
         self.prefix_projection = prefix_projection
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
-        # Set after super().__init__: transformers 5 has no such fields on the base class, transformers 4 overwrites them there.
+        # Set after super().__init__: transformers 5 has no such fields on the base class, transformers 4 overwrites
+        # them there.
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
@@ -111,8 +112,8 @@ class ChatGLMConfig(PretrainedConfig):
         missing = [name for name in (*_POSITIVE_INTEGERS, *_TOKEN_IDS) if name not in config_dict]
         if missing:
             raise ValueError(
-                f"config.json lacks {', '.join(missing)}, which a ChatGLM-6B checkpoint must give; take config.json from the "
-                "checkpoint again."
+                f"config.json lacks {', '.join(missing)}, which a ChatGLM-6B checkpoint must give; take config.json "
+                "from the checkpoint again."
             )
         result = super().from_dict(config_dict, **kwargs)
         # transformers sets the caller's own values after construction.
@@ -151,8 +152,8 @@ class ChatGLMConfig(PretrainedConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < self.vocab_size:
                 raise ValueError(
-                    f"config.json gives {name}={value!r}, but an id from 0 to {self.vocab_size - 1} (vocab_size - 1) is "
-                    "needed; take config.json from the checkpoint again."
+                    f"config.json gives {name}={value!r}, but an id from 0 to {self.vocab_size - 1} (vocab_size - 1) "
+                    "is needed; take config.json from the checkpoint again."
                 )
         if self.quantization_bit not in (0, 4, 8, None):
             raise ValueError(
@@ -161,6 +162,6 @@ class ChatGLMConfig(PretrainedConfig):
             )
         if not isinstance(self.layernorm_epsilon, (int, float)) or not 0 < self.layernorm_epsilon < 1:
             raise ValueError(
-                f"config.json gives layernorm_epsilon={self.layernorm_epsilon!r}, but a number between 0 and 1 is needed; "
-                "take config.json from the checkpoint again."
+                f"config.json gives layernorm_epsilon={self.layernorm_epsilon!r}, but a number between 0 and 1 is "
+                "needed; take config.json from the checkpoint again."
             )

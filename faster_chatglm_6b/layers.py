@@ -39,8 +39,8 @@ def project(
 ) -> torch.Tensor:
     """Apply a projection and add alpha * residual.
 
-    Our own layers fold the residual in; a layer that something else put in their place (an adapter, a quantised linear of
-    another library) is called with x alone.
+    Our own layers fold the residual in; a layer that something else put in their place (an adapter, a quantised linear
+    of another library) is called with x alone.
     """
     if isinstance(linear, Linear):
         return linear(x, ops, residual, alpha)

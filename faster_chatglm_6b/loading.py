@@ -37,8 +37,8 @@ class CheckpointMixin:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """transformers' ``from_pretrained``, in the checkpoint's dtype unless the caller names another.
 
-        With ``quantization_bit=8`` or ``4`` (and ``quantization_group_size``, ``quantization_head_bits``) a float checkpoint is
-        quantised while it is read, so that memory holds the quantised model and one weight file at most.
+        With ``quantization_bit=8`` or ``4`` (and ``quantization_group_size``, ``quantization_head_bits``) a float
+        checkpoint is quantised while it is read, so that memory holds the quantised model and one weight file at most.
 
         Raises:
             OSError: weights that are missing, truncated or corrupt.
@@ -67,13 +67,16 @@ class CheckpointMixin:
             )
         _check_complete(info, pretrained_model_name_or_path)
         model.tie_head()
+        # transformers 5 puts new parameters in the place of those that were frozen.
+        model.base_model.freeze_below_prefix()
         _status.record_served("model", str(pretrained_model_name_or_path))
         return (model, info) if wants_info else model
 
     def tie_head(self) -> None:
         """Share the embedding with the head where the config ties them.
 
-        transformers 5 leaves them apart if a checkpoint holds two different tensors; stock always let the embedding win.
+        transformers 5 leaves them apart if a checkpoint holds two different tensors; stock always let the embedding
+        win.
         """
         head = self.get_output_embeddings()
         if head is not None and self.config.tie_word_embeddings:
@@ -85,7 +88,9 @@ class CheckpointMixin:
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' loader of a generate() from a repository; a checkpoint that merely holds one never runs it."""
         if is_checkpoint_code_blocked():
-            raise OSError("A custom generate() in a ChatGLM-6B checkpoint is not run; pass custom_generate= to generate().")
+            raise OSError(
+                "A custom generate() in a ChatGLM-6B checkpoint is not run; pass custom_generate= to generate()."
+            )
         return super().load_custom_generate(*args, **kwargs)
 
     @classmethod
@@ -105,8 +110,8 @@ def _clear_errors(name: Any) -> Iterator[None]:
         if "'NoneType' object has no attribute 'get'" not in str(error):
             raise
         raise OSError(
-            f"A safetensors file of {name} carries no format, which this version of transformers cannot read; use transformers "
-            '4.57 or newer, or save the file again with metadata={"format": "pt"}.'
+            f"A safetensors file of {name} carries no format, which this version of transformers cannot read; use "
+            'transformers 4.57 or newer, or save the file again with metadata={"format": "pt"}.'
         ) from error
     except (OSError, RuntimeError) as error:
         causes = (error, error.__cause__, error.__context__)
@@ -114,8 +119,8 @@ def _clear_errors(name: Any) -> Iterator[None]:
             raise _damaged(name, error) from error
         if "size mismatch" in str(error) or "mismatched" in str(error):
             raise ValueError(
-                f"The weights of {name} have other shapes than its config.json says; take both from the same checkpoint. "
-                f"({error})"
+                f"The weights of {name} have other shapes than its config.json says; take both from the same "
+                f"checkpoint. ({error})"
             ) from error
         raise
     finally:
@@ -125,17 +130,20 @@ def _clear_errors(name: Any) -> Iterator[None]:
 
 def _damaged(name: Any, error: Exception) -> OSError:
     return OSError(
-        f"A weight file of {name} is truncated or corrupt and cannot be read; copy or download the checkpoint again. ({error})"
+        f"A weight file of {name} is truncated or corrupt and cannot be read; copy or download the checkpoint again. "
+        f"({error})"
     )
 
 
 def _check_complete(info: dict[str, Any], name: Any) -> None:
-    """Refuse weights that are missing, which transformers would fill with random numbers."""
-    missing = sorted(key for key in info["missing_keys"] if key != "lm_head.weight")
+    """Refuse weights that are missing, which transformers would fill with random numbers. A P-Tuning prefix is a file
+    of its own, which its users load afterwards."""
+    missing = sorted(key for key in info["missing_keys"] if key != "lm_head.weight" and ".prefix_encoder." not in key)
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ValueError(
-            f"The weights of {name} lack {shown}, which its config.json asks for; copy or download the checkpoint again."
+            f"The weights of {name} lack {shown}, which its config.json asks for; copy or download the checkpoint "
+            "again."
         )
     if info.get("mismatched_keys"):
         raise ValueError(

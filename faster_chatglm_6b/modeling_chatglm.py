@@ -1,4 +1,4 @@
-"""The ChatGLM-6B network, with the checkpoint's parameter names. Every operator is called through an ``Operators`` table."""
+"""The ChatGLM-6B network, with the checkpoint's parameter names; it calls operators only through an ``Operators`` table."""
 
 import math
 
@@ -16,11 +16,13 @@ from .layers import LayerNorm, Linear, project
 from .loading import CheckpointMixin
 from .ops import Operators, operators_for
 from .ops.reference import attention_probabilities
-from .prompt_layout import PromptLayout, causal_hidden
+from .prefix_encoder import PrefixEncoder
+from .prompt_layout import PromptLayout, cached_tokens, causal_hidden
 from .quantization import QuantizationMixin, prepare_quantized
 from .rotary import RotaryTable
 
-# GLMBlock's default depth, which stock never overrides: the residual weight of every checkpoint, whatever its num_layers.
+# GLMBlock's default depth, which stock never overrides: the residual weight of every checkpoint, whatever its
+# num_layers.
 RESIDUAL_ALPHA = math.sqrt(2 * 28)
 
 
@@ -37,7 +39,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, ops: Operators, step: "Step"
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Map hidden_states [B, M, hidden] to (RESIDUAL_ALPHA * hidden_states + attention [B, M, hidden], probabilities)."""
+        """Map hidden_states [B, M, hidden] to (RESIDUAL_ALPHA * hidden_states + attention, probabilities or None)."""
         packed = project(self.query_key_value, hidden_states, ops)
         batch, rows, width = packed.shape
         rotary = {"position_ids": step.position_ids, "cos": step.cos, "sin": step.sin, "k_size": self.head_size}
@@ -111,7 +113,14 @@ class ChatGLMPreTrainedModel(CheckpointMixin, PreTrainedModel):
     _supports_cache_class = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Weights come from the checkpoint; a fresh model keeps PyTorch's own initialisation."""
+        """Weights come from the checkpoint, and a fresh model keeps PyTorch's own initialisation; only a P-Tuning
+        prefix may be missing from a checkpoint, to be trained or loaded afterwards."""
+        if isinstance(module, PrefixEncoder):
+            module.reset_parameters()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """transformers' switch, not reentrant by default: gradients reach a P-Tuning prefix past the layers' inputs."""
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -119,13 +128,21 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def __init__(self, config: ChatGLMConfig, empty_init: bool = True):
         super().__init__(config)
-        _refuse_what_cannot_run(config)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(GLMBlock(config, layer_id) for layer_id in range(config.num_layers))
         self.final_layernorm = LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.rotary = RotaryTable(config.head_size // 2 if config.position_encoding_2d else config.head_size)
         self.gradient_checkpointing = False
+        if config.pre_seq_len:
+            self.prefix_encoder = PrefixEncoder(config)
+        self.freeze_below_prefix()
         self.post_init()
+
+    def freeze_below_prefix(self) -> None:
+        """With a P-Tuning prefix, leave the prefix alone trainable, as stock does."""
+        if self.config.pre_seq_len:
+            self.requires_grad_(False)
+            self.prefix_encoder.requires_grad_(True)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The embedding of the tokens."""
@@ -171,28 +188,35 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         cache = _as_cache(past_key_values, use_cache)
-        past_length = cache.get_seq_length() if cache is not None else 0
-        position_ids, attn_bias, prefix_length = self._positions_and_bias(
+        past_length = cached_tokens(cache, self.config)
+        position_ids, hidden, context_length = self._positions_and_mask(
             input_ids, position_ids, attention_mask, inputs_embeds, past_length
         )
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         device, dtype = hidden_states.device, hidden_states.dtype
+        attended = cache
+        if self.config.pre_seq_len:
+            hidden, context_length = None if hidden is None else self.prefix_encoder.show(hidden), None
+            if past_length == 0:
+                attended = self.prefix_encoder.placed_in(cache, hidden_states.shape[0], dtype)
         ops = operators_for(device, dtype, self.config.head_size, differentiable=torch.is_grad_enabled())
         cos, sin = self.rotary.get(int(position_ids.max()) + 1, device, dtype)
         step = Step(
             position_ids=position_ids.to(device),
             cos=cos,
             sin=sin,
-            attn_bias=attn_bias if attn_bias is None else _additive(attn_bias, device, dtype),
-            prefix_length=prefix_length,
-            past_key_values=cache,
+            attn_bias=None if hidden is None else _additive(hidden, device, dtype),
+            prefix_length=context_length,
+            past_key_values=attended,
             output_attentions=output_attentions,
         )
         all_hidden_states, all_attentions = [], []
         for layer in self.layers:
             all_hidden_states.append(hidden_states)
             if self.gradient_checkpointing and self.training:
-                hidden_states, probabilities = self._gradient_checkpointing_func(layer.__call__, hidden_states, ops, step)
+                hidden_states, probabilities = self._gradient_checkpointing_func(
+                    layer.__call__, hidden_states, ops, step
+                )
             else:
                 hidden_states, probabilities = layer(hidden_states, ops, step)
             all_attentions.append(probabilities)
@@ -207,7 +231,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
-    def _positions_and_bias(
+    def _positions_and_mask(
         self,
         input_ids: torch.Tensor | None,
         position_ids: torch.Tensor | None,
@@ -215,21 +239,21 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         inputs_embeds: torch.Tensor | None,
         past_length: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None, int | None]:
-        """Positions, the bool mask of hidden keys (None: nothing is hidden), and the plain prefix's length if it is one."""
+        """Positions, the bool mask of hidden keys (None: nothing is), and the context's length in a plain prefix mask."""
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Neither input_ids nor inputs_embeds are given; pass one of them.")
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         is_dense = attention_mask is not None and attention_mask.dim() == 4
         if attention_mask is not None and attention_mask.dim() not in (2, 4):
             raise ValueError(
-                f"attention_mask has shape {list(attention_mask.shape)}; pass [batch, length] with 0 for padding, or a bool "
-                "[batch, 1, query, key] with True where hidden."
+                f"attention_mask has shape {list(attention_mask.shape)}; pass [batch, length] with 0 for padding, or "
+                "a bool [batch, 1, query, key] with True where hidden."
             )
         if past_length:
             if position_ids is None:
                 raise ValueError(
-                    "position_ids are missing: with past_key_values they cannot be derived from the new tokens alone; pass "
-                    "them, or use generate()."
+                    "position_ids are missing: with past_key_values they cannot be derived from the new tokens alone; "
+                    "pass them, or use generate()."
                 )
             hidden = attention_mask.bool() if is_dense else causal_hidden(past_length, length, attention_mask)
             return position_ids, hidden, None
@@ -237,8 +261,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             return position_ids, attention_mask.bool(), None
         if input_ids is None:
             raise ValueError(
-                "inputs_embeds alone do not tell where the context ends; pass input_ids with them, or position_ids and a "
-                "bool attention_mask of shape [batch, 1, length, length]."
+                "inputs_embeds alone do not tell where the context ends; pass input_ids with them, or position_ids "
+                "and a bool attention_mask of shape [batch, 1, length, length]."
             )
         layout = PromptLayout.of(input_ids, self.config, None if is_dense else attention_mask)
         if position_ids is None:
@@ -326,7 +350,7 @@ class ChatGLMForConditionalGeneration(
 
 
 def _as_cache(past_key_values: Cache | tuple | None, use_cache: bool) -> Cache | None:
-    """A transformers cache from what the caller gave: a cache, stock's tuple of (key, value) [T, B, H, K], or nothing."""
+    """A transformers cache of what was given: a cache, stock's tuple of (key, value) [T, B, H, K], or nothing."""
     if past_key_values is None:
         return DynamicCache() if use_cache else None
     if not isinstance(past_key_values, (tuple, list)):
@@ -338,15 +362,7 @@ def _as_cache(past_key_values: Cache | tuple | None, use_cache: bool) -> Cache |
 
 
 def _additive(hidden: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The bias that hides keys. It is the lowest finite value and not -inf, so that a row that sees nothing (a pad) attends
-    evenly, as in stock, and never turns into NaN."""
+    """The bias that hides keys. It is the lowest finite value and not -inf, so that a row that sees nothing (a pad)
+    attends evenly, as in stock, and never turns into NaN."""
     bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
     return bias.masked_fill_(hidden.to(device), torch.finfo(dtype).min)
-
-
-def _refuse_what_cannot_run(config: ChatGLMConfig) -> None:
-    if config.pre_seq_len:
-        raise NotImplementedError(
-            f"config.json gives pre_seq_len={config.pre_seq_len}, but this version does not run P-Tuning v2 prefixes; load "
-            "the checkpoint without its prefix."
-        )

@@ -6,6 +6,7 @@ rows carry the position of ``[gMASK]`` (or of ``[MASK]`` where there is none) an
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -50,8 +51,8 @@ class PromptLayout:
                 padding.
 
         Raises:
-            ValueError: an id out of the vocabulary, a row without ``[gMASK]`` and ``[MASK]``, or without ``<sop>``, or a
-                mask of another shape.
+            ValueError: an id out of the vocabulary, a row without ``[gMASK]`` and ``[MASK]``, or without ``<sop>``, or
+                a mask of another shape.
         """
         input_ids = input_ids.cpu()
         _check_ids(input_ids, config)
@@ -62,8 +63,8 @@ class PromptLayout:
             real = attention_mask.cpu()[:, : input_ids.shape[1]].bool()
             if real.shape != input_ids.shape:
                 raise ValueError(
-                    f"attention_mask has shape {list(attention_mask.shape)}, but input_ids have {list(input_ids.shape)}; "
-                    "pass one 0 or 1 for each token."
+                    f"attention_mask has shape {list(attention_mask.shape)}, but input_ids have "
+                    f"{list(input_ids.shape)}; pass one 0 or 1 for each token."
                 )
             hidden = ~real
             if not bool(real.any(dim=1).all()):
@@ -73,14 +74,14 @@ class PromptLayout:
         has_gmask = is_gmask.any(dim=1)
         if not bool((has_gmask | is_mask.any(dim=1)).all()):
             raise ValueError(
-                f"input_ids hold neither [gMASK] ({config.gmask_token_id}) nor [MASK] ({config.mask_token_id}), but every "
-                "prompt needs one of them; make the ids with the checkpoint's tokenizer."
+                f"input_ids hold neither [gMASK] ({config.gmask_token_id}) nor [MASK] ({config.mask_token_id}), but "
+                "every prompt needs one of them; make the ids with the checkpoint's tokenizer."
             )
         is_sop = input_ids == config.bos_token_id
         if not bool(is_sop.any(dim=1).all()):
             raise ValueError(
-                f"input_ids hold no <sop> ({config.bos_token_id}), but every prompt needs it after its [gMASK] or [MASK]; "
-                "make the ids with the checkpoint's tokenizer."
+                f"input_ids hold no <sop> ({config.bos_token_id}), but every prompt needs it after its [gMASK] or "
+                "[MASK]; make the ids with the checkpoint's tokenizer."
             )
         mask_slot = torch.where(has_gmask, _first_index(is_gmask), _first_index(is_mask))
         if hidden is not None:
@@ -120,7 +121,8 @@ class PromptLayout:
         return torch.stack((position, block), dim=1)
 
     def hidden(self, start: int, stop: int) -> torch.Tensor:
-        """Which of the first ``stop`` keys are hidden from the query rows ``start`` to ``stop`` (stock's ``get_masks``).
+        """Which of the first ``stop`` keys are hidden from the query rows ``start`` to ``stop`` (stock's
+        ``get_masks``).
 
         Returns:
             bool [B, 1, stop - start, stop], True where hidden.
@@ -146,7 +148,9 @@ class PromptLayout:
 
 def _check_ids(input_ids: torch.Tensor, config: ChatGLMConfig) -> None:
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids have shape {list(input_ids.shape)}, but [batch, length] with a length of 1 or more is needed.")
+        raise ValueError(
+            f"input_ids have shape {list(input_ids.shape)}, but [batch, length] with a length of 1 or more is needed."
+        )
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= config.vocab_size:
         raise ValueError(
@@ -172,9 +176,14 @@ def causal_hidden(past_length: int, length: int, attention_mask: torch.Tensor | 
     if attention_mask is not None:
         if attention_mask.shape[-1] != total:
             raise ValueError(
-                f"attention_mask covers {attention_mask.shape[-1]} tokens, but {past_length} cached and {length} new ones "
-                "are attended to; pass one 0 or 1 for each of them."
+                f"attention_mask covers {attention_mask.shape[-1]} tokens, but {past_length} cached and {length} new "
+                "ones are attended to; pass one 0 or 1 for each of them."
             )
         padding = ~attention_mask.bool()[:, None, None, :]
         hidden = padding if hidden is None else hidden.to(padding.device) | padding
     return hidden
+
+
+def cached_tokens(cache: Any, config: ChatGLMConfig) -> int:
+    """How many tokens of the sequence a cache holds; a P-Tuning prefix does not count."""
+    return max(cache.get_seq_length() - (config.pre_seq_len or 0), 0) if cache is not None else 0

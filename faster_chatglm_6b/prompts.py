@@ -23,7 +23,7 @@ def build_prompt(query: str, history: list[tuple[str, str]]) -> str:
 
 
 def process_response(response: str) -> str:
-    """Clean up decoded text: strip it, fill in the training date, and restore full-width marks beside Chinese characters."""
+    """Clean up decoded text: strip it, fill in the training date, make marks beside Chinese characters full-width."""
     response = response.strip().replace(_TRAINING_TIME, _YEAR)
     for (after, full), (before, _) in zip(_AFTER_CHINESE, _BEFORE_CHINESE, strict=True):
         response = before.sub(full, after.sub(full, response))

@@ -13,10 +13,11 @@ from .ops.reference import fused_linear_with_groupwise_quantized_weight, unpack_
 
 
 def quantize_weight(weight: torch.Tensor, bits: int, group_size: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric integers and scales of a weight (stock's ``QuantizedLinear``, bit for bit where every row is one group).
+    """Symmetric integers and scales of a weight (stock's ``QuantizedLinear``, bit for bit where every row is one
+    group).
 
-    scale = fp16(absmax / (2^(bits - 1) - 1)); integer = round-half-even(weight / scale), the division in the weight's dtype.
-    A group of zeros gets scale 0 and zeros.
+    scale = fp16(absmax / (2^(bits - 1) - 1)); integer = round-half-even(weight / scale), the division in the weight's
+    dtype. A group of zeros gets scale 0 and zeros.
 
     Args:
         weight: [out, in], float16, bfloat16 or float32.
@@ -24,8 +25,8 @@ def quantize_weight(weight: torch.Tensor, bits: int, group_size: int = -1) -> tu
         group_size: columns that share a scale; -1 for the whole row.
 
     Returns:
-        int8 [out, in] for 8 bits, or [out, in / 2] with the even column in the high nibble for 4; and the scales, float16
-        [out], or [out, in / group_size] with groups.
+        int8 [out, in] for 8 bits, or [out, in / 2] with the even column in the high nibble for 4; and the scales,
+        float16 [out], or [out, in / group_size] with groups.
     """
     limit = 2 ** (bits - 1) - 1
     groups = weight.view(weight.shape[0], -1, weight.shape[1] if group_size < 0 else group_size)
@@ -38,7 +39,8 @@ def quantize_weight(weight: torch.Tensor, bits: int, group_size: int = -1) -> tu
 
 
 class QuantizedLinear(Linear):
-    """A linear layer with an int8 or packed int4 ``weight`` and its ``weight_scale``, named and shaped as stock stores them.
+    """A linear layer with an int8 or packed int4 ``weight`` and its ``weight_scale``, named and shaped as stock stores
+    them.
 
     It is an ``nn.Linear`` to adapters such as LoRA, and takes the place of one in the model.
 
@@ -133,7 +135,9 @@ def prepare_quantized(model: nn.Module) -> None:
     for owner, name in _linears(model):
         linear = getattr(owner, name)
         setattr(
-            owner, name, QuantizedLinear(linear.in_features, linear.out_features, True, config.quantization_bit, group_size)
+            owner,
+            name,
+            QuantizedLinear(linear.in_features, linear.out_features, True, config.quantization_bit, group_size),
         )
     vocabulary, hidden = config.vocab_size, config.hidden_size
     if config.quantization_embeddings:
@@ -148,15 +152,20 @@ def check_quantization(config: ChatGLMConfig, bits: int, group_size: int | None,
     if bits not in (4, 8):
         raise ValueError(f"Quantisation was asked for with {bits!r} bits, but only 8 and 4 exist.")
     if head_bits not in (None, 8):
-        raise ValueError(f"Quantisation was asked for with head_bits={head_bits!r}, but the head takes 8 bits, or None to stay as it is.")
+        raise ValueError(
+            f"Quantisation was asked for with head_bits={head_bits!r}, but the head takes 8 bits, or None to stay as "
+            "it is."
+        )
     widths = (config.hidden_size, config.inner_hidden_size)
     if group_size is not None and (group_size < 1 or group_size % 2 or any(width % group_size for width in widths)):
         raise ValueError(
-            f"Quantisation was asked for with group_size={group_size}, but it must be even and divide both {widths[0]} (hidden_size) "
-            f"and {widths[1]} (inner_hidden_size); 128 suits ChatGLM-6B."
+            f"Quantisation was asked for with group_size={group_size}, but it must be even and divide both "
+            f"{widths[0]} (hidden_size) and {widths[1]} (inner_hidden_size); 128 suits ChatGLM-6B."
         )
     if bits == 4 and any(width % 2 for width in widths):
-        raise ValueError(f"4 bits are stored in pairs, which the odd width of {widths} cannot be split into; use 8 bits.")
+        raise ValueError(
+            f"4 bits are stored in pairs, which the odd width of {widths} cannot be split into; use 8 bits."
+        )
 
 
 class QuantizationMixin:
@@ -167,7 +176,8 @@ class QuantizationMixin:
 
         Args:
             bits: 8 or 4.
-            group_size: columns that share a scale, 128 for example: better quality at 4 bits. None: one scale per row, which
+            group_size: columns that share a scale, 128 for example: better quality at 4 bits. None: one scale per row,
+            which
                 is stock's formula.
             head_bits: 8 to quantise the output head too, which is no longer the embedding then; None to leave it.
             kwargs: stock's further arguments, without effect.
@@ -176,14 +186,15 @@ class QuantizationMixin:
             the model.
 
         Raises:
-            ValueError: other bits, a group size that does not divide, or a model that is quantised already; the model is
+            ValueError: other bits, a group size that does not divide, or a model that is quantised already; the model
+            is
                 unchanged.
         """
         config = self.config
         if config.quantization_bit:
             raise ValueError(
-                f"This model is quantised to {config.quantization_bit} bits already; load the float checkpoint to quantise it "
-                "differently."
+                f"This model is quantised to {config.quantization_bit} bits already; load the float checkpoint to "
+                "quantise it differently."
             )
         check_quantization(config, bits, group_size, head_bits)
         for owner, name in _linears(self):

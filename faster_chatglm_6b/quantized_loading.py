@@ -14,7 +14,16 @@ from .quantization import QuantizedLinear, _frozen, quantize_weight
 
 _QUANTIZATION_SETTINGS = ("quantization_bit", "quantization_group_size", "quantization_head_bits")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-_OTHER_ARGUMENTS = {"torch_dtype", "dtype", "trust_remote_code", "low_cpu_mem_usage", "device_map", "use_safetensors"}
+_OTHER_ARGUMENTS = {
+    "adapter_kwargs",
+    "config",
+    "device_map",
+    "dtype",
+    "low_cpu_mem_usage",
+    "torch_dtype",
+    "trust_remote_code",
+    "use_safetensors",
+}
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -24,14 +33,16 @@ def quantizes_while_loading(name: Any, kwargs: dict[str, Any]) -> bool:
     Raises:
         ValueError: the checkpoint is quantised, but differently.
     """
-    asked = kwargs.get("quantization_bit")
+    # The Auto classes turn the caller's setting into one of the config that they pass on.
+    asked = kwargs.get("quantization_bit") or getattr(kwargs.get("config"), "quantization_bit", None)
     if not asked:
         return False
     config, _ = ChatGLMConfig.get_config_dict(name, **_only(kwargs, _HUB_ARGUMENTS))
     present = config.get("quantization_bit") or 0
     if present and present != asked:
         raise ValueError(
-            f"{name} holds {present}-bit weights, which cannot be turned into {asked}-bit ones; load a float checkpoint instead."
+            f"{name} holds {present}-bit weights, which cannot be turned into {asked}-bit ones; load a float "
+            "checkpoint instead."
         )
     return not present
 
@@ -41,20 +52,24 @@ def load_quantized(model_class: type, name: Any, kwargs: dict[str, Any]) -> Any:
 
     Args:
         model_class: the model with the output head.
-        kwargs: of ``from_pretrained``: quantization_bit and its companions, hub arguments, a dtype, and a ``device_map``
+        kwargs: of ``from_pretrained``: quantization_bit and its companions, hub arguments, a dtype, and a
+        ``device_map``
             that names one device.
 
     Raises:
         ValueError: arguments that this path does not know, or a checkpoint that does not fit its config.json.
     """
-    unknown = set(kwargs) - {*_QUANTIZATION_SETTINGS, *_HUB_ARGUMENTS, *_OTHER_ARGUMENTS}
+    known = {*_QUANTIZATION_SETTINGS, *_HUB_ARGUMENTS, *_OTHER_ARGUMENTS}
+    unknown = {argument for argument in kwargs if argument not in known and not argument.startswith("_")}
     if unknown:
         raise ValueError(
-            f"from_pretrained was asked to quantise while loading and for {', '.join(sorted(unknown))}, which do not go "
-            "together; load the float checkpoint and call quantize()."
+            f"from_pretrained was asked to quantise while loading and for {', '.join(sorted(unknown))}, which do not "
+            "go together; load the float checkpoint and call quantize()."
         )
     hub, device = _only(kwargs, _HUB_ARGUMENTS), _one_device(kwargs.get("device_map"))
-    config = ChatGLMConfig.from_pretrained(name, **_only(kwargs, _QUANTIZATION_SETTINGS), **hub)
+    config = kwargs.get("config")
+    if config is None:
+        config = ChatGLMConfig.from_pretrained(name, **_only(kwargs, _QUANTIZATION_SETTINGS), **hub)
     config.tie_word_embeddings = config.tie_word_embeddings and not config.quantization_head_bits
     with torch.device("meta"):
         model = model_class(config).eval()
@@ -93,8 +108,8 @@ def _put(
         shape = tuple(owner._parameters[parameter_name].shape)
     if tuple(tensor.shape) != shape:
         raise ValueError(
-            f"The weights of {name} have other shapes than its config.json says; take both from the same checkpoint. ({key}: "
-            f"{list(tensor.shape)} instead of {list(shape)})"
+            f"The weights of {name} have other shapes than its config.json says; take both from the same checkpoint. "
+            f"({key}: {list(tensor.shape)} instead of {list(shape)})"
         )
     setattr(owner, parameter_name, nn.Parameter(tensor.to(dtype or tensor.dtype)))
 
@@ -141,8 +156,8 @@ def _one_device(device_map: Any) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(device_map, dict) or device_map in ("balanced", "balanced_low_0", "sequential"):
         raise ValueError(
-            f"from_pretrained was asked to quantise while loading and for device_map={device_map!r}, but it can fill one device "
-            "only; name one, or load the float checkpoint and call quantize()."
+            f"from_pretrained was asked to quantise while loading and for device_map={device_map!r}, but it can fill "
+            "one device only; name one, or load the float checkpoint and call quantize()."
         )
     return torch.device(device_map)
 

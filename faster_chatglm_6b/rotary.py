@@ -11,10 +11,11 @@ class RotaryTable:
     """Tables of cos and sin by position, made on first use and kept per device and dtype.
 
     The frequencies are rounded to float16 first, whatever the model's dtype: stock builds the model in float16, so the
-    trained weights and all published outputs rest on the rounded values. A float16 model rounds the angle itself too, as
-    stock does; bfloat16 keeps float32 angles, because stock's bfloat16 angles are wrong by radians on long prompts.
+    trained weights and all published outputs rest on the rounded values. A float16 model rounds the angle itself too,
+    as stock does; bfloat16 keeps float32 angles, because stock's bfloat16 angles are wrong by radians on long prompts.
 
-    It is not an ``nn.Module`` and holds no buffer: transformers 5 fills non-persistent buffers with uninitialised memory.
+    It is not an ``nn.Module`` and holds no buffer: transformers 5 fills non-persistent buffers with uninitialised
+    memory.
 
     Args:
         dim: rotated width, in values; ``dim / 2`` frequencies.

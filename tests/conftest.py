@@ -42,8 +42,8 @@ def large_golden_dir() -> Path:
     """The part of the golden data that is too large for the repository."""
     if not (BEYOND_THE_REPO / "ckpt" / "tiny_hd128").is_dir():
         pytest.skip(
-            f"no golden data with heads of 128 in {BEYOND_THE_REPO}; set FASTER_CHATGLM_6B_GOLDEN to the directory that "
-            "holds ckpt/tiny_hd128 and golden/tiny_hd128"
+            f"no golden data with heads of 128 in {BEYOND_THE_REPO}; set FASTER_CHATGLM_6B_GOLDEN to the directory "
+            "that holds ckpt/tiny_hd128 and golden/tiny_hd128"
         )
     return BEYOND_THE_REPO
 

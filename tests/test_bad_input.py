@@ -149,10 +149,3 @@ def test_missing_tensor(checkpoint):
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(ValueError, match="lack transformer.layers.1.mlp.dense_h_to_4h.bias"):
         ChatGLMForConditionalGeneration.from_pretrained(checkpoint)
-
-
-@pytest.mark.parametrize(("field", "value"), [("pre_seq_len", 8)])
-def test_checkpoints_that_this_version_does_not_run(checkpoint, field, value):
-    edit_config(checkpoint, **{field: value})
-    with pytest.raises(NotImplementedError, match=f"{field}={value}"):
-        ChatGLMForConditionalGeneration.from_pretrained(checkpoint)

@@ -76,7 +76,13 @@ def test_stream_chat_of_an_immediate_end_keeps_the_round(tiny_model, tiny_tokeni
 def test_control_tokens_in_user_text_stay_text(tiny_model, tiny_tokenizer, cases):
     """Stock turns them into control ids, which move the context's end or cut the text."""
     config = tiny_model.config
-    control = {config.mask_token_id, config.gmask_token_id, config.bos_token_id, config.eos_token_id, config.pad_token_id}
+    control = {
+        config.mask_token_id,
+        config.gmask_token_id,
+        config.bos_token_id,
+        config.eos_token_id,
+        config.pad_token_id,
+    }
     for name in ("mask_in_query", "eop_in_query", "sop_in_query"):
         case = cases[name]
         assert len(control & set(case["prompt_ids"][:-2])) == 1

@@ -38,7 +38,9 @@ def check_decode(model, tensors):
                 position_ids = layout.position_ids(0 if step == 0 else stop - 1, stop)
                 if step:
                     assert torch.equal(position_ids[0, :, 0], tensors[f"{name}.step_position_ids"][step]), (name, step)
-                output = model(tokens, position_ids=position_ids if step else None, past_key_values=past, use_cache=True)
+                output = model(
+                    tokens, position_ids=position_ids if step else None, past_key_values=past, use_cache=True
+                )
             torch.testing.assert_close(output.logits[0, -1], expected, **TOLERANCE, msg=f"{name} step {step}")
             assert int(expected.argmax()) == int(generated[step])
             past, tokens = output.past_key_values, generated[step].view(1, 1)
@@ -88,7 +90,8 @@ def layers_of(cache):
 def test_stocks_tuple_of_past_key_values(tiny_model, golden_tensors):
     tensors = golden_tensors("decode")
     past = tuple(
-        tuple(tensors[f"gmask_n07.past_after_prefill.{layer}.{kind}"] for kind in ("key", "value")) for layer in range(3)
+        tuple(tensors[f"gmask_n07.past_after_prefill.{layer}.{kind}"] for kind in ("key", "value"))
+        for layer in range(3)
     )
     layout = PromptLayout.of(tensors["gmask_n07.prompt_ids"][None], tiny_model.config)
     with torch.no_grad():
@@ -154,11 +157,22 @@ def test_one_dimensional_positions(tiny_dir, golden_tensors):
         with torch.no_grad():
             torch.testing.assert_close(model(input_ids).logits[0], tensors[f"{name}.logits"], **TOLERANCE, msg=name)
             output = model.generate(
-                input_ids, do_sample=False, max_new_tokens=8, eos_token_id=None, return_dict_in_generate=True, output_scores=True
+                input_ids,
+                do_sample=False,
+                max_new_tokens=8,
+                eos_token_id=None,
+                return_dict_in_generate=True,
+                output_scores=True,
             )
-        assert output.sequences[0, input_ids.shape[1] :].tolist() == tensors[f"{name}.uncached.generated"].tolist(), name
-        torch.testing.assert_close(torch.cat(output.scores), tensors[f"{name}.uncached.step_logits"], **TOLERANCE, msg=name)
-        repeats_mask_position = not torch.equal(tensors[f"{name}.cached.generated"], tensors[f"{name}.uncached.generated"])
+        assert output.sequences[0, input_ids.shape[1] :].tolist() == tensors[f"{name}.uncached.generated"].tolist(), (
+            name
+        )
+        torch.testing.assert_close(
+            torch.cat(output.scores), tensors[f"{name}.uncached.step_logits"], **TOLERANCE, msg=name
+        )
+        repeats_mask_position = not torch.equal(
+            tensors[f"{name}.cached.generated"], tensors[f"{name}.uncached.generated"]
+        )
         assert repeats_mask_position == (not name.startswith("mask_"))
 
 

@@ -18,7 +18,10 @@ def arguments(case, config):
         return {"input_ids": input_ids}
     layout, length = PromptLayout.of(input_ids, config), input_ids.shape[1]
     hidden, position_ids = layout.hidden(0, length), layout.position_ids(0, length)
-    assert list(hidden.shape) == case["inputs"]["attention_mask"] and list(position_ids.shape) == case["inputs"]["position_ids"]
+    assert (
+        list(hidden.shape) == case["inputs"]["attention_mask"]
+        and list(position_ids.shape) == case["inputs"]["position_ids"]
+    )
     return {"input_ids": input_ids, "attention_mask": hidden, "position_ids": position_ids}
 
 
@@ -29,7 +32,9 @@ def names(cases, *prefixes):
 
 
 def test_greedy_and_processors(tiny_model, cases):
-    for name in names(cases, "greedy|", "reppen", "ngram", "max_new_tokens", "nocache", "batch_greedy", "batch_reppen", "single"):
+    for name in names(
+        cases, "greedy|", "reppen", "ngram", "max_new_tokens", "nocache", "batch_greedy", "batch_reppen", "single"
+    ):
         case = cases[name]
         output = tiny_model.generate(**arguments(case, tiny_model.config), **case["kwargs"])
         assert output.tolist() == case["output_ids"], name
@@ -39,12 +44,14 @@ def test_min_length_goes_on_with_the_best_allowed_token(tiny_model, cases):
     """Stock takes the -inf of min_length for an overflow only in chat; plain generate is right and must stay equal."""
     for name in names(cases, "min_length"):
         case = cases[name]
-        assert tiny_model.generate(**arguments(case, tiny_model.config), **case["kwargs"]).tolist() == case["output_ids"], name
+        assert (
+            tiny_model.generate(**arguments(case, tiny_model.config), **case["kwargs"]).tolist() == case["output_ids"]
+        ), name
 
 
 def reference_beams(model, input_ids, num_beams, max_length, layout_mask=None):
-    """Beam search over whole sequences, in transformers' way of since 4.36: finished beams are scored by the generated tokens
-    alone (and <eop> among them). One row; no processors; early_stopping False; length_penalty 1.
+    """Beam search over whole sequences, in transformers' way of since 4.36: finished beams are scored by the generated
+    tokens alone (and <eop> among them). One row; no processors; early_stopping False; length_penalty 1.
 
     Returns the sequences from best to worst.
     """
@@ -61,7 +68,9 @@ def reference_beams(model, input_ids, num_beams, max_length, layout_mask=None):
         ]
         # Only candidates among the first num_beams may finish.
         finished += [
-            (score / (length - prompt), ids) for score, ids in candidates[:num_beams] if ids[-1] == eos or length == max_length
+            (score / (length - prompt), ids)
+            for score, ids in candidates[:num_beams]
+            if ids[-1] == eos or length == max_length
         ]
         finished = sorted(finished, reverse=True, key=lambda item: item[0])[:num_beams]
         beams = [(score, ids) for score, ids in candidates if ids[-1] != eos][:num_beams]
@@ -71,8 +80,8 @@ def reference_beams(model, input_ids, num_beams, max_length, layout_mask=None):
 
 
 def test_beams(tiny_model, cases):
-    """Stock's ids where no beam ended early; transformers scores ended beams differently since 4.36 (without the prompt), so
-    those are compared with a loop of our own over uncached forwards."""
+    """Stock's ids where no beam ended early; transformers scores ended beams differently since 4.36 (without the
+    prompt), so those are compared with a loop of our own over uncached forwards."""
     equal_to_stock = 0
     for name in names(cases, "beam3|"):
         case = cases[name]
@@ -146,8 +155,10 @@ def test_a_padded_row_equals_its_single_run(tiny_model, golden_tensors, form):
 
 
 def test_padded_and_unpadded_calls_agree_about_the_mask_token(tiny_model, tiny_tokenizer, cases):
-    """Stock's tokenizer takes [MASK] for the mask position where its model takes [gMASK], so the two calls differ there."""
-    stock = [cases[f"text_with_special_{form}|北京是[MASK]的首都"]["output_ids"] for form in ("unpadded", "padded_call")]
+    """Stock's tokenizer prefers [MASK] for the mask position, its model [gMASK], so the two calls differ there."""
+    stock = [
+        cases[f"text_with_special_{form}|北京是[MASK]的首都"]["output_ids"] for form in ("unpadded", "padded_call")
+    ]
     assert stock[0] != stock[1]
     for name in names(cases, "text_with_special_"):
         case, text = cases[name], name.split("|")[1]
@@ -158,7 +169,7 @@ def test_padded_and_unpadded_calls_agree_about_the_mask_token(tiny_model, tiny_t
 
 
 def test_other_modes(tiny_model, cases):
-    """Prompt lookup, return_dict, num_return_sequences, streamer, stopping criteria, processors, cache_implementation."""
+    """Prompt lookup, static cache, return_dict, several sequences, streamer, stopping criteria, processors."""
     from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
     from transformers.generation.streamers import BaseStreamer
 
@@ -168,7 +179,12 @@ def test_other_modes(tiny_model, cases):
     assert tiny_model.generate(input_ids, **greedy, prompt_lookup_num_tokens=3).tolist() == expected
     assert tiny_model.generate(input_ids, **greedy, cache_implementation="static").tolist() == expected
     output = tiny_model.generate(
-        input_ids, **greedy, return_dict_in_generate=True, output_scores=True, output_attentions=True, output_hidden_states=True
+        input_ids,
+        **greedy,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_attentions=True,
+        output_hidden_states=True,
     )
     assert output.sequences.tolist() == expected
     new = len(expected[0]) - input_ids.shape[1]
@@ -227,7 +243,9 @@ def test_inputs_embeds(tiny_model, cases):
     case = cases["greedy|你好"]
     input_ids = arguments(case, tiny_model.config)["input_ids"]
     embeds = tiny_model.get_input_embeddings()(input_ids).detach()
-    output = tiny_model.generate(input_ids, inputs_embeds=embeds, do_sample=False, max_length=case["kwargs"]["max_length"])
+    output = tiny_model.generate(
+        input_ids, inputs_embeds=embeds, do_sample=False, max_length=case["kwargs"]["max_length"]
+    )
     assert output.tolist() == case["output_ids"]
     with torch.no_grad():
         with_both = tiny_model(input_ids, inputs_embeds=embeds).logits

@@ -183,7 +183,11 @@ def test_peak_memory_of_loading(tmp_path, form):
     index = {"metadata": {"total_size": weights}, "weight_map": {}}
     for i in range(shards):
         part = {name: state[name] for name in names[i::shards]}
-        name = f"pytorch_model-{i + 1:05}-of-{shards:05}.bin" if form == "bin" else f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        name = (
+            f"pytorch_model-{i + 1:05}-of-{shards:05}.bin"
+            if form == "bin"
+            else f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        )
         torch.save(part, tmp_path / name) if form == "bin" else save_file(part, tmp_path / name, {"format": "pt"})
         index["weight_map"] |= dict.fromkeys(part, name)
     index_name = "pytorch_model.bin.index.json" if form == "bin" else "model.safetensors.index.json"

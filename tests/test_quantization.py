@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from faster_chatglm_6b.quantization import QuantizedLinear, quantize_weight
@@ -29,7 +30,9 @@ def check_logits(model, tensors, case):
 def test_checkpoint_in_stocks_layout(golden_dir, golden_tensors, golden_json, bits):
     model = load(golden_dir / "ckpt" / f"tiny-int{bits}")
     layout = golden_json("quant_layout")[f"int{bits}_from_half"]
-    state = {name: [str(value.dtype).removeprefix("torch."), list(value.shape)] for name, value in model.state_dict().items()}
+    state = {
+        name: [str(value.dtype).removeprefix("torch."), list(value.shape)] for name, value in model.state_dict().items()
+    }
     assert state == {name: kind for name, kind in layout.items() if not name.endswith("inv_freq")}
     check_logits(model.float(), golden_tensors("quant"), f"int{bits}_from_half")
 
@@ -185,6 +188,10 @@ def test_quantising_while_loading_equals_quantising_after(golden_dir, tiny_dir, 
     for (name, a), (other, b) in zip(model.state_dict().items(), expected.state_dict().items(), strict=True):
         assert name == other and a.dtype == b.dtype and torch.equal(a, b), name
     assert not model.training
+    auto = AutoModel.from_pretrained(
+        directory, trust_remote_code=True, **{names[name]: value for name, value in settings.items()}
+    )
+    assert all(torch.equal(a, b) for a, b in zip(auto.state_dict().values(), model.state_dict().values(), strict=True))
     ids = model.float().generate(PROMPT, do_sample=False, max_new_tokens=4)
     assert ids.tolist() == expected.float().generate(PROMPT, do_sample=False, max_new_tokens=4).tolist()
 

@@ -1,7 +1,7 @@
 """Every operator in plain framework calls: the definition of its meaning, and the fallback where nothing faster serves.
 
-B is the batch, M the query rows, T the key rows, H the heads, K the head size. Names and meaning are OneFlow's; a packed
-projection "BM(H3K)" holds, head by head, the K values of the query, of the key and of the value.
+B is the batch, M the query rows, T the key rows, H the heads, K the head size. Names and meaning are OneFlow's; a
+packed projection "BM(H3K)" holds, head by head, the K values of the query, of the key and of the value.
 """
 
 import math
@@ -40,7 +40,7 @@ def fused_apply_rotary_emb(
     tensor_index: int,
     k_size: int,
 ) -> torch.Tensor:
-    """Rotary positions for the query (0) or key (1) straight from the packed projection (RoFormer; stock's 2-D variant).
+    """Rotary positions for the query (0) or key (1) straight from the packed projection (RoFormer, in 2-D).
 
     With [B, 2, M] positions the first half of each head turns by position and the second by block position; with
     [B, M] positions the whole head turns by position.
@@ -62,7 +62,8 @@ def fused_apply_rotary_emb(
     else:
         by_position, by_block = heads.chunk(2, dim=-1)
         rotated = torch.cat(
-            (_rotate(by_position, position_ids[:, 0], cos, sin), _rotate(by_block, position_ids[:, 1], cos, sin)), dim=-1
+            (_rotate(by_position, position_ids[:, 0], cos, sin), _rotate(by_block, position_ids[:, 1], cos, sin)),
+            dim=-1,
         )
     return rotated.transpose(1, 2)
 
@@ -167,14 +168,15 @@ def fused_linear_with_groupwise_quantized_weight(
     _add_to_output: torch.Tensor | None = None,
     beta: float = 1.0,
 ) -> torch.Tensor:
-    """x times a symmetric int8 or int4 weight with a scale per row or per group of columns, + b + beta * _add_to_output.
+    """x times a symmetric int8 or int4 weight, + b + beta * _add_to_output.
 
     An int4 byte holds the even column in its high nibble and the odd column in its low one, two's complement (stock's
     ``compress_int4_weight``).
 
     Args:
         x: [..., in]. w: int8 [out, in * num_bits / 8]. w_scale: [out, in / group_size] in the dtype of x, or [out] or
-            [out, 1] for one group per row. b: [out] or None. num_bits: 8 or 4. group_size: columns per scale, -1 for all.
+            [out, 1] for one group per row. b: [out] or None. num_bits: 8 or 4.
+        group_size: columns that share a scale, -1 for all.
         _add_to_output: [..., out] or None.
     """
     w = unpack_int4(w) if num_bits == 4 else w

@@ -1,0 +1,100 @@
+"""P-Tuning v2 prefixes, inference and training, against stock."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
+from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+from faster_chatglm_6b.prompt_layout import PromptLayout
+
+TOLERANCE = {"rtol": 0, "atol": 1e-3}
+PREFIX = "transformer.prefix_encoder."
+
+
+@pytest.fixture(params=[0, 1], ids=["embedding", "projection"])
+def tuned(request, golden_dir, tiny_dir, golden_tensors):
+    """The model as the P-Tuning trainer's users build it: base weights, then the prefix from a file of its own."""
+    directory = golden_dir / "ckpt" / f"tiny-ptuning-proj{request.param}"
+    config = ChatGLMConfig.from_pretrained(directory)
+    model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, config=config).float().eval()
+    state = {name.removeprefix(PREFIX): value for name, value in load_file(directory / "model.safetensors").items()}
+    model.transformer.prefix_encoder.load_state_dict(state)
+    return model, golden_tensors(f"ptuning_proj{request.param}")
+
+
+def test_prefix_keys_and_values(tuned):
+    model, tensors = tuned
+    for layer, pair in enumerate(model.transformer.prefix_encoder(1, torch.float32)):
+        for ours, stock in zip(pair, tensors[f"prompt_kv.{layer}"], strict=True):
+            torch.testing.assert_close(ours.permute(2, 0, 1, 3), stock, **TOLERANCE)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_prefill_and_greedy_steps(tuned, use_cache):
+    model, tensors = tuned
+    for name in ("gmask", "mask_mid"):
+        input_ids = tensors[f"{name}.input_ids"][None]
+        with torch.no_grad():
+            output = model(input_ids, use_cache=use_cache, output_attentions=True)
+        torch.testing.assert_close(output.logits[0], tensors[f"{name}.logits"], **TOLERANCE)
+        if f"{name}.attentions.0" in tensors:
+            torch.testing.assert_close(output.attentions[0], tensors[f"{name}.attentions.0"], **TOLERANCE)
+        steps = model.generate(
+            input_ids,
+            do_sample=False,
+            max_new_tokens=8,
+            eos_token_id=None,
+            use_cache=use_cache,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        assert steps.sequences[0, input_ids.shape[1] :].tolist() == tensors[f"{name}.generated"].tolist()
+        torch.testing.assert_close(torch.cat(steps.scores), tensors[f"{name}.step_logits"], **TOLERANCE)
+
+
+def test_padded_batch(tuned):
+    model, tensors = tuned
+    input_ids = tensors["batch.input_ids"]
+    with torch.no_grad():
+        logits = model(input_ids).logits
+    layout = PromptLayout.of(input_ids, model.config)
+    for row, first in enumerate(layout.first_slot.tolist()):
+        torch.testing.assert_close(logits[row, first:], tensors["batch.logits"][row, first:], **TOLERANCE)
+    steps = model.generate(input_ids, do_sample=False, max_new_tokens=8, eos_token_id=None)
+    assert steps[:, input_ids.shape[1] :].tolist() == tensors["batch.generated"].tolist()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_reaches_the_prefix_alone(tuned, checkpointing):
+    model, tensors = tuned
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {
+        name for name, _ in model.named_parameters() if name.startswith(PREFIX)
+    }
+    if checkpointing:
+        model.train().gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+        model.transformer.prefix_encoder.eval()
+    output = model(tensors["loss.input_ids"][None], labels=tensors["loss.labels"][None])
+    torch.testing.assert_close(output.loss.detach(), tensors["loss.loss"], **TOLERANCE)
+    output.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.transformer.prefix_encoder.named_parameters()}
+    names = [key.removeprefix("loss.grad.") for key in tensors if key.startswith("loss.grad.")]
+    assert names
+    for name in names:
+        torch.testing.assert_close(gradients[name], tensors[f"loss.grad.{name}"], **TOLERANCE)
+
+
+def test_streaming_chat_and_round_trip(tuned, tiny_tokenizer, tmp_path):
+    model, _ = tuned
+    response, _ = model.chat(tiny_tokenizer, "你好", do_sample=False, max_new_tokens=6)
+    assert list(model.stream_chat(tiny_tokenizer, "你好", do_sample=False, max_new_tokens=6))[-1][0] == response
+    model.save_pretrained(tmp_path)
+    again = ChatGLMForConditionalGeneration.from_pretrained(tmp_path).float().eval()
+    assert again.chat(tiny_tokenizer, "你好", do_sample=False, max_new_tokens=6)[0] == response
+
+
+def test_assisted_decoding_is_refused(tuned):
+    model, tensors = tuned
+    with pytest.raises(ValueError, match="which a P-Tuning prefix shifts"):
+        model.generate(tensors["gmask.input_ids"][None], do_sample=False, max_new_tokens=4, prompt_lookup_num_tokens=2)
