@@ -100,7 +100,7 @@ class CheckpointMixin:
 
 @contextmanager
 def _clear_errors(name: Any) -> Iterator[None]:
-    """Say in one sentence that a weight file of the checkpoint is damaged or does not fit, where that is what went wrong."""
+    """Say in one sentence that a weight file is damaged or does not fit, where that is what went wrong."""
     default_dtype = torch.get_default_dtype()
     try:
         yield

@@ -1,4 +1,4 @@
-"""The ChatGLM-6B network, with the checkpoint's parameter names; it calls operators only through an ``Operators`` table."""
+"""The ChatGLM-6B network, with the checkpoint's parameter names; it calls operators through an ``Operators`` table."""
 
 import math
 
@@ -239,7 +239,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         inputs_embeds: torch.Tensor | None,
         past_length: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None, int | None]:
-        """Positions, the bool mask of hidden keys (None: nothing is), and the context's length in a plain prefix mask."""
+        """Positions, the bool mask of hidden keys (None: nothing is), and the context's length of a plain prefix."""
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Neither input_ids nor inputs_embeds are given; pass one of them.")
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
