@@ -1,0 +1,42 @@
+"""Triton kernels for NVIDIA GPUs and the functions that launch them. Importing this package needs Triton.
+
+Every function can be captured in a CUDA graph: no synchronisation, and no allocation where ``out`` and ``workspace``
+are given. On compute capability 9.0 and later kernels are launched before their predecessor ends and wait inside.
+"""
+
+from .decode_state import DecodeState
+from .embedding import embedding
+from .fast_gelu import fast_gelu
+from .full_sampling import full_sample
+from .fused_apply_rotary_emb import fused_apply_rotary_emb
+from .fused_attention_concat_past_key_value import fused_attention_concat_past_key_value
+from .fused_fast_gelu_mul import fused_fast_gelu_mul
+from .fused_matmul_bias import fused_matmul_bias, layer_norm_matmul_bias
+from .fused_multi_head_attention_inference_v2 import decode_attention, fused_multi_head_attention_inference_v2
+from .greedy_sampling import greedy_sample
+from .logits_processors import copy_scores, min_length, no_repeat_ngram, repetition_penalty
+from .skip_layer_norm import skip_layer_norm
+from .top_k_sampling import top_k_sample
+from .workspace import Workspace
+
+__all__ = [
+    "DecodeState",
+    "Workspace",
+    "copy_scores",
+    "decode_attention",
+    "embedding",
+    "fast_gelu",
+    "full_sample",
+    "fused_apply_rotary_emb",
+    "fused_attention_concat_past_key_value",
+    "fused_fast_gelu_mul",
+    "fused_matmul_bias",
+    "fused_multi_head_attention_inference_v2",
+    "greedy_sample",
+    "layer_norm_matmul_bias",
+    "min_length",
+    "no_repeat_ngram",
+    "repetition_penalty",
+    "skip_layer_norm",
+    "top_k_sample",
+]

@@ -1,0 +1,111 @@
+"""Device functions and launch helpers that the kernels share."""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def wait_for_predecessor(PDL: tl.constexpr):
+    """Let the next kernel start, then wait until every earlier kernel is done and its writes are visible.
+
+    Under programmatic dependent launch a kernel starts while its predecessor still runs; what the predecessors may
+    write must be read after this call only. Every kernel calls it, so that waiting for the predecessor means waiting for all.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def prefetch_to_l2(pointers):
+    """Ask for the 128-byte lines that ``pointers`` (a block of addresses) lie in; no register waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def gelu(x):
+    """tanh GELU of float32 x, written as x * sigmoid(2 y) because 0.5 * (1 + tanh(y)) = sigmoid(2 y)."""
+    y = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x / (1.0 + tl.exp(-2.0 * y))
+
+
+@triton.jit
+def order_key(x):
+    """int32 that orders float32 values: larger value, larger key; -0 equals +0; NaN is above +inf."""
+    x = tl.where(x == 0.0, 0.0, x)
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(x != x, 0x7FC00000, bits)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def value_of_key(key):
+    """The float32 value that ``order_key`` maps to ``key``."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def pack_candidate(x, index):
+    """int64 that orders (value, then lower index first); ``index`` is int32 and not negative."""
+    return (order_key(x).to(tl.int64) << 32) | (0xFFFFFFFF - index.to(tl.int64))
+
+
+@triton.jit
+def candidate_key(packed):
+    """``order_key`` of the value in a packed candidate."""
+    return (packed >> 32).to(tl.int32)
+
+
+@triton.jit
+def candidate_index(packed):
+    """The index in a packed candidate, as int64."""
+    return 0xFFFFFFFF - (packed & 0xFFFFFFFF)
+
+
+@triton.jit
+def arrive(counter, expected):
+    """Count this program in; True for the one that comes last, which also resets the counter for the next launch.
+
+    What the programs of the group stored before is visible to the last one, if it reads past L1
+    (``cache_modifier=".cg"``).
+    """
+    # The barrier puts all threads' stores before the one thread's release.
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == expected - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessor_count(device: torch.device) -> int:
+    """Multiprocessors of ``device``; 132 where there is no GPU (interpreter)."""
+    if device.type != "cuda":
+        return 132
+    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def pdl_options(pdl: bool) -> dict:
+    """Launch options of a kernel that may start before its predecessor ends."""
+    return {"launch_pdl": True} if pdl else {}
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with ``message`` unless ``condition``."""
+    if not condition:
+        raise ValueError(message)

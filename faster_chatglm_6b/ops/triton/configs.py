@@ -1,0 +1,143 @@
+"""Block shapes per GPU family, measured by ``examples/tune_kernels.py``; a launch only looks them up.
+
+Keys are (N, K) of a weight [N, K]. Shapes that are not listed use the family's rule for any shape.
+"""
+
+import functools
+import os
+from dataclasses import dataclass, field
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Gemv:
+    """One program takes ``block_n`` rows, ``block_k`` columns at a time.
+
+    ``waves`` 0: one program per row block. Otherwise the programs loop over row blocks, and the grid is ``waves`` times
+    the number of multiprocessors.
+    """
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    waves: int = 0
+
+
+@dataclass(frozen=True)
+class Dot:
+    """Tensor-core product: ``block_n`` weight rows, ``block_k`` columns per stage, the columns in ``splits`` parts."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Decode attention: keys per block, warps, and the number of programs per multiprocessor that splitting aims at."""
+
+    block_t: int
+    num_warps: int
+    waves: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything tuned for one GPU family.
+
+    ``gemv`` serves up to ``gemv_rows`` rows of x. ``layer_norm_gemv`` lists the weights whose GEMV normalises its input
+    itself; for the others LayerNorm is a launch of its own. ``dot`` maps the padded number of rows (8, 16, 32, 64) to a
+    configuration per weight shape.
+    """
+
+    gemv_default: Gemv
+    attention: Attention
+    gemv_rows: int = 1
+    gemv: dict[tuple[int, int], Gemv] = field(default_factory=dict)
+    layer_norm_gemv: dict[tuple[int, int], Gemv] = field(default_factory=dict)
+    dot: dict[int, dict[tuple[int, int], Dot]] = field(default_factory=dict)
+    dot_default: dict[int, Dot] = field(default_factory=dict)
+
+
+_DOT_DEFAULT = {
+    8: Dot(32, 128, 4, 4),
+    16: Dot(64, 128, 4, 4),
+    32: Dot(64, 128, 4, 4),
+    64: Dot(128, 64, 4, 4),
+}
+_AMPERE = Family(
+    gemv_default=Gemv(2, 2048, 4),
+    attention=Attention(64, 4, 2),
+    dot_default=_DOT_DEFAULT,
+)
+# 8.6 and 8.9 have 99 KiB of shared memory per program.
+_CONSUMER = Family(
+    gemv_default=Gemv(2, 2048, 4),
+    attention=Attention(64, 4, 2),
+    dot_default={**_DOT_DEFAULT, 64: Dot(64, 64, 4, 3)},
+)
+_HOPPER = Family(
+    gemv_default=Gemv(1, 4096, 4),
+    attention=Attention(64, 4, 2),
+    dot_default=_DOT_DEFAULT,
+)
+FAMILIES = {(8, 0): _AMPERE, (8, 6): _CONSUMER, (8, 9): _CONSUMER, (9, 0): _HOPPER}
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of ``device``; (0, 0) where it is not a CUDA device."""
+    if device.type != "cuda":
+        return 0, 0
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def family(device: torch.device) -> Family:
+    """The tables for ``device``; a GPU that is not listed gets those of the 8.6/8.9 family, which fit everywhere."""
+    return FAMILIES.get(capability(device), _CONSUMER)
+
+
+def uses_pdl(device: torch.device) -> bool:
+    """Whether kernels on ``device`` are launched before their predecessor ends (compute capability 9.0 and later)."""
+    return capability(device) >= (9, 0) and not interpreted()
+
+
+def _fit(config: Gemv, k: int, element_size: int) -> Gemv:
+    """Shrink a configuration tuned for two-byte weights to short rows or to four-byte weights."""
+    block_k = min(config.block_k * 2 // element_size, triton.next_power_of_2(k))
+    warps = config.num_warps
+    while warps > 1 and block_k * config.block_n < warps * 32 * 8:
+        warps //= 2
+    return Gemv(config.block_n, block_k, warps, config.waves)
+
+
+def gemv_config(tables: Family, n: int, k: int, element_size: int) -> Gemv:
+    """Configuration of the GEMV with a weight [n, k] of ``element_size`` bytes per value."""
+    return _fit(tables.gemv.get((n, k), tables.gemv_default), k, element_size)
+
+
+def layer_norm_gemv_config(tables: Family, n: int, k: int, element_size: int) -> Gemv | None:
+    """Configuration of the GEMV that normalises its input, or None where two launches are faster or K is too long."""
+    config = tables.layer_norm_gemv.get((n, k))
+    return None if config is None or element_size != 2 else config
+
+
+def dot_config(tables: Family, rows: int, n: int, k: int) -> Dot:
+    """Configuration of the tensor-core product for ``rows`` (padded to 8, 16, 32 or 64) and a weight [n, k]."""
+    config = tables.dot.get(rows, {}).get((n, k), tables.dot_default[rows])
+    block_k = min(config.block_k, max(triton.next_power_of_2(k), 16))
+    splits = max(min(config.splits, k // block_k), 1)
+    return Dot(config.block_n, block_k, config.num_warps, config.num_stages, splits)

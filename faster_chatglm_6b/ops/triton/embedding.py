@@ -1,0 +1,41 @@
+"""Rows of the embedding table for one token per sequence."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import pdl_options, wait_for_predecessor
+from .configs import uses_pdl
+
+BLOCK = 1024
+
+
+@triton.jit
+def embedding_kernel(
+    tokens,  # int64 [B]
+    weight,  # [V, D]
+    out,  # [B, D]
+    size,  # D
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    wait_for_predecessor(PDL)
+    token = tl.load(tokens + row)
+    value = tl.load(weight + token * size + columns, mask=columns < size)
+    tl.store(out + row * size + columns, value, mask=columns < size)
+
+
+def embedding(tokens: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """``weight[tokens]``.
+
+    Args:
+        tokens: int64 [B], each in [0, V); not checked. weight: [V, D]. out: [B, D].
+    """
+    size = weight.shape[1]
+    out = weight.new_empty(tokens.shape[0], size) if out is None else out
+    pdl = uses_pdl(weight.device)
+    grid = (triton.cdiv(size, BLOCK), tokens.shape[0])
+    embedding_kernel[grid](tokens, weight, out, size, BLOCK=BLOCK, PDL=pdl, num_warps=4, **pdl_options(pdl))
+    return out

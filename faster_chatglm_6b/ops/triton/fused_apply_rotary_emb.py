@@ -1,0 +1,112 @@
+"""Rotary positions for query or key straight from the packed per-head [q k v] projection (RoFormer, Su et al. 2021)."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import pdl_options, require, wait_for_predecessor
+from .configs import uses_pdl
+
+
+@triton.jit
+def rotate_head(source, cos, sin, first_position, second_position, columns, valid, WIDTH: tl.constexpr):
+    """Load one head from ``source`` (pointer to its K values) and rotate it, in float32.
+
+    Each block of WIDTH columns turns by its own position (the first block by ``first_position``, later ones by
+    ``second_position``), column i together with column i + WIDTH / 2. The tables are [P, WIDTH / 2].
+    """
+    HALF: tl.constexpr = WIDTH // 2
+    in_block = columns % WIDTH
+    leading = in_block < HALF
+    position = tl.where(columns < WIDTH, first_position, second_position)
+    entry = position * HALF + in_block % HALF
+    c = tl.load(cos + entry, mask=valid, other=0.0).to(tl.float32)
+    s = tl.load(sin + entry, mask=valid, other=0.0).to(tl.float32)
+    own = tl.load(source + columns, mask=valid, other=0.0).to(tl.float32)
+    partner = tl.load(source + tl.where(leading, columns + HALF, columns - HALF), mask=valid, other=0.0).to(tl.float32)
+    return own * c + tl.where(leading, -partner, partner) * s
+
+
+@triton.jit
+def fused_apply_rotary_emb_kernel(
+    x,  # [B, M, H, 3, K]
+    position_ids,  # int64 [B, 2, M] or [B, M]
+    cos,  # [P, WIDTH / 2]
+    sin,  # [P, WIDTH / 2]
+    out,  # [B, H, M, K]
+    rows,  # M
+    heads,  # H
+    TENSOR_INDEX: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    columns = tl.arange(0, BLOCK_K)
+    valid = columns < K
+    wait_for_predecessor(PDL)
+    if WIDTH < K:
+        first_position = tl.load(position_ids + (batch * 2) * rows + row)
+        second_position = tl.load(position_ids + (batch * 2 + 1) * rows + row)
+    else:
+        first_position = tl.load(position_ids + batch * rows + row)
+        second_position = first_position
+    source = x + (((batch.to(tl.int64) * rows + row) * heads + head) * 3 + TENSOR_INDEX) * K
+    rotated = rotate_head(source, cos, sin, first_position, second_position, columns, valid, WIDTH)
+    tl.store(out + ((batch.to(tl.int64) * heads + head) * rows + row) * K + columns, rotated, mask=valid)
+
+
+def fused_apply_rotary_emb(
+    x: torch.Tensor,
+    *,
+    position_ids: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    tensor_index: int,
+    k_size: int,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rotate the query (0) or the key (1) of a packed projection; the products are formed in float32.
+
+    Args:
+        x: [B, M, H * 3 * K], layout "BM(H3K)".
+        position_ids: int64 [B, 2, M] (the first half of a head turns by [:, 0], the second by [:, 1]) or [B, M].
+        cos, sin: [P, K / 4] for [B, 2, M] positions, [P, K / 2] for [B, M].
+        tensor_index: 0 for the query, 1 for the key. k_size: K.
+
+    Returns:
+        [B, H, M, K], layout "BHMK".
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    batch, rows, packed = x.shape
+    width = k_size if position_ids.dim() == 2 else k_size // 2
+    require(packed % (3 * k_size) == 0, f"x is {tuple(x.shape)}: its last axis must be a multiple of 3 * {k_size}")
+    require(
+        cos.shape == sin.shape and cos.shape[1] * 2 == width,
+        f"cos is {tuple(cos.shape)} and sin {tuple(sin.shape)}: both must be [positions, {width // 2}]",
+    )
+    heads = packed // (3 * k_size)
+    x, position_ids = x.contiguous(), position_ids.contiguous()
+    out = x.new_empty(batch, heads, rows, k_size) if out is None else out
+    pdl = uses_pdl(x.device)
+    if x.numel():
+        fused_apply_rotary_emb_kernel[(rows, heads, batch)](
+            x,
+            position_ids,
+            cos,
+            sin,
+            out,
+            rows,
+            heads,
+            TENSOR_INDEX=tensor_index,
+            K=k_size,
+            BLOCK_K=triton.next_power_of_2(k_size),
+            WIDTH=width,
+            PDL=pdl,
+            num_warps=1,
+            **pdl_options(pdl),
+        )
+    return out

@@ -1,0 +1,305 @@
+"""Attention of one query row per sequence against the cache, the keys split over programs (Flash-Decoding, Dao 2023)."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import arrive, multiprocessor_count, pdl_options, prefetch_to_l2, require, wait_for_predecessor
+from .configs import family, uses_pdl
+from .fused_apply_rotary_emb import rotate_head
+from .workspace import MAX_SPLITS, Workspace, default_workspace
+
+
+@triton.jit
+def key_range(first, end, split, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The keys [start, stop) of this split and the number of splits that have any (at least 1)."""
+    count = tl.maximum(end - first, 0)
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(count, SPLITS), BLOCK_T) * BLOCK_T, BLOCK_T)
+    start = first + split * chunk
+    return start, tl.minimum(start + chunk, end), tl.maximum(tl.cdiv(count, chunk), 1)
+
+
+@triton.jit
+def decode_attention_kernel(
+    query,  # APPEND: packed projection [B, H, 3, K]; else [B, H, K]
+    key_cache,  # [B, H, T, K]
+    value_cache,  # [B, H, T, K]
+    length,  # int32 [1]
+    first_key,  # int32 [B]
+    position,  # int32 [B]
+    sop_index,  # int32 [B]
+    cos,  # [P, WIDTH / 2]
+    sin,  # [P, WIDTH / 2]
+    partial,  # float32 [B * H, SPLITS, BLOCK_K + 2]
+    counters,  # int32 [B * H], zero
+    out,  # [B, H, K]
+    heads,  # H
+    capacity,  # T
+    positions,  # P
+    stride_b,
+    stride_h,
+    stride_t,
+    scale,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_POWER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    APPEND: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program per (sequence and head, split).
+
+    APPEND: rotates query and key of the packed projection, writes key and value to slot ``length`` and sees the keys up
+    to it. Otherwise the query comes rotated and slot ``length`` is filled already.
+    """
+    pair = tl.program_id(0)
+    split = tl.program_id(1)
+    batch = (pair // heads).to(tl.int64)
+    head = (pair % heads).to(tl.int64)
+    columns = tl.arange(0, BLOCK_K)
+    valid = columns < K
+    slots = tl.arange(0, BLOCK_T)
+    cache = batch * stride_b + head * stride_h
+    if PDL:
+        # Before the wait these may be the values of the step before: good enough for a hint.
+        hint_end = tl.minimum(tl.load(length), capacity)
+        start, stop, active = key_range(tl.load(first_key + batch), hint_end, split, SPLITS, BLOCK_T)
+        line = tl.arange(0, 2) * (BLOCK_K // 2)
+        for t in range(start, stop, BLOCK_T):
+            slot = tl.minimum(t + slots, stop - 1).to(tl.int64)
+            prefetch_to_l2(key_cache + cache + slot[:, None] * stride_t + line[None, :])
+            prefetch_to_l2(value_cache + cache + slot[:, None] * stride_t + line[None, :])
+    wait_for_predecessor(PDL)
+    slot_new = tl.load(length, volatile=True)
+    first = tl.load(first_key + batch)
+    end = slot_new
+    if not APPEND:
+        end = slot_new + 1
+    start, stop, active = key_range(first, end, split, SPLITS, BLOCK_T)
+    if split < active:
+        if APPEND:
+            packed = query + (batch * heads + head) * 3 * K
+            first_position = tl.minimum(tl.load(position + batch), positions - 1)
+            second_position = first_position
+            if WIDTH < K:
+                second_position = slot_new - tl.load(sop_index + batch) + 1
+                second_position = tl.minimum(tl.maximum(second_position, 0), positions - 1)
+            q = rotate_head(packed, cos, sin, first_position, second_position, columns, valid, WIDTH)
+            q = q.to(out.dtype.element_ty).to(tl.float32) * scale
+        else:
+            q = tl.load(query + (batch * heads + head) * K + columns, mask=valid, other=0.0).to(tl.float32) * scale
+        highest = tl.full([], float("-inf"), tl.float32)
+        total = tl.full([], 0.0, tl.float32)
+        acc = tl.zeros([BLOCK_K], tl.float32)
+        if APPEND:
+            if split == 0:
+                k_new = rotate_head(packed + K, cos, sin, first_position, second_position, columns, valid, WIDTH)
+                k_new = k_new.to(out.dtype.element_ty)
+                v_new = tl.load(packed + 2 * K + columns, mask=valid, other=0.0)
+                target = cache + slot_new.to(tl.int64) * stride_t + columns
+                fits = valid & (slot_new < capacity)
+                tl.store(key_cache + target, k_new, mask=fits)
+                tl.store(value_cache + target, v_new, mask=fits)
+                highest = tl.sum(q * k_new.to(tl.float32), 0)
+                total = tl.full([], 1.0, tl.float32)
+                acc = v_new.to(tl.float32)
+        for t in range(start, stop, BLOCK_T):
+            slot = (t + slots).to(tl.int64)
+            seen = slot < stop
+            source = cache + slot[:, None] * stride_t + columns[None, :]
+            inside = seen[:, None] & valid[None, :]
+            k = tl.load(key_cache + source, mask=inside, other=0.0)
+            v = tl.load(value_cache + source, mask=inside, other=0.0)
+            score = tl.where(seen, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
+            new_highest = tl.maximum(highest, tl.max(score, 0))
+            weight = tl.exp(score - new_highest)
+            decay = tl.exp(highest - new_highest)
+            acc = acc * decay + tl.sum(weight[:, None] * v.to(tl.float32), 0)
+            total = total * decay + tl.sum(weight, 0)
+            highest = new_highest
+        target_out = out + (batch * heads + head) * K + columns
+        if SPLITS == 1:
+            tl.store(target_out, acc / total, mask=valid)
+        else:
+            if active == 1:
+                tl.store(target_out, acc / total, mask=valid)
+            else:
+                base = partial + pair.to(tl.int64) * SPLITS * (BLOCK_K + 2)
+                mine = base + split * (BLOCK_K + 2)
+                tl.store(mine + columns, acc)
+                tl.store(mine + BLOCK_K, highest)
+                tl.store(mine + BLOCK_K + 1, total)
+                if arrive(counters + pair, active):
+                    part = tl.arange(0, SPLITS_POWER)
+                    there = part < active
+                    highs = tl.load(
+                        base + part * (BLOCK_K + 2) + BLOCK_K, mask=there, other=float("-inf"), cache_modifier=".cg"
+                    )
+                    totals = tl.load(
+                        base + part * (BLOCK_K + 2) + BLOCK_K + 1, mask=there, other=0.0, cache_modifier=".cg"
+                    )
+                    accs = tl.load(
+                        base + part[:, None] * (BLOCK_K + 2) + columns[None, :],
+                        mask=there[:, None],
+                        other=0.0,
+                        cache_modifier=".cg",
+                    )
+                    share = tl.exp(highs - tl.max(highs, 0))
+                    mixed = tl.sum(accs * share[:, None], 0) / tl.sum(totals * share, 0)
+                    tl.store(target_out, mixed, mask=valid)
+
+
+def choose_splits(pairs: int, max_length: int, block_t: int, programs: int) -> int:
+    """Splits that give about ``programs`` programs for ``pairs`` sequences times heads, none smaller than a block."""
+    return max(min(programs // pairs, triton.cdiv(max_length, block_t), MAX_SPLITS), 1)
+
+
+def _launch(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    length: torch.Tensor,
+    first_key: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    splits: int | None,
+    max_length: int | None,
+    workspace: Workspace | None,
+    out: torch.Tensor,
+) -> None:
+    """``rotary``: position, sop_index, cos, sin of the appending kernel, or None."""
+    batch, heads, capacity, size = key_cache.shape
+    require(
+        value_cache.shape == key_cache.shape and value_cache.stride() == key_cache.stride(),
+        f"key_cache is {tuple(key_cache.shape)} and value_cache {tuple(value_cache.shape)}: pass equal ones",
+    )
+    require(key_cache.stride(3) == 1, "the caches must have a contiguous last axis")
+    tables = family(key_cache.device)
+    workspace = workspace or default_workspace(key_cache.device, batch)
+    if splits is None:
+        programs = multiprocessor_count(key_cache.device) * tables.attention.waves
+        splits = choose_splits(batch * heads, max_length or capacity, tables.attention.block_t, programs)
+    require(1 <= splits <= MAX_SPLITS, f"splits is {splits}; it must be between 1 and {MAX_SPLITS}")
+    block_k = triton.next_power_of_2(size)
+    require(
+        workspace.counters.numel() >= batch * heads
+        and workspace.partial.numel() >= batch * heads * splits * (block_k + 2),
+        f"the workspace was made for fewer than {batch} sequences of {heads} heads; make a larger one",
+    )
+    position, sop_index, cos, sin = rotary or (first_key, first_key, query, query)
+    pdl = uses_pdl(key_cache.device)
+    decode_attention_kernel[(batch * heads, splits)](
+        query,
+        key_cache,
+        value_cache,
+        length,
+        first_key,
+        position,
+        sop_index,
+        cos,
+        sin,
+        workspace.partial,
+        workspace.counters,
+        out,
+        heads,
+        capacity,
+        cos.shape[0],
+        *key_cache.stride()[:3],
+        1.0 / math.sqrt(size),
+        K=size,
+        BLOCK_K=block_k,
+        BLOCK_T=tables.attention.block_t,
+        SPLITS=splits,
+        SPLITS_POWER=triton.next_power_of_2(splits),
+        WIDTH=2 * cos.shape[1] if rotary else size,
+        APPEND=rotary is not None,
+        PDL=pdl,
+        num_warps=tables.attention.num_warps,
+        **pdl_options(pdl),
+    )
+
+
+def fused_multi_head_attention_inference_v2(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    length: torch.Tensor,
+    first_key: torch.Tensor,
+    splits: int | None = None,
+    workspace: Workspace | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """softmax(query key^T / sqrt(K)) value for one query row per sequence, softmax in float32.
+
+    Args:
+        query: [B, H, 1, K], rotated.
+        key_cache, value_cache: [B, H, T, K] of equal strides.
+        length: int32 [1], slot of the newest key. first_key: int32 [B]; keys first_key[b] <= j <= length are seen.
+        splits: parts that the keys are cut into, 1 to 64; None chooses for the whole capacity T.
+
+    Returns:
+        [B, 1, H * K].
+
+    Raises:
+        ValueError: a shape does not fit, or ``splits`` is out of range.
+    """
+    batch, heads, _, size = key_cache.shape
+    require(
+        query.shape == (batch, heads, 1, size),
+        f"query is {tuple(query.shape)} but the cache {tuple(key_cache.shape)}: pass [B, H, 1, K] and [B, H, T, K]",
+    )
+    out = query.new_empty(batch, 1, heads * size) if out is None else out
+    _launch(query.contiguous(), key_cache, value_cache, length, first_key, None, splits, None, workspace, out)
+    return out
+
+
+def decode_attention(
+    qkv: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    length: torch.Tensor,
+    first_key: torch.Tensor,
+    position: torch.Tensor,
+    sop_index: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    splits: int | None = None,
+    max_length: int | None = None,
+    workspace: Workspace | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rotary positions, append to the cache and attention of one decode step, in one launch.
+
+    The new key and value go to slot ``length``. With tables [P, K / 4] the first half of a head turns by
+    ``position[b]`` and the second by ``length - sop_index[b] + 1``, clamped to the tables; with [P, K / 2] the whole head turns by
+    ``position[b]``.
+
+    Args:
+        qkv: [B, 3 * H * K], per head [q k v].
+        key_cache, value_cache: [B, H, T, K] of equal strides, last axis contiguous.
+        length: int32 [1], slots filled, below T. first_key, position, sop_index: int32 [B].
+        cos, sin: [P, K / 4] or [P, K / 2].
+        splits: parts that the keys are cut into, 1 to 64, fixed when a graph is captured and right for every length;
+            None chooses for ``max_length`` keys (default T).
+        out: [B, H * K].
+
+    Raises:
+        ValueError: a shape does not fit, or ``splits`` is out of range.
+    """
+    batch, heads, _, size = key_cache.shape
+    require(
+        qkv.numel() == batch * 3 * heads * size and qkv.is_contiguous(),
+        f"qkv is {tuple(qkv.shape)}: for a cache {tuple(key_cache.shape)} pass contiguous [{batch}, {3 * heads * size}]",
+    )
+    require(
+        cos.shape == sin.shape and cos.shape[1] in (size // 4, size // 2),
+        f"cos is {tuple(cos.shape)} and sin {tuple(sin.shape)}: both must be [P, {size // 4}] or [P, {size // 2}]",
+    )
+    out = qkv.new_empty(batch, heads * size) if out is None else out
+    rotary = (position, sop_index, cos, sin)
+    _launch(qkv, key_cache, value_cache, length, first_key, rotary, splits, max_length, workspace, out)
+    return out

@@ -1,0 +1,119 @@
+"""Compile kernels for a GPU that is not there, exactly as the launching functions would."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from faster_chatglm_6b.ops.triton import configs
+
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with everything that decides its machine code."""
+
+    kernel: JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    aligned: tuple[int, ...]
+    options: tuple[tuple[str, object], ...]
+
+    def __str__(self) -> str:
+        constants = {k: v for k, v in self.constants if isinstance(k, str)}
+        return f"{self.kernel.__name__} {dict(self.signature)} {constants} {dict(self.options)}"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a kernel takes: bytes of shared memory, registers per thread, bytes of stack (spills live there)."""
+
+    shared: int
+    registers: int
+    stack: int
+
+
+def _describe(kernel: JITFunction, arguments: tuple, keywords: dict) -> Launch:
+    names = kernel.arg_names
+    given = dict(zip(names, arguments, strict=False))
+    options = {}
+    for key, value in keywords.items():
+        (given if key in names else options)[key] = value
+    signature, constants, aligned = [], [], []
+    for index, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or (specialised and isinstance(value, int) and value == 1):
+            signature.append((parameter.name, "constexpr"))
+            constants.append((parameter.name, value))
+        elif isinstance(value, torch.Tensor):
+            signature.append((parameter.name, _TYPES[value.dtype]))
+            aligned.append(index)
+        elif isinstance(value, float):
+            signature.append((parameter.name, "fp32"))
+        else:
+            signature.append((parameter.name, "i32" if -(2**31) <= value < 2**31 else "i64"))
+            if specialised and value % 16 == 0:
+                aligned.append(index)
+    return Launch(kernel, tuple(signature), tuple(constants), tuple(aligned), tuple(sorted(options.items())))
+
+
+@contextmanager
+def recorded(capability: int) -> Iterator[list[Launch]]:
+    """Within the block, launching a kernel records it instead, as on a GPU of ``capability`` (such as 90)."""
+    launches: list[Launch] = []
+
+    def run(self: JITFunction, *arguments: object, grid: object, warmup: bool, **keywords: object) -> None:
+        launches.append(_describe(self, arguments, keywords))
+
+    original = JITFunction.run, configs.capability
+    JITFunction.run = run
+    configs.capability = lambda device: divmod(capability, 10)
+    try:
+        yield launches
+    finally:
+        JITFunction.run, configs.capability = original
+
+
+def record(capability: int, call: Callable[[], object]) -> list[Launch]:
+    """The launches that ``call`` makes on a GPU of ``capability``."""
+    with recorded(capability) as launches:
+        call()
+    return launches
+
+
+def compile_launch(launch: Launch, capability: int) -> Resources:
+    """Machine code for ``capability``, and what it takes."""
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=dict(launch.signature),
+        constexprs=dict(launch.constants),
+        attrs={(index,): [["tt.divisibility", 16]] for index in launch.aligned},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [_CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return Resources(compiled.metadata.shared, int(registers), int(stack))

@@ -1,0 +1,138 @@
+"""The launches of every kernel, on tensors without memory, for ahead-of-time compilation."""
+
+from collections.abc import Callable
+
+import torch
+
+from faster_chatglm_6b.ops import triton as kernels
+from faster_chatglm_6b.ops.triton import configs
+from faster_chatglm_6b.ops.triton.gemv import launch_gemv, launch_persistent_gemv
+from faster_chatglm_6b.ops.triton.small_batch_matmul import launch_small_batch_matmul
+
+HEADS, SIZE, HIDDEN, INNER, VOCAB, CAPACITY, POSITIONS = 32, 128, 4096, 16384, 130528, 2048, 2048
+WEIGHTS = [(3 * HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER), (VOCAB, HIDDEN)]
+
+
+def meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def int32(*shape: int) -> torch.Tensor:
+    return meta(torch.int32, *shape)
+
+
+def operator_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
+    """The operators that are no matrix product, in the shapes of a decode step."""
+    batch = 2
+    hidden = meta(dtype, batch, HIDDEN)
+    vector = meta(dtype, HIDDEN)
+    cache = meta(dtype, batch, HEADS, CAPACITY, SIZE)
+    table = meta(dtype, POSITIONS, SIZE // 4)
+    packed = meta(dtype, batch, 3 * HIDDEN)
+    workspace = kernels.Workspace("meta", batch)
+    row = meta(dtype, batch, HEADS, 1, SIZE)
+
+    def rotary() -> None:
+        kernels.fused_apply_rotary_emb(
+            packed[:, None],
+            position_ids=meta(torch.int64, batch, 2, 1),
+            cos=table,
+            sin=table,
+            tensor_index=1,
+            k_size=SIZE,
+        )
+
+    def decode(splits: int) -> Callable[[], object]:
+        return lambda: kernels.decode_attention(
+            packed, cache, cache, int32(1), int32(batch), int32(batch), int32(batch), table, table, splits=splits,
+            workspace=workspace,
+        )  # fmt: skip
+
+    return [
+        lambda: kernels.fast_gelu(hidden),
+        lambda: kernels.fused_fast_gelu_mul(hidden, hidden),
+        lambda: kernels.skip_layer_norm(hidden, vector, vector),
+        lambda: kernels.skip_layer_norm(hidden, vector, vector, skip=hidden, alpha=7.5),
+        rotary,
+        lambda: kernels.fused_attention_concat_past_key_value(row, row, cache, cache, int32(1)),
+        lambda: kernels.fused_multi_head_attention_inference_v2(
+            row, cache, cache, int32(1), int32(batch), splits=8, workspace=workspace
+        ),
+        decode(1),
+        decode(8),
+        decode(64),
+        lambda: kernels.embedding(meta(torch.int64, batch), meta(dtype, VOCAB, HIDDEN)),
+    ]
+
+
+def gemv_launches(family: configs.Family, dtype: torch.dtype) -> list[Callable[[], object]]:
+    """Each weight of the model with each number of rows that the GEMV serves."""
+    calls = []
+    rows = range(1, family.gemv_rows + 1) if dtype.itemsize == 2 else range(1, 5)
+    for n, k in WEIGHTS:
+        weight, bias = meta(dtype, n, k), meta(dtype, n)
+        for m in rows:
+            x, out = meta(dtype, m, k), meta(dtype, m, n)
+            config = configs.gemv_config(family, n, k, dtype.itemsize)
+            gelu, residual = n == INNER, out if n == HIDDEN else None
+            calls.append(
+                lambda x=x, w=weight, b=bias, r=residual, g=gelu, o=out, c=config: launch_gemv(x, w, b, r, 7.5, g, o, c)
+            )
+        fused = configs.layer_norm_gemv_config(family, n, k, dtype.itemsize)
+        if fused is not None:
+            vector = meta(dtype, k)
+            calls.append(
+                lambda v=vector, w=weight, b=bias, n=n, c=fused: launch_persistent_gemv(
+                    v[None], v, v, 1e-5, w, b, None, 1.0, n == INNER, v, b, c
+                )
+            )
+    return calls
+
+
+def dot_launches(family: configs.Family, dtype: torch.dtype) -> list[Callable[[], object]]:
+    """Each weight of the model at each padded number of rows of the tensor-core product."""
+    calls = []
+    workspace = kernels.Workspace("meta", 64)
+    for rows in (8, 16, 32, 64):
+        for n, k in WEIGHTS:
+            x, weight, bias, out = meta(dtype, rows, k), meta(dtype, n, k), meta(dtype, n), meta(dtype, rows, n)
+            config = configs.dot_config(family, rows, n, k)
+            gelu, residual = n == INNER, out if n == HIDDEN else None
+            calls.append(
+                lambda x=x, w=weight, b=bias, r=residual, g=gelu, o=out, c=config: launch_small_batch_matmul(
+                    x, w, b, r, 7.5, g, o, c, workspace.partial, workspace.counters
+                )
+            )
+    return calls
+
+
+def sampling_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
+    """Samplers over scores of ``dtype``, and the processors in front of them."""
+    batch = 2
+    state = kernels.DecodeState(
+        tokens=meta(torch.int64, batch),
+        finished=int32(batch),
+        ids=meta(torch.int64, batch, CAPACITY),
+        ids_length=int32(1),
+        cache_length=int32(1),
+        step=int32(1),
+        eos_ids=meta(torch.int64, 1),
+        seed=meta(torch.int64, 1),
+        ring=meta(torch.int64, 256, batch),
+        pad_id=3,
+    )
+    logits, scores = meta(dtype, batch, VOCAB), meta(torch.float32, batch, VOCAB)
+    number, count = meta(torch.float32, 1), int32(1)
+    workspace = kernels.Workspace("meta", batch)
+    return [
+        lambda: kernels.greedy_sample(logits, state, workspace=workspace),
+        lambda: kernels.greedy_sample(logits, state, invalid_rule=True, workspace=workspace),
+        lambda: kernels.top_k_sample(logits, state, number, count, number, invalid_rule=True, workspace=workspace),
+        lambda: kernels.top_k_sample(logits, state, number, count, number, capacity=128, workspace=workspace),
+        lambda: kernels.full_sample(logits, state, number, count, number, invalid_rule=True, workspace=workspace),
+        lambda: kernels.full_sample(logits, state, number, None, None, workspace=workspace),
+        lambda: kernels.copy_scores(logits, scores),
+        lambda: kernels.repetition_penalty(logits, scores, state.ids, count, number),
+        lambda: kernels.no_repeat_ngram(scores, state.ids, count, count),
+        lambda: kernels.min_length(scores, count, count, state.eos_ids),
+    ]

@@ -1,0 +1,281 @@
+"""Checks of the operators' kernels against float64, shared by the interpreter's and the GPU's tests.
+
+Each check takes a device and a dtype, draws random inputs, fills what the kernel must write with NaN, and asserts.
+"""
+
+import math
+
+import torch
+
+from faster_chatglm_6b.ops import triton as kernels
+from faster_chatglm_6b.ops.triton import configs
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+ALPHA = math.sqrt(2 * 28)
+
+
+def random(device: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+def poison(device: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.full(shape, float("nan"), device=device, dtype=dtype)
+
+
+def assert_close(out: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    """Compare by norm, and by the largest difference so that a single wrong value is not lost among many."""
+    assert out.shape == expected.shape
+    difference = (out.double() - expected).abs()
+    assert not difference.isnan().any(), "some outputs were not written"
+    tolerance = TOLERANCE[dtype or out.dtype]
+    scale = expected.norm() / math.sqrt(max(expected.numel(), 1)) + 1e-30
+    assert difference.norm() <= tolerance * expected.norm() + 1e-12, difference.norm() / expected.norm()
+    assert difference.max() <= 8 * tolerance * (scale + expected.abs().max()), difference.max()
+
+
+def gelu64(x: torch.Tensor) -> torch.Tensor:
+    x = x.double()
+    return 0.5 * x * (1 + torch.tanh(0.79788456 * (x + 0.044715 * x**3)))
+
+
+def layer_norm64(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, epsilon: float) -> torch.Tensor:
+    x = x.double()
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + epsilon) * gamma.double() + beta.double()
+
+
+def rotate64(x: torch.Tensor, positions: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [..., K] in ``len(positions)`` equal blocks of columns; positions [...] each."""
+    blocks = []
+    for block, position in zip(x.double().chunk(len(positions), -1), positions, strict=True):
+        first, second = block.chunk(2, -1)
+        c, s = cos.double()[position], sin.double()[position]
+        blocks.append(torch.cat((first * c - second * s, second * c + first * s), -1))
+    return torch.cat(blocks, -1)
+
+
+def tables(device: str, dtype: torch.dtype, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    angle = torch.rand(rows, columns, device=device) * 6.28
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def check_fast_gelu(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = random(device, dtype, *shape) * 4
+    assert_close(kernels.fast_gelu(x, out=poison(device, dtype, *shape)), gelu64(x))
+
+
+def check_fused_fast_gelu_mul(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, y = random(device, dtype, *shape), random(device, dtype, *shape)
+    assert_close(kernels.fused_fast_gelu_mul(x, y, out=poison(device, dtype, *shape)), gelu64(x) * y.double())
+
+
+def check_skip_layer_norm(device: str, dtype: torch.dtype, rows: int, size: int, with_skip: bool) -> None:
+    # A mean far from zero shows a variance computed by cancellation.
+    x, skip = random(device, dtype, rows, size) + 3, random(device, dtype, rows, size)
+    gamma, beta = random(device, dtype, size), random(device, dtype, size)
+    out = kernels.skip_layer_norm(
+        x,
+        gamma,
+        beta,
+        skip=skip if with_skip else None,
+        epsilon=1e-5,
+        alpha=ALPHA,
+        out=poison(device, dtype, rows, size),
+    )
+    summed = x.double() + ALPHA * skip.double() if with_skip else x
+    assert_close(out, layer_norm64(summed, gamma, beta, 1e-5))
+
+
+def check_rotary(device: str, dtype: torch.dtype, batch: int, rows: int, heads: int, size: int, two: bool) -> None:
+    x = random(device, dtype, batch, rows, heads * 3 * size)
+    cos, sin = tables(device, dtype, 50, size // 4 if two else size // 2)
+    shape = (batch, 2, rows) if two else (batch, rows)
+    position_ids = torch.randint(0, 50, shape, device=device)
+    positions = [position_ids[:, 0], position_ids[:, 1]] if two else [position_ids]
+    for index in (0, 1):
+        out = kernels.fused_apply_rotary_emb(
+            x,
+            position_ids=position_ids,
+            cos=cos,
+            sin=sin,
+            tensor_index=index,
+            k_size=size,
+            out=poison(device, dtype, batch, heads, rows, size),
+        )
+        head = x.view(batch, rows, heads, 3, size)[:, :, :, index].transpose(1, 2)
+        assert_close(out, rotate64(head, [p[:, None] for p in positions], cos, sin))
+
+
+def check_concat(device: str, dtype: torch.dtype, batch: int, rows: int, heads: int, size: int) -> None:
+    capacity, length = rows + 9, 5
+    # Strides of a view into a packed projection.
+    packed = random(device, dtype, batch, rows, heads, 3, size)
+    key, value = packed[:, :, :, 1].transpose(1, 2), packed[:, :, :, 2].transpose(1, 2)
+    for given in (length, torch.tensor([length], dtype=torch.int32, device=device)):
+        caches = [poison(device, dtype, batch, heads, capacity, size) for _ in range(2)]
+        kernels.fused_attention_concat_past_key_value(key, value, *caches, given)
+        for cache, written in zip(caches, (key, value), strict=True):
+            assert torch.equal(cache[:, :, length : length + rows], written)
+            assert cache[:, :, :length].isnan().all() and cache[:, :, length + rows :].isnan().all()
+
+
+def attention64(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, first_key: torch.Tensor, length: int
+) -> torch.Tensor:
+    """query [B, H, K]; keys first_key[b] <= j <= length of [B, H, T, K]; returns [B, H, K]."""
+    key, value = key[:, :, : length + 1].double(), value[:, :, : length + 1].double()
+    scores = (query.double()[:, :, None] * key).sum(-1) / math.sqrt(query.shape[-1])
+    hidden = torch.arange(length + 1, device=key.device)[None, None] < first_key[:, None, None]
+    return (scores.masked_fill(hidden, float("-inf")).softmax(-1)[..., None] * value).sum(2)
+
+
+def check_attention(
+    device: str, dtype: torch.dtype, batch: int, heads: int, size: int, length: int, splits: int | None
+) -> None:
+    capacity = length + 6
+    query = random(device, dtype, batch, heads, 1, size)
+    key_cache, value_cache = (poison(device, dtype, batch, heads, capacity, size) for _ in range(2))
+    first_key = torch.randint(0, length + 1, (batch,), dtype=torch.int32, device=device)
+    first_key[0] = 0
+    for row in range(batch):
+        # Only the visible keys hold numbers: reading any other one shows.
+        for cache in (key_cache, value_cache):
+            visible = cache[row, :, first_key[row] : length + 1]
+            visible.copy_(random(device, dtype, *visible.shape))
+    workspace = kernels.Workspace(device, batch, heads, size, 1024)
+    workspace.partial.fill_(float("nan"))
+    slot = torch.tensor([length], dtype=torch.int32, device=device)
+    out = poison(device, dtype, batch, 1, heads * size)
+    for _ in range(2):
+        kernels.fused_multi_head_attention_inference_v2(
+            query, key_cache, value_cache, slot, first_key, splits=splits, workspace=workspace, out=out
+        )
+    expected = attention64(query[:, :, 0], key_cache.nan_to_num(), value_cache.nan_to_num(), first_key, length)
+    assert_close(out.view(batch, heads, size), expected)
+    assert not workspace.counters.any()
+
+
+def check_decode_attention(
+    device: str,
+    dtype: torch.dtype,
+    batch: int,
+    heads: int,
+    size: int,
+    length: int,
+    splits: int | None,
+    two: bool = True,
+) -> None:
+    capacity = length + 6
+    qkv = random(device, dtype, batch, 3 * heads * size)
+    longer = [poison(device, dtype, batch, heads, capacity + 3, size) for _ in range(2)]
+    caches = [cache[:, :, :capacity] for cache in longer]
+    first_key = torch.randint(0, length + 1, (batch,), dtype=torch.int32, device=device)
+    first_key[0] = 0
+    for row in range(batch):
+        for cache in caches:
+            visible = cache[row, :, first_key[row] : length]
+            visible.copy_(random(device, dtype, *visible.shape))
+    before = [cache.clone() for cache in longer]
+    position = torch.randint(0, 40, (batch,), dtype=torch.int32, device=device)
+    sop_index = torch.randint(0, length + 1, (batch,), dtype=torch.int32, device=device)
+    cos, sin = tables(device, dtype, length + 60, size // 4 if two else size // 2)
+    workspace = kernels.Workspace(device, batch, heads, size, 1024)
+    workspace.partial.fill_(float("nan"))
+    slot = torch.tensor([length], dtype=torch.int32, device=device)
+    out = poison(device, dtype, batch, heads * size)
+    kernels.decode_attention(
+        qkv, *caches, slot, first_key, position, sop_index, cos, sin, splits=splits, workspace=workspace, out=out
+    )
+    query, key, value = qkv.view(batch, heads, 3, size).unbind(2)
+    places = [position.long()[:, None], (length - sop_index + 1).long()[:, None]][: 2 if two else 1]
+    query, key = rotate64(query, places, cos, sin).to(dtype), rotate64(key, places, cos, sin)
+    # Exactly one slot changes.
+    for cache, old, new in zip(longer, before, (key, value.double()), strict=True):
+        assert_close(cache[:, :, length], new)
+        cache_rest, old_rest = cache.clone(), old.clone()
+        cache_rest[:, :, length] = 0
+        old_rest[:, :, length] = 0
+        assert torch.equal(cache_rest.isnan(), old_rest.isnan())
+        assert torch.equal(cache_rest.nan_to_num(), old_rest.nan_to_num())
+    expected = attention64(query, caches[0].nan_to_num(), caches[1].nan_to_num(), first_key, length)
+    assert_close(out.view(batch, heads, size), expected)
+    assert not workspace.counters.any()
+
+
+def check_matmul(
+    device: str, dtype: torch.dtype, rows: int, n: int, k: int, epilogue: str, with_bias: bool = True
+) -> None:
+    """``epilogue``: plain, gelu or residual."""
+    x, weight = random(device, dtype, rows, k), (random(device, torch.float32, n, k) / math.sqrt(k)).to(dtype)
+    bias = random(device, dtype, n) if with_bias else None
+    residual = random(device, dtype, rows, n) if epilogue == "residual" else None
+    workspace = kernels.Workspace(device, rows, 4, 32, 1024)
+    workspace.partial.fill_(float("nan"))
+    expected = x.double() @ weight.double().T + (bias.double() if with_bias else 0)
+    if epilogue == "gelu":
+        expected = gelu64(expected)
+    if residual is not None:
+        expected = expected + ALPHA * residual.double()
+    for _ in range(2):
+        out = kernels.fused_matmul_bias(
+            x,
+            weight,
+            bias,
+            residual,
+            ALPHA,
+            gelu=epilogue == "gelu",
+            out=poison(device, dtype, rows, n),
+            workspace=workspace,
+        )
+        assert_close(out, expected)
+    assert not workspace.counters.any()
+
+
+def check_gemv_config(device: str, dtype: torch.dtype, rows: int, n: int, k: int, config: configs.Gemv) -> None:
+    """One configuration, whatever the tables say."""
+    from faster_chatglm_6b.ops.triton.gemv import launch_gemv
+
+    x, weight, bias = random(device, dtype, rows, k), random(device, dtype, n, k), random(device, dtype, n)
+    residual = random(device, dtype, rows, n)
+    out = poison(device, dtype, rows, n)
+    launch_gemv(x, weight, bias, residual, ALPHA, False, out, config)
+    assert_close(out, x.double() @ weight.double().T + bias.double() + ALPHA * residual.double())
+
+
+def check_dot_config(device: str, dtype: torch.dtype, rows: int, n: int, k: int, config: configs.Dot) -> None:
+    """One configuration, whatever the tables say."""
+    from faster_chatglm_6b.ops.triton.small_batch_matmul import launch_small_batch_matmul
+
+    x, weight, bias = random(device, dtype, rows, k), random(device, dtype, n, k), random(device, dtype, n)
+    out = poison(device, dtype, rows, n)
+    workspace = kernels.Workspace(device, rows, 4, 32, 1024)
+    workspace.partial.fill_(float("nan"))
+    for _ in range(2):
+        out.fill_(float("nan"))
+        launch_small_batch_matmul(x, weight, bias, None, 1.0, True, out, config, workspace.partial, workspace.counters)
+        assert_close(out, gelu64(x.double() @ weight.double().T + bias.double()))
+    assert not workspace.counters.any()
+
+
+def check_layer_norm_matmul(
+    device: str, dtype: torch.dtype, rows: int, n: int, k: int, config: configs.Gemv | None = None
+) -> None:
+    """With ``config``: LayerNorm inside the GEMV (one row), whatever the tables say."""
+    from faster_chatglm_6b.ops.triton.gemv import launch_persistent_gemv
+
+    x, weight = random(device, dtype, rows, k) + 2, (random(device, torch.float32, n, k) / math.sqrt(k)).to(dtype)
+    gamma, beta, bias = random(device, dtype, k), random(device, dtype, k), random(device, dtype, n)
+    out, normed = poison(device, dtype, rows, n), poison(device, dtype, rows, k)
+    if config is None:
+        kernels.layer_norm_matmul_bias(x, gamma, beta, 1e-5, weight, bias, gelu=True, normed_out=normed, out=out)
+    else:
+        launch_persistent_gemv(x, gamma, beta, 1e-5, weight, bias, None, 1.0, True, normed, out, config)
+    assert_close(normed, layer_norm64(x, gamma, beta, 1e-5))
+    assert_close(out, gelu64(normed.double() @ weight.double().T + bias.double()))
+
+
+def check_embedding(device: str, dtype: torch.dtype, batch: int, vocab: int, size: int) -> None:
+    weight = random(device, dtype, vocab, size)
+    tokens = torch.randint(0, vocab, (batch,), device=device)
+    tokens[-1] = vocab - 1
+    assert torch.equal(kernels.embedding(tokens, weight, out=poison(device, dtype, batch, size)), weight[tokens])

@@ -1,0 +1,240 @@
+"""Checks of the sampling kernels against transformers' processors, shared by the interpreter's and the GPU's tests."""
+
+import torch
+from transformers.generation.logits_process import (
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from faster_chatglm_6b.ops import triton as kernels
+
+PAD = 3
+EOS = 7
+
+
+def make_state(device: str, batch: int, length: int = 4, capacity: int = 12, seed: int = 1) -> kernels.DecodeState:
+    def counter(value: int) -> torch.Tensor:
+        return torch.tensor([value], dtype=torch.int32, device=device)
+
+    return kernels.DecodeState(
+        tokens=torch.full((batch,), -5, device=device),
+        finished=torch.zeros(batch, dtype=torch.int32, device=device),
+        ids=torch.full((batch, capacity), -7, device=device),
+        ids_length=counter(length),
+        cache_length=counter(length - 1),
+        step=counter(0),
+        eos_ids=torch.tensor([EOS, -1, EOS + 1], device=device),
+        seed=torch.tensor([seed], device=device),
+        ring=torch.full((3, batch), -1, device=device),
+        pad_id=PAD,
+    )
+
+
+def make_workspace(device: str, batch: int, vocab: int) -> kernels.Workspace:
+    workspace = kernels.Workspace(device, batch, 2, 32, vocab)
+    workspace.candidates.fill_(2**62)
+    workspace.histogram.fill_(float("nan"))
+    workspace.thresholds.fill_(float("nan"))
+    return workspace
+
+
+def value(number: float, dtype: torch.dtype, device: str) -> torch.Tensor:
+    return torch.tensor([number], dtype=dtype, device=device)
+
+
+def check_greedy(device: str, dtype: torch.dtype, batch: int, vocab: int) -> None:
+    """Tokens and all the bookkeeping over five steps, one more than the ring and past the history's end."""
+    state = make_state(device, batch, length=4, capacity=7)
+    workspace = make_workspace(device, batch, vocab)
+    finished = torch.zeros(batch, dtype=torch.bool, device=device)
+    for step in range(5):
+        scores = torch.randn(batch, vocab, device=device).to(dtype)
+        best = torch.randint(10, vocab, (batch,), device=device)
+        scores.scatter_(1, best[:, None], 30.0)
+        # A tie with a later index must not win.
+        scores[:, -1] = 30.0
+        if step == 1:
+            best[0] = EOS
+            scores[0, EOS] = 31.0
+        if step == 2 and batch > 1:
+            best[1] = EOS + 1
+            scores[1, EOS + 1] = float("inf")
+        expected = torch.where(finished, PAD, best)
+        kernels.greedy_sample(scores, state, workspace=workspace)
+        finished |= (expected == EOS) | (expected == EOS + 1)
+        assert torch.equal(state.tokens, expected)
+        assert torch.equal(state.finished.bool(), finished)
+        assert torch.equal(state.ring[step % 3], expected)
+        counters = [int(c) for c in (state.ids_length, state.cache_length, state.step)]
+        assert counters == [5 + step, 4 + step, 1 + step]
+        if 4 + step < 7:
+            assert torch.equal(state.ids[:, 4 + step], expected)
+    assert (state.ids[:, :4] == -7).all()
+    assert not workspace.counters.any()
+
+
+def check_invalid_rule(device: str, dtype: torch.dtype, vocab: int) -> None:
+    """Rows with NaN or +inf give token 5, a row with -inf does not, and the other rows are untouched."""
+    batch = 4
+    scores = torch.randn(batch, vocab, device=device).to(dtype)
+    scores[0, vocab // 2] = float("nan")
+    scores[1, vocab - 1] = float("inf")
+    scores[2, : vocab // 2] = float("-inf")
+    scores[2, vocab - 2] = scores[3, vocab - 3] = 60.0
+    expected = [5, 5, vocab - 2, vocab - 3]
+    one = value(1.0, torch.float32, device)
+    k = value(2, torch.int32, device)
+    workspace = make_workspace(device, batch, vocab)
+
+    def run(sampler, *arguments) -> None:
+        state = make_state(device, batch)
+        sampler(scores, state, *arguments, invalid_rule=True, workspace=workspace)
+        assert state.tokens.tolist() == expected
+
+    run(kernels.greedy_sample)
+    run(kernels.top_k_sample, one, k, one * 0.9)
+    run(kernels.full_sample, one, None, one * 0.9)
+    run(kernels.full_sample, one, k, None)
+
+
+def reference_probabilities(scores: torch.Tensor, temperature: float, top_k: int | None, top_p: float) -> torch.Tensor:
+    """softmax of scores [1, V] after transformers' warpers, in float32 as there."""
+    scores = TemperatureLogitsWarper(temperature)(None, scores.float().cpu())
+    if top_k is not None:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1.0:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    return scores.softmax(-1)[0].double()
+
+
+def assert_distribution(counts: torch.Tensor, probabilities: torch.Tensor) -> None:
+    """Chi-square test at about five standard deviations; outcomes expected less than eight times are put together."""
+    draws = int(counts.sum())
+    assert not counts[probabilities == 0].any(), "a token outside the kept set was drawn"
+    expected = probabilities * draws
+    common = expected >= 8
+    observed = torch.cat((counts[common].double(), counts[~common].sum().double()[None]))
+    expected = torch.cat((expected[common], expected[~common].sum()[None]))
+    statistic = ((observed - expected).square() / expected.clamp_min(1e-9))[expected > 0].sum()
+    freedom = max(int((expected > 0).sum()) - 1, 1)
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5 + 10, (float(statistic), freedom)
+
+
+def check_distribution(
+    device: str,
+    sampler: str,
+    dtype: torch.dtype,
+    vocab: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    batch: int,
+    steps: int,
+    spread: float = 2.0,
+) -> None:
+    """Draw batch * steps tokens of one distribution, and compare with the warpers' probabilities."""
+    generator = torch.Generator().manual_seed(vocab)
+    row = (torch.randn(1, vocab, generator=generator) * spread).to(dtype)
+    scores = row.to(device).expand(batch, -1).contiguous()
+    state = make_state(device, batch, seed=1234567890123)
+    state.eos_ids.fill_(-1)
+    workspace = make_workspace(device, batch, vocab)
+    heat, p = value(temperature, torch.float32, device), value(top_p, torch.float32, device)
+    k = None if top_k is None else value(top_k, torch.int32, device)
+    counts = torch.zeros(vocab, dtype=torch.long)
+    for _ in range(steps):
+        if sampler == "top_k":
+            kernels.top_k_sample(scores, state, heat, k, p, workspace=workspace)
+        else:
+            kernels.full_sample(scores, state, heat, k, p if top_p < 1.0 else None, workspace=workspace)
+        counts += torch.bincount(state.tokens.cpu(), minlength=vocab)
+    assert not workspace.counters.any()
+    assert_distribution(counts, reference_probabilities(row, temperature, top_k, top_p))
+
+
+def check_ties(device: str, sampler: str, batch: int) -> None:
+    """Ties at the k-th value all stay; of ties at the edge of top-p only as many as are needed.
+
+    A small batch shows only that nothing else is drawn, a batch of 32 or more also that all of them are.
+    """
+    vocab = 300
+    scores = torch.full((batch, vocab), -20.0, device=device)
+    scores[:, 10:20] = 1.0
+    state, workspace = make_state(device, batch), make_workspace(device, batch, vocab)
+    state.eos_ids.fill_(-1)
+    heat = value(1.0, torch.float32, device)
+    seen = set()
+    for _ in range(3 if batch < 32 else 6):
+        if sampler == "top_k":
+            kernels.top_k_sample(scores, state, heat, value(3, torch.int32, device), heat, workspace=workspace)
+        else:
+            kernels.full_sample(scores, state, heat, value(3, torch.int32, device), None, workspace=workspace)
+        seen |= set(state.tokens.tolist())
+    assert seen <= set(range(10, 20)) and (len(seen) == 10 or batch < 32)
+    seen = set()
+    p = value(0.45, torch.float32, device)
+    for _ in range(3 if batch < 32 else 6):
+        if sampler == "top_k":
+            kernels.top_k_sample(scores, state, heat, value(50, torch.int32, device), p, workspace=workspace)
+        else:
+            kernels.full_sample(scores, state, heat, None, p, workspace=workspace)
+        seen |= set(state.tokens.tolist())
+    assert seen <= set(range(10, 15)) and (len(seen) == 5 or batch < 32)
+
+
+def check_repeatable(device: str, sampler: str, vocab: int) -> None:
+    """The same seed and step give the same tokens; another seed, step or row others."""
+    batch = 32
+    scores = torch.zeros(batch, vocab, device=device)
+    heat, p = value(1.0, torch.float32, device), value(1.0, torch.float32, device)
+    k = value(64, torch.int32, device)
+
+    def draw(seed: int) -> list[list[int]]:
+        state, workspace = make_state(device, batch, seed=seed), make_workspace(device, batch, vocab)
+        state.eos_ids.fill_(-1)
+        rows = []
+        for _ in range(2):
+            if sampler == "top_k":
+                kernels.top_k_sample(scores, state, heat, k, p, workspace=workspace)
+            else:
+                kernels.full_sample(scores, state, heat, None, None, workspace=workspace)
+            rows.append(state.tokens.tolist())
+        return rows
+
+    first, again, other = draw(11), draw(11), draw(2**40 + 11)
+    assert first == again
+    assert first[0] != first[1] and first[0] != other[0]
+    assert len(set(first[0])) > 5
+
+
+def check_processors(device: str, dtype: torch.dtype, batch: int, vocab: int) -> None:
+    """Each processor against transformers', the copy included; nothing past the valid ids is read."""
+    length, capacity = 40, 1100
+    ids = torch.full((batch, capacity), vocab - 1, device=device)
+    ids[:, :length] = torch.randint(0, 12, (batch, length), device=device)
+    logits = torch.randn(batch, vocab, device=device).to(dtype)
+    scores = torch.full((batch, vocab), float("nan"), device=device)
+    count = value(length, torch.int32, device)
+    seen, original = ids[:, :length].cpu(), logits.float().cpu()
+
+    kernels.copy_scores(logits, scores)
+    assert torch.equal(scores.cpu(), original)
+    kernels.repetition_penalty(logits, scores, ids, count, value(1.7, torch.float32, device))
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(seen, original.clone())
+    assert torch.allclose(scores.cpu(), expected, rtol=1e-6, atol=0)
+    for size in (1, 2, 3, 5, 41, 42):
+        kernels.copy_scores(logits, scores)
+        kernels.no_repeat_ngram(scores, ids, count, value(size, torch.int32, device))
+        expected = NoRepeatNGramLogitsProcessor(size)(seen, original.clone())
+        assert torch.equal(scores.cpu(), expected), size
+    eos = torch.tensor([EOS, -1, vocab - 1], device=device)
+    for minimum, banned in ((length + 1, True), (length, False)):
+        kernels.copy_scores(logits, scores)
+        kernels.min_length(scores, count, value(minimum, torch.int32, device), eos)
+        expected = original.clone()
+        if banned:
+            expected[:, [EOS, vocab - 1]] = float("-inf")
+        assert torch.equal(scores.cpu(), expected)

@@ -1,0 +1,37 @@
+"""Every kernel and tuned configuration compiles for every supported GPU, fits its shared memory and spills nothing."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to compile")
+
+import ahead_of_time  # noqa: E402
+import launches  # noqa: E402
+
+from faster_chatglm_6b.ops.triton import configs  # noqa: E402
+
+CAPABILITIES = (80, 86, 89, 90)
+GROUPS = {
+    "operators fp16": lambda family: launches.operator_launches(torch.float16),
+    "operators fp32": lambda family: launches.operator_launches(torch.float32),
+    "gemv fp16": lambda family: launches.gemv_launches(family, torch.float16),
+    "gemv bf16": lambda family: launches.gemv_launches(family, torch.bfloat16),
+    "gemv fp32": lambda family: launches.gemv_launches(family, torch.float32),
+    "tensor cores fp16": lambda family: launches.dot_launches(family, torch.float16),
+    "tensor cores bf16": lambda family: launches.dot_launches(family, torch.bfloat16),
+    "sampling fp16": lambda family: launches.sampling_launches(torch.float16),
+    "sampling fp32": lambda family: launches.sampling_launches(torch.float32),
+}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("group", GROUPS)
+def test_compiles_within_the_limits(group, capability):
+    family = configs.FAMILIES[divmod(capability, 10)]
+    found = [launch for call in GROUPS[group](family) for launch in ahead_of_time.record(capability, call)]
+    assert found
+    for launch in dict.fromkeys(found):
+        resources = ahead_of_time.compile_launch(launch, capability)
+        assert resources.shared <= ahead_of_time.SHARED_MEMORY[capability], f"{launch}: {resources}"
+        assert resources.stack == 0, f"{launch}: {resources}"
+        assert ("launch_pdl", True) in launch.options or capability < 90, f"{launch} is not launched early"
