@@ -57,11 +57,28 @@ import faster_chatglm_6b
 sys.argv[2] = sys.argv[1]
 """,
     "while another thread imports transformers": """
-import threading
+import importlib.machinery, threading, time
+started = threading.Event()
+
+class SlowLoader(importlib.machinery.SourceFileLoader):
+    def exec_module(self, module):
+        started.set()
+        time.sleep(0.3)
+        super().exec_module(module)
+
+class SlowFinder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "transformers.dynamic_module_utils":
+            spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+            spec.loader = SlowLoader(name, spec.origin)
+            return spec
+
+sys.meta_path.insert(0, SlowFinder)
 thread = threading.Thread(target=__import__, args=("transformers.models.auto.modeling_auto",))
 thread.start()
-while "transformers.dynamic_module_utils" not in sys.modules:
-    pass
+started.wait()
+assert not hasattr(sys.modules["transformers.dynamic_module_utils"], "get_class_from_dynamic_module")
 import faster_chatglm_6b
 thread.join()
 """,
