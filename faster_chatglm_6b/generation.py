@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from .decoding.loop import generate_tokens
-from .prompt_layout import PromptLayout
+from . import _status
+from .decoding.loop import engine_of, generate_ids, generate_tokens
+from .prompt_layout import PromptLayout, cached_tokens
 
 _log = logging.getLogger("faster_chatglm_6b")
 
@@ -23,7 +24,8 @@ class PrefixGenerationMixin:
     def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """transformers' ``generate``, after a check of the prompt.
 
-        A stock tokenizer's 4-D mask and position ids are accepted beside transformers' 2-D mask.
+        ``generator``, a ``torch.Generator``, makes sampling repeatable; without one torch's default generator does. A
+        stock tokenizer's 4-D mask and position ids are accepted beside transformers' 2-D mask.
 
         Raises:
             ValueError: no room for an answer, ids that are no ChatGLM prompt, or a mask that ``generate`` cannot follow.
@@ -70,12 +72,19 @@ class PrefixGenerationMixin:
         """transformers' beam search, where the caller does not ask for a stream."""
         if _streaming.get():
             raise _no_single_next_token()
+        _status.record_generation("plain", "beam search")
         return super()._beam_search(*args, **kwargs)
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' assisted decoding, where the caller does not ask for a stream."""
         if _streaming.get():
             raise _no_single_next_token()
+        if self.config.pre_seq_len:
+            raise ValueError(
+                "Assisted decoding cuts the cache to the length of the sequence, which a P-Tuning prefix shifts; leave "
+                "prompt_lookup_num_tokens and assistant_model out."
+            )
+        _status.record_generation("plain", "assisted decoding")
         return super()._assisted_decoding(*args, **kwargs)
 
     def _sample(
@@ -88,9 +97,16 @@ class PrefixGenerationMixin:
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Greedy search and sampling, which transformers sends here after it prepared and checked everything."""
-        if not _streaming.get():
-            return super()._sample(
+        """Greedy search and sampling, which transformers sends here after it prepared and checked everything.
+
+        The captured loop serves it where it can, else transformers' own; ``status()`` tells which and why.
+        """
+        arguments = (self, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+        if _streaming.get():
+            return generate_tokens(*arguments, _with_sync(model_kwargs, synced_gpus))
+
+        def plain() -> Any:
+            return super(PrefixGenerationMixin, self)._sample(
                 input_ids,
                 logits_processor=logits_processor,
                 stopping_criteria=stopping_criteria,
@@ -99,9 +115,15 @@ class PrefixGenerationMixin:
                 streamer=streamer,
                 **model_kwargs,
             )
-        return generate_tokens(
-            self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
-        )
+
+        return generate_ids(*arguments, _with_sync(model_kwargs, synced_gpus), plain)
+
+    def release_cache(self) -> None:
+        """Free the GPU memory that generation keeps between calls: key-value cache, buffers and captured graphs.
+
+        A generation that runs now ends first. The next one makes them anew.
+        """
+        engine_of(self).release()
 
     def prepare_inputs_for_generation(
         self,
@@ -112,14 +134,16 @@ class PrefixGenerationMixin:
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | None = None,
+        generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of the next forward: what the cache does not hold yet of input_ids [B, L], with positions and mask.
 
         Args:
             prompt_position_ids: positions of the prompt that the caller chose himself; later tokens count on from them.
+            generator: of ``generate``, named here so that transformers lets it through.
         """
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_length = cached_tokens(past_key_values, self.config)
         length = input_ids.shape[1]
         layout = PromptLayout.of(input_ids, self.config, attention_mask)
         position_ids = layout.position_ids(past_length, length, self.config.position_encoding_2d)
@@ -143,10 +167,15 @@ class PrefixGenerationMixin:
         """None: positions follow from the ids at every step (transformers 5 would count all axes on by one)."""
         return None
 
-    def _prompt_arguments(self, input_ids: torch.Tensor, generation_config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _prompt_arguments(
+        self, input_ids: torch.Tensor, generation_config: Any, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         """Check the prompt and turn stock's mask and positions into what transformers' ``generate`` understands."""
         kwargs = dict(kwargs)
         mask, position_ids = kwargs.get("attention_mask"), kwargs.pop("position_ids", None)
+        if isinstance(kwargs.get("past_key_values"), Cache):
+            # Newer transformers mark it themselves: the caller wants to find it filled.
+            kwargs["past_key_values"]._is_user_defined = True
         if mask is not None and mask.dim() == 4:
             kwargs["attention_mask"] = _padding_of(mask, input_ids, self.config)
         layout = PromptLayout.of(input_ids, self.config, kwargs.get("attention_mask"))
@@ -162,7 +191,9 @@ class PrefixGenerationMixin:
                 )
             if not torch.equal(position_ids.cpu(), derived):
                 kwargs["prompt_position_ids"] = position_ids
-        self._check_lengths(input_ids.shape[1], int((input_ids.shape[1] - layout.first_slot).max()), generation_config, kwargs)
+        self._check_lengths(
+            input_ids.shape[1], int((input_ids.shape[1] - layout.first_slot).max()), generation_config, kwargs
+        )
         implementation = kwargs.get("cache_implementation") or getattr(generation_config, "cache_implementation", None)
         if implementation in ("static", "offloaded_static", "sliding_window", "hybrid"):
             _log.info("cache_implementation=%r cannot follow a prefix mask; the default cache is used.", implementation)
@@ -205,6 +236,10 @@ def _no_single_next_token() -> ValueError:
     )
 
 
+def _with_sync(model_kwargs: dict[str, Any], synced_gpus: bool) -> dict[str, Any]:
+    return {**model_kwargs, "synced_gpus": True} if synced_gpus else model_kwargs
+
+
 def _continued(prompt_position_ids: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """Positions of the slots start to stop where the prompt's are given: the last axis of the last one counts on."""
     given = prompt_position_ids.cpu()
@@ -235,5 +270,3 @@ def _padding_of(mask: torch.Tensor, input_ids: torch.Tensor, config: Any) -> tor
         f"attention_mask has shape {list(mask.shape)} and is not the mask that the tokenizer makes for these ids; generate() "
         "follows padding only: pass a mask [batch, length] with 0 for padding."
     )
-
-

@@ -1,9 +1,151 @@
 """One token after the other: prefill, decode, stop, stream."""
 
-from collections.abc import Iterator
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from .. import _status
+from .engine import DecodeEngine
+from .plain import plain_tokens
+from .refusal import check_model
+from .request import Request
+from .sampling import CannotServe
+from .session import LOOKAHEAD
+
+
+class CapturedRun:
+    """One request on the model's engine, from the first token to the last.
+
+    The constructor waits for the requests of other threads; ``tokens`` must be iterated, which lets go of the engine at
+    its end, however that comes.
+
+    Raises:
+        CannotServe: the model cannot be run by the captured loop, is in use by this very thread, or lacks memory.
+    """
+
+    def __init__(self, model: Any, request: Request):
+        check_model(model)
+        self._model, self._request, self._engine = model, request, engine_of(model)
+        batch, length = request.input_ids.shape
+        self._limit = max(request.max_length - length, 1)
+        self._finished = torch.zeros(batch, dtype=torch.bool)
+        self._eos_ids = torch.tensor(request.eos_ids, dtype=torch.int64)
+        self._engine.acquire()
+        try:
+            with self._on_device():
+                self._session = self._engine.session(model, batch, length + self._limit)
+        except BaseException:
+            self._engine.leave()
+            raise
+
+    def tokens(self, streamer: Any = None) -> Iterator[torch.Tensor]:
+        """Yield the next tokens, int64 [B] on the CPU, the pad id for sequences that ended before."""
+        try:
+            for index in itertools.count():
+                token, is_last = self._next(index)
+                if streamer is not None:
+                    streamer.put(token)
+                yield token
+                if is_last:
+                    break
+            if streamer is not None:
+                streamer.end()
+        finally:
+            self._engine.leave()
+
+    def _on_device(self) -> contextlib.AbstractContextManager:
+        device = self._model.lm_head.weight.device
+        return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+    # Entered anew for each token: a generator that held it over a yield would switch the caller's autograd off.
+    @torch.no_grad()
+    def _next(self, index: int) -> tuple[torch.Tensor, bool]:
+        """Token ``index`` and whether it is the last. Later ones are queued first, so that the device never waits."""
+        self._engine.touch()
+        request, session = self._request, self._session
+        with self._on_device():
+            if index == 0:
+                session.begin(self._model, request, request.seed())
+            while session.launched < min(index + 1 + LOOKAHEAD, self._limit):
+                session.advance(self._model)
+            token = session.read(index)
+            if request.has_end:
+                token = token.masked_fill(self._finished, request.pad_id)
+            self._finished |= torch.isin(token, self._eos_ids)
+            if len(request.others):
+                self._ask_others(index, token)
+        return token, index + 1 >= self._limit or bool(self._finished.all())
+
+    def _ask_others(self, index: int, token: torch.Tensor) -> None:
+        """Evaluate the criteria that have no kernel on the ids up to token ``index``."""
+        request, start = self._request, self._request.input_ids.shape[1]
+        answer = self._session.ids(start + index + 1)[:, start:]
+        # The device does not know of sequences that these criteria ended before.
+        answer[:, -1].copy_(token)
+        ids = torch.cat((request.input_ids, answer), dim=1)
+        self._finished |= request.others(ids, None).cpu()
+
+
+def engine_of(model: Any) -> DecodeEngine:
+    """What the model keeps for the captured loop; made at the first call."""
+    return model.__dict__.setdefault("_decode_engine", DecodeEngine())
+
+
+def _request_or_reason(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+) -> Request | str:
+    try:
+        return Request.of(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+    except CannotServe as reason:
+        return str(reason)
+
+
+def _open(model: Any, request: Request | str) -> CapturedRun | None:
+    """The run that serves the request, or None where the plain path must; counted in ``status()``."""
+    try:
+        if isinstance(request, str):
+            raise CannotServe(request)
+        run = CapturedRun(model, request)
+    except CannotServe as reason:
+        _status.record_generation("plain", str(reason))
+        return None
+    _status.record_generation("captured", "sampling" if request.do_sample else "greedy search")
+    return run
+
+
+def generate_ids(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any,
+    model_kwargs: dict[str, Any],
+    plain: Callable[[], Any],
+) -> Any:
+    """What transformers' ``_sample`` returns, with its arguments: int64 [B, prompt + tokens] on input_ids' device.
+
+    Args:
+        plain: transformers' own loop, called with nothing where the captured one cannot serve the request.
+    """
+    arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+    run = _open(model, _request_or_reason(model, *arguments, model_kwargs))
+    if run is not None:
+        tokens = list(run.tokens(streamer))
+    elif model_kwargs.get("generator") is not None:
+        # transformers' loop knows no generator.
+        tokens = list(plain_tokens(model, *arguments, streamer, model_kwargs))
+    else:
+        return plain()
+    return torch.cat((input_ids, torch.stack(tokens, dim=1).to(input_ids.device)), dim=1)
 
 
 def generate_tokens(
@@ -15,32 +157,19 @@ def generate_tokens(
     streamer: Any,
     model_kwargs: dict[str, Any],
 ) -> Iterator[torch.Tensor]:
-    """Yield the next tokens, int64 [B] on the CPU, until every row has ended; arguments as transformers' ``_sample`` gets them.
+    """An iterator over the next tokens, int64 [B] on the CPU each, until every row has ended.
 
-    Rows that ended yield the pad id. The tokens are those of transformers' own loop with the same seed.
+    Arguments are those of transformers' ``_sample``. Rows that ended yield the pad id. Nothing is computed, and the
+    model not reserved, before the first token is asked for.
     """
-    pad_token = generation_config._pad_token_tensor
-    finished = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    while not bool(finished.all()):
-        # Entered anew for each token: a generator that held it over a yield would switch the caller's autograd off.
-        with torch.no_grad():
-            inputs = model.prepare_inputs_for_generation(input_ids, **model_kwargs)
-            outputs = model(**inputs, return_dict=True)
-            model_kwargs["past_key_values"] = outputs.past_key_values
-            mask = model_kwargs.get("attention_mask")
-            if mask is not None:
-                model_kwargs["attention_mask"] = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), dim=1)
-            scores = logits_processor(input_ids, outputs.logits[:, -1].to(copy=True, dtype=torch.float32))
-            if generation_config.do_sample:
-                tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
-            else:
-                tokens = scores.argmax(dim=-1)
-            if pad_token is not None:
-                tokens = torch.where(finished, pad_token.to(tokens.device), tokens)
-            input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)
-            finished = finished | stopping_criteria(input_ids, None)
-        if streamer is not None:
-            streamer.put(tokens.cpu())
-        yield tokens.cpu()
-    if streamer is not None:
-        streamer.end()
+    arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+    request = _request_or_reason(model, *arguments, model_kwargs)
+
+    def stream() -> Iterator[torch.Tensor]:
+        run = _open(model, request)
+        if run is not None:
+            yield from run.tokens(streamer)
+        else:
+            yield from plain_tokens(model, *arguments, streamer, model_kwargs)
+
+    return stream()

@@ -65,10 +65,17 @@ def operators_for(device: torch.device, dtype: torch.dtype, head_size: int, diff
     key = (device, dtype, head_size)
     table = _chosen.get(key)
     if table is None:
-        table = _chosen[key] = _choose(device)
+        table = _chosen[key] = _choose(device, dtype)
         _status.record_operators(f"{device} {str(dtype).removeprefix('torch.')}", table.choices)
     return table
 
 
-def _choose(device: torch.device) -> Operators:
-    return reference_operators(f"PyTorch's own kernels serve {device.type}")
+def _choose(device: torch.device, dtype: torch.dtype) -> Operators:
+    if device.type not in ("cpu", "cuda"):
+        return reference_operators(f"PyTorch's own kernels serve {device.type}")
+    # Imported here: they need this module's names.
+    from . import cpu, cuda
+
+    if device.type == "cpu":
+        return cpu.choose()
+    return cuda.choose(device, dtype)

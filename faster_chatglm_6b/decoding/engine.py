@@ -1,0 +1,111 @@
+"""What a model keeps for the captured loop between calls, and who may use it."""
+
+import threading
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+from .sampling import CannotServe
+from .session import Session, cache_bytes, capacity_for
+
+# Sessions of other batch sizes stay as long as all caches together fit in this.
+_MOST_IDLE_BYTES = 2 << 30
+
+
+def weights_key(model: Any) -> tuple:
+    """Where the weights lie: captured graphs hold these addresses."""
+    return tuple((parameter.data_ptr(), parameter.dtype, parameter.device) for parameter in model.parameters())
+
+
+class DecodeEngine:
+    """One request at a time; others wait, and a thread that would wait for itself is told so.
+
+    It is no part of the model's state: copies and pickles of the model start with an empty one.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._key: tuple | None = None
+        self._sessions: OrderedDict[int, Session] = OrderedDict()
+        self._release_when_free = False
+
+    def __deepcopy__(self, memo: dict) -> "DecodeEngine":
+        return DecodeEngine()
+
+    def __reduce__(self) -> tuple:
+        return DecodeEngine, ()
+
+    def acquire(self) -> None:
+        """Wait until no other request runs on the model.
+
+        Raises:
+            CannotServe: this thread itself has one open, a stream that is neither finished nor closed.
+        """
+        if self._owner == threading.get_ident():
+            raise CannotServe("another stream of this thread is open on the model")
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def touch(self) -> None:
+        """Note that the calling thread goes on with the request: a generator may be moved on by any thread."""
+        self._owner = threading.get_ident()
+
+    def leave(self) -> None:
+        """End the request."""
+        try:
+            if self._release_when_free:
+                self._drop()
+        finally:
+            self._owner = None
+            self._lock.release()
+
+    def release(self) -> None:
+        """Give up all caches and graphs, now or when the running request ends."""
+        self._release_when_free = True
+        if self._lock.acquire(blocking=False):
+            try:
+                self._drop()
+            finally:
+                self._lock.release()
+
+    def _drop(self) -> None:
+        self._release_when_free = False
+        for session in self._sessions.values():
+            session.wait()
+        self._sessions.clear()
+
+    def session(self, model: Any, batch: int, tokens: int) -> Session:
+        """A session for ``batch`` sequences of up to ``tokens`` ids; call between ``acquire`` and ``leave``.
+
+        Raises:
+            CannotServe: there is not enough memory for its cache.
+        """
+        key = weights_key(model)
+        if key != self._key:
+            self._drop()
+            self._key = key
+        session = self._sessions.get(batch)
+        if session is None or session.capacity < tokens:
+            session = self._make(model, batch, capacity_for(tokens))
+        self._sessions.move_to_end(batch)
+        return session
+
+    def _make(self, model: Any, batch: int, capacity: int) -> Session:
+        self._forget(batch)
+        needed = cache_bytes(model, batch, capacity)
+        while self._sessions and needed + sum(s.bytes for s in self._sessions.values()) > _MOST_IDLE_BYTES:
+            self._forget(next(iter(self._sessions)))
+        try:
+            session = self._sessions[batch] = Session(model, batch, capacity)
+        except torch.cuda.OutOfMemoryError as error:
+            raise CannotServe(
+                f"there is not enough GPU memory for a cache of {batch} x {capacity} tokens ({needed / 2**30:.1f} GiB)"
+            ) from error
+        return session
+
+    def _forget(self, batch: int) -> None:
+        session = self._sessions.pop(batch, None)
+        if session is not None:
+            session.wait()

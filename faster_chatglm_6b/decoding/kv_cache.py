@@ -1,0 +1,73 @@
+"""Preallocated keys and values, written in place."""
+
+import torch
+
+
+class KVCache:
+    """Keys and values of every layer in one tensor; a new token costs no copy of the old ones.
+
+    It has the part of transformers' ``Cache`` that the model's forward calls: ``update`` and ``get_seq_length``.
+
+    Args:
+        layers, batch, heads, capacity, head_size: L, B, H, T and K of the storage [L, 2, B, H, T, K].
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        heads: int,
+        capacity: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        # A tensor made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            self.storage = torch.empty(layers, 2, batch, heads, capacity, head_size, dtype=dtype, device=device)
+        self._lengths = [0] * layers
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each sequence has room for."""
+        return self.storage.shape[4]
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer, [B, H, T, K] each, filled or not."""
+        return self.storage[index, 0], self.storage[index, 1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that ``update`` has stored so far."""
+        return self._lengths[layer_idx]
+
+    def reset(self) -> None:
+        """Start with an empty cache; the memory stays."""
+        self._lengths = [0] * len(self._lengths)
+
+    def grow(self, layer_idx: int, rows: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """Make room for ``rows`` more tokens in a layer.
+
+        Returns:
+            the slot of the first of them, and the keys and values so far with them, views [B, H, length + rows, K].
+
+        Raises:
+            ValueError: the cache is full.
+        """
+        start = self._lengths[layer_idx]
+        stop = start + rows
+        if stop > self.capacity:
+            raise ValueError(
+                f"The cache holds {start} of {self.capacity} tokens and {rows} more do not fit; make a longer one."
+            )
+        self._lengths[layer_idx] = stop
+        keys, values = self.layer(layer_idx)
+        return start, keys[:, :, :stop], values[:, :, :stop]
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, cache_kwargs: dict | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store key and value [B, H, M, K] behind what the layer holds; returns all of it, [B, H, length, K] each."""
+        start, keys, values = self.grow(layer_idx, key.shape[2])
+        keys[:, :, start:].copy_(key)
+        values[:, :, start:].copy_(value)
+        return keys, values

@@ -1,0 +1,184 @@
+"""The device state of the requests of one batch size: buffers, and one captured graph per kind of step."""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+from .request import Request
+from .sampling import MOST_END_TOKENS, Sampler
+from .step import DecodeStep
+
+# Steps that may be queued on the device before the host has read their tokens; the ring has room for more.
+LOOKAHEAD = 3
+_RING_ROWS = 16
+# Graphs are few in practice: one or two lengths times the ways of sampling that an application uses.
+_MOST_GRAPHS = 8
+_SMALLEST_CAPACITY = 256
+_DOUBLED_UP_TO = 2048
+_SHORTEST_KEYS = 512
+
+
+def capacity_for(tokens: int) -> int:
+    """Cache slots for sequences of ``tokens``, rounded up so that requests of similar length share a session."""
+    capacity = _SMALLEST_CAPACITY
+    while capacity < tokens:
+        capacity += min(capacity, _DOUBLED_UP_TO // 2)
+    return capacity
+
+
+def cache_bytes(model: Any, batch: int, capacity: int) -> int:
+    """Bytes of the keys and values of such a session."""
+    config = model.config
+    return 2 * config.num_layers * batch * capacity * config.hidden_size * model.lm_head.weight.element_size()
+
+
+class Session:
+    """Serves one request after the other.
+
+    On a GPU the step is a CUDA graph, captured when a kind of step is first run: that first time it runs as it is,
+    which also compiles the kernels, and the capture follows. In Triton's interpreter every step runs as it is.
+    """
+
+    def __init__(self, model: Any, batch: int, capacity: int):
+        from ..ops import triton as kernels
+
+        self.device = model.lm_head.weight.device
+        self.batch, self.capacity = batch, capacity
+        self.bytes = cache_bytes(model, batch, capacity)
+        self.step = DecodeStep(model, batch, capacity)
+        self.sampler = Sampler(batch, self.step.vocab_size, self.device)
+        with torch.inference_mode(False):
+            zeros = {"dtype": torch.int32, "device": self.device}
+            ring = torch.full((_RING_ROWS, batch), -1, dtype=torch.int64)
+            self.state = kernels.DecodeState(
+                tokens=torch.zeros(batch, dtype=torch.int64, device=self.device),
+                finished=torch.zeros(batch, **zeros),
+                ids=torch.zeros(batch, capacity, dtype=torch.int64, device=self.device),
+                ids_length=torch.zeros(1, **zeros),
+                cache_length=torch.zeros(1, **zeros),
+                step=torch.zeros(1, **zeros),
+                eos_ids=torch.full((MOST_END_TOKENS,), -1, dtype=torch.int64, device=self.device),
+                seed=torch.zeros(1, dtype=torch.int64, device=self.device),
+                ring=ring.pin_memory() if self.on_gpu else ring,
+                pad_id=0,
+            )
+        self._graphs: OrderedDict[tuple, torch.cuda.CUDAGraph] = OrderedDict()
+        if self.on_gpu:
+            self._pool = torch.cuda.graph_pool_handle()
+            self._capture_stream = torch.cuda.Stream(self.device)
+            # A blocking event lets the CPU sleep until the token is there.
+            self._events = [torch.cuda.Event(blocking=True) for _ in range(_RING_ROWS)]
+            self._last: torch.cuda.Event | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether steps are queued on a device and captured."""
+        return self.device.type == "cuda"
+
+    def begin(self, model: Any, request: Request, seed: torch.Tensor) -> None:
+        """Start a request: place its prompt, run it through the model, and choose the first token."""
+        self._follow()
+        self._plan, self._length, self._launched = request.plan, request.input_ids.shape[1], 0
+        self._reset(request, seed)
+        outputs = model(
+            input_ids=request.input_ids,
+            attention_mask=request.attention_mask,
+            past_key_values=self.step.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+        )
+        self._finish_step(outputs.logits[:, -1].contiguous())
+        self._mark()
+
+    def _reset(self, request: Request, seed: torch.Tensor) -> None:
+        state, length = self.state, self._length
+        self.step.place(request.layout)
+        self.sampler.configure(request.plan)
+        state.ids[:, :length].copy_(request.history())
+        state.ids_length.fill_(length)
+        # The first token comes from the prompt's last logits: it advances the counter to the prompt's own length.
+        state.cache_length.fill_(length - 1)
+        state.step.zero_()
+        state.finished.zero_()
+        state.seed.copy_(seed)
+        state.eos_ids.fill_(-1)
+        if request.eos_ids:
+            state.eos_ids[: len(request.eos_ids)] = torch.tensor(request.eos_ids)
+        state.pad_id = request.pad_id
+
+    @property
+    def launched(self) -> int:
+        """Tokens of this request that were computed or are queued."""
+        return self._launched
+
+    def advance(self, model: Any) -> None:
+        """Compute one more token of every sequence, or queue it."""
+        self._follow()
+        keys = self._length + self._launched
+        most_keys = _SHORTEST_KEYS
+        while most_keys < keys:
+            most_keys *= 4
+        most_keys = min(most_keys, self.capacity)
+        key = (most_keys, self.state.pad_id, self._plan.graph_key)
+        graph = self._graphs.get(key)
+        if graph is not None:
+            self._graphs.move_to_end(key)
+            graph.replay()
+        else:
+            self._run(model, most_keys)
+            if self.on_gpu:
+                self._graphs[key] = self._capture(model, most_keys)
+                if len(self._graphs) > _MOST_GRAPHS:
+                    self._graphs.popitem(last=False)
+        self._mark()
+
+    def _run(self, model: Any, most_keys: int) -> None:
+        self._finish_step(self.step.run(model, self.state.tokens, self.state.cache_length, most_keys))
+
+    def _finish_step(self, logits: torch.Tensor) -> None:
+        self.sampler.run(self._plan, logits, self.state, self.step.workspace)
+
+    def _capture(self, model: Any, most_keys: int) -> torch.cuda.CUDAGraph:
+        """Record the step without running it. Other threads and streams of the process go on undisturbed."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._capture_stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                self._run(model, most_keys)
+            finally:
+                graph.capture_end()
+        return graph
+
+    def _follow(self) -> None:
+        """Queue behind what was queued last, by this request or an abandoned one, if that was on another stream."""
+        if self.on_gpu:
+            stream = torch.cuda.current_stream(self.device)
+            if self._last is not None and stream != self._stream:
+                stream.wait_event(self._last)
+            self._stream = stream
+
+    def _mark(self) -> None:
+        if self.on_gpu:
+            self._last = self._events[self._launched % _RING_ROWS]
+            self._last.record(self._stream)
+        self._launched += 1
+
+    def read(self, index: int) -> torch.Tensor:
+        """Token ``index`` of every sequence, int64 [B] on the CPU; waits until it is there.
+
+        Only the last ``_RING_ROWS`` launched ones can be read.
+        """
+        if self.on_gpu:
+            self._events[index % _RING_ROWS].synchronize()
+        return self.state.ring[index % _RING_ROWS].clone()
+
+    def ids(self, length: int) -> torch.Tensor:
+        """The first ``length`` ids of every sequence, a view [B, length] in device memory."""
+        return self.state.ids[:, :length]
+
+    def wait(self) -> None:
+        """Wait for everything that is queued, before the buffers are given up."""
+        if self.on_gpu and self._last is not None:
+            self._last.synchronize()

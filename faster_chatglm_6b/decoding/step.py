@@ -1,0 +1,105 @@
+"""One token of every sequence through the whole network, on preallocated buffers."""
+
+from typing import Any
+
+import torch
+
+from ..prompt_layout import PromptLayout
+from .kv_cache import KVCache
+
+
+class DecodeStep:
+    """The buffers of a decode step and the kernels that fill them: five launches per layer, or fewer.
+
+    Weights are read from the model at every run and never held here, so that weights that the model gives up are freed.
+    A captured graph holds their addresses; see ``engine.weights_key``.
+
+    Args:
+        model: a ``ChatGLMForConditionalGeneration`` that ``refusal.check_model`` accepts.
+        batch: B. capacity: most tokens per sequence.
+    """
+
+    def __init__(self, model: Any, batch: int, capacity: int):
+        from ..ops import triton as kernels
+
+        config, weight = model.config, model.transformer.word_embeddings.weight
+        device, dtype, hidden = weight.device, weight.dtype, config.hidden_size
+        heads, head_size = config.num_attention_heads, config.head_size
+        self.batch, self.capacity, self.vocab_size = batch, capacity, model.lm_head.weight.shape[0]
+        self.cache = KVCache(config.num_layers, batch, heads, capacity, head_size, dtype, device)
+        with torch.inference_mode(False):
+            # Held here, because the model's table is made anew when a longer one is asked for.
+            self.cos, self.sin = model.transformer.rotary.get(capacity + 2, device, dtype)
+            self.workspace = kernels.Workspace(device, batch, heads, head_size, self.vocab_size)
+            widths = (hidden, hidden, 3 * hidden, hidden, config.inner_hidden_size, self.vocab_size)
+            self._hidden, self._normed, self._packed, self._context, self._inner, self._logits = (
+                torch.empty(batch, width, dtype=dtype, device=device) for width in widths
+            )
+            # Where each row's first real token and its <sop> stand, and the position of its mask token. One tensor
+            # each, so that kernels see the same alignment whatever the batch.
+            self._first_key, self._sop_index, self._position = (
+                torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(3)
+            )
+
+    def place(self, layout: PromptLayout) -> None:
+        """Start with prompts of this layout."""
+        self.cache.reset()
+        self._first_key.copy_(layout.first_slot)
+        self._sop_index.copy_(layout.sop_slot)
+        self._position.copy_(layout.mask_position)
+
+    def run(self, model: Any, tokens: torch.Tensor, length: torch.Tensor, most_keys: int) -> torch.Tensor:
+        """Feed one token per sequence behind ``length`` cached ones.
+
+        Args:
+            tokens: int64 [B]. length: int32 [1]; the new keys go to this slot.
+            most_keys: how many keys there will be at most, which decides how attention is split; any number is right.
+
+        Returns:
+            logits [B, V], a buffer that the next run overwrites.
+        """
+        from ..modeling_chatglm import RESIDUAL_ALPHA
+        from ..ops import triton as kernels
+
+        network, workspace = model.transformer, self.workspace
+        hidden, normed = self._hidden, self._normed
+        kernels.embedding(tokens, network.word_embeddings.weight, out=hidden)
+        for index, layer in enumerate(network.layers):
+            attention, mlp = layer.attention, layer.mlp
+            self._normed_product(layer.input_layernorm, attention.query_key_value, self._packed)
+            kernels.decode_attention(
+                self._packed,
+                *self.cache.layer(index),
+                length,
+                self._first_key,
+                self._position,
+                self._sop_index,
+                self.cos,
+                self.sin,
+                max_length=most_keys,
+                workspace=workspace,
+                out=self._context,
+            )
+            product = {"residual": normed, "beta": RESIDUAL_ALPHA, "out": hidden, "workspace": workspace}
+            kernels.fused_matmul_bias(self._context, attention.dense.weight, attention.dense.bias, **product)
+            self._normed_product(layer.post_attention_layernorm, mlp.dense_h_to_4h, self._inner, gelu=True)
+            kernels.fused_matmul_bias(self._inner, mlp.dense_4h_to_h.weight, mlp.dense_4h_to_h.bias, **product)
+        self._normed_product(network.final_layernorm, model.lm_head, self._logits)
+        return self._logits
+
+    def _normed_product(self, norm: Any, linear: Any, out: torch.Tensor, gelu: bool = False) -> None:
+        """out = linear(norm(hidden)), and the normalised rows for the residual behind it."""
+        from ..ops import triton as kernels
+
+        kernels.layer_norm_matmul_bias(
+            self._hidden,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            linear.weight,
+            linear.bias,
+            gelu=gelu,
+            normed_out=self._normed,
+            out=out,
+            workspace=self.workspace,
+        )

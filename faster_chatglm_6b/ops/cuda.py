@@ -1,0 +1,225 @@
+"""The operators on NVIDIA GPUs: Triton kernels, PyTorch's attention for prompts, the definition where neither fits."""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from ..decoding.kv_cache import KVCache
+from . import Operators, reference, reference_operators
+
+OLDEST_CAPABILITY = (8, 0)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@functools.cache
+def kernels_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot serve this device and dtype; None where they can.
+
+    A CPU passes in Triton's interpreter only (``TRITON_INTERPRET=1``), which is for tests.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and not interpreted):
+        return f"there are no fused kernels for {device.type}; PyTorch's own serve it"
+    if dtype not in DTYPES:
+        return f"there are no fused kernels for {str(dtype).removeprefix('torch.')}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; install it with `pip install triton`"
+    if device.type == "cpu":
+        return None
+    if interpreted:
+        return "TRITON_INTERPRET=1 makes Triton interpret its kernels"
+    if torch.version.hip is not None:
+        return "the fused kernels are made for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {capability[0]}.{capability[1]}; 8.0 is needed"
+    return _trial(device)
+
+
+def _trial(device: torch.device) -> str | None:
+    """Compile and run the smallest kernel: Triton needs a C compiler and a driver that it knows."""
+    try:
+        from . import triton as kernels
+
+        with torch.cuda.device(device):
+            kernels.fast_gelu(torch.zeros(16, dtype=torch.float16, device=device))
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"Triton does not work here: {lines[-1][:200]}"
+    return None
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> Operators:
+    """The table for models on ``device`` in ``dtype``."""
+    reason = kernels_refusal(device, dtype)
+    if reason is not None:
+        return reference_operators(reason)
+    return fused_operators(device)
+
+
+def fused_operators(device: torch.device) -> Operators:
+    """The table of the fused operators; needs Triton."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        reason = f"compute capability {capability[0]}.{capability[1]}"
+    else:
+        reason = "Triton's interpreter"
+    fused = (
+        fast_gelu,
+        fused_apply_rotary_emb,
+        fused_attention_concat_past_key_value,
+        fused_fast_gelu_mul,
+        fused_matmul_bias,
+        skip_layer_norm,
+    )
+    choices = {function.__name__: ("triton", reason) for function in fused}
+    choices["fused_matmul_bias"] = ("triton", f"{reason}; cuBLAS for more than 64 rows")
+    choices["fused_multi_head_attention_inference_v2"] = (
+        "torch scaled_dot_product_attention",
+        f"{reason}; Triton in the captured decode loop",
+    )
+    choices["fused_linear_with_groupwise_quantized_weight"] = ("reference", "no fused kernel in this version")
+    return Operators(
+        **{function.__name__: function for function in fused},
+        fused_multi_head_attention_inference_v2=fused_multi_head_attention_inference_v2,
+        fused_linear_with_groupwise_quantized_weight=reference.fused_linear_with_groupwise_quantized_weight,
+        choices=choices,
+    )
+
+
+def _on_its_device(function: Callable) -> Callable:
+    """Launch on the device of the first argument: Triton launches on the current one, whatever its tensors say."""
+
+    @functools.wraps(function)
+    def launch(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+            return function(x, *args, **kwargs)
+        with torch.cuda.device(x.device):
+            return function(x, *args, **kwargs)
+
+    return launch
+
+
+def _fit(*tensors: torch.Tensor | None) -> bool:
+    """Whether the tensors that are given share the first one's device and dtype, of those that the kernels take."""
+    first = tensors[0]
+    return first.dtype in DTYPES and all(
+        t is None or (t.dtype == first.dtype and t.device == first.device) for t in tensors[1:]
+    )
+
+
+@_on_its_device
+def fast_gelu(x: torch.Tensor) -> torch.Tensor:
+    """See ``reference.fast_gelu``."""
+    from . import triton as kernels
+
+    return kernels.fast_gelu(x) if _fit(x) and x.is_contiguous() else reference.fast_gelu(x)
+
+
+@_on_its_device
+def fused_fast_gelu_mul(x: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
+    """See ``reference.fused_fast_gelu_mul``."""
+    from . import triton as kernels
+
+    if _fit(x, multiplier) and x.shape == multiplier.shape and x.is_contiguous() and multiplier.is_contiguous():
+        return kernels.fused_fast_gelu_mul(x, multiplier)
+    return reference.fused_fast_gelu_mul(x, multiplier)
+
+
+@_on_its_device
+def fused_apply_rotary_emb(
+    x: torch.Tensor, *, position_ids: torch.Tensor, cos: torch.Tensor, **rest: Any
+) -> torch.Tensor:
+    """See ``reference.fused_apply_rotary_emb``."""
+    from . import triton as kernels
+
+    if _fit(x, cos) and position_ids.dtype == torch.int64 and position_ids.shape[0] == x.shape[0]:
+        return kernels.fused_apply_rotary_emb(x, position_ids=position_ids, cos=cos, **rest)
+    return reference.fused_apply_rotary_emb(x, position_ids=position_ids, cos=cos, **rest)
+
+
+def fused_attention_concat_past_key_value(
+    past_key_values: object, key: torch.Tensor, value: torch.Tensor, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``reference.fused_attention_concat_past_key_value``; in place where the cache is our own."""
+    if not isinstance(past_key_values, KVCache):
+        return reference.fused_attention_concat_past_key_value(past_key_values, key, value, layer)
+    if not _fit(past_key_values.storage, key, value) or key.stride(3) != 1 or value.stride(3) != 1:
+        return past_key_values.update(key, value, layer)
+    start, keys, values = past_key_values.grow(layer, key.shape[2])
+    _write(key, value, *past_key_values.layer(layer), start)
+    return keys, values
+
+
+@_on_its_device
+def _write(
+    key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, start: int
+) -> None:
+    from . import triton as kernels
+
+    kernels.fused_attention_concat_past_key_value(key, value, key_cache, value_cache, start)
+
+
+@_on_its_device
+def fused_matmul_bias(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    _add_to_output: torch.Tensor | None = None,
+    beta: float = 1.0,
+) -> torch.Tensor:
+    """See ``reference.fused_matmul_bias``."""
+    from . import triton as kernels
+
+    if _fit(x, weight, bias, _add_to_output) and weight.is_contiguous():
+        return kernels.fused_matmul_bias(x, weight, bias, _add_to_output, beta)
+    return reference.fused_matmul_bias(x, weight, bias, _add_to_output, beta)
+
+
+@_on_its_device
+def skip_layer_norm(
+    x: torch.Tensor,
+    *,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    skip: torch.Tensor | None = None,
+    epsilon: float = 1e-5,
+    alpha: float = 1.0,
+) -> torch.Tensor:
+    """See ``reference.skip_layer_norm``."""
+    from . import triton as kernels
+
+    if _fit(x, gamma, beta, skip):
+        return kernels.skip_layer_norm(x, gamma, beta, skip, epsilon, alpha)
+    return reference.skip_layer_norm(x, gamma=gamma, beta=beta, skip=skip, epsilon=epsilon, alpha=alpha)
+
+
+def fused_multi_head_attention_inference_v2(
+    *,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_bias: torch.Tensor | None = None,
+    prefix_length: int | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """See ``reference.fused_multi_head_attention_inference_v2``.
+
+    A generation prompt ends in its ``<sop>``, the only row that is not context: the context's rows see one another
+    without any mask, and the last row sees all, so that two unmasked calls do without a bias.
+    """
+    batch, heads, rows, size = query.shape
+    attend = functools.partial(functional.scaled_dot_product_attention, scale=scale)
+    if prefix_length != rows - 1 or key.shape[2] != rows or prefix_length < 1:
+        return attend(query, key, value, attn_mask=attn_bias).transpose(1, 2).reshape(batch, rows, heads * size)
+    out = query.new_empty(batch, rows, heads, size)
+    context = attend(query[:, :, :-1], key[:, :, :-1], value[:, :, :-1])
+    out[:, :-1] = context.transpose(1, 2)
+    out[:, -1:] = attend(query[:, :, -1:], key, value).transpose(1, 2)
+    return out.view(batch, rows, heads * size)
