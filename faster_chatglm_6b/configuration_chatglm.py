@@ -92,6 +92,8 @@ class ChatGLMConfig(PretrainedConfig):
         self.quantization_head_bits = quantization_head_bits
         self.pre_seq_len = pre_seq_len
         self.prefix_projection = prefix_projection
+        # transformers 4.45's pipeline() loads a tokenizer only for a config that names its class.
+        kwargs.setdefault("tokenizer_class", "ChatGLMTokenizer")
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         # Set after super().__init__: transformers 5 has no such fields on the base class, transformers 4 overwrites
         # them there.

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+from faster_chatglm_6b.ops import cpu, reference
 from faster_chatglm_6b.quantization import QuantizedLinear, quantize_weight
 
 TOLERANCE = {"rtol": 0, "atol": 1e-3}
@@ -135,6 +136,30 @@ def test_quantised_linear_against_float64(bits, dtype):
         out = layer(x, residual=residual, alpha=0.5)
         error = (out.double() - expected).norm() / expected.norm()
         assert error < {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+
+
+@pytest.mark.parametrize(("rows", "features"), [(1, (96, 160)), (4, (96, 160)), (5, (96, 160)), (1, (33, 70))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_cpus_int8_kernel_equals_the_definition(rows, features, dtype):
+    """The last shape is one that PyTorch's kernel reads out of bounds for; it must not get there."""
+    torch.manual_seed(1)
+    arguments = (
+        torch.randn(rows, 1, features[1], dtype=dtype),
+        torch.randint(-127, 128, features, dtype=torch.int8),
+        (torch.rand(features[0]) * 0.01).to(dtype),
+    )
+    extra = {
+        "b": torch.randn(features[0], dtype=dtype),
+        "_add_to_output": torch.randn(rows, 1, features[0], dtype=dtype),
+        "beta": 0.5,
+    }
+    out = cpu.fused_linear_with_groupwise_quantized_weight(*arguments, **extra)
+    wide = reference.fused_linear_with_groupwise_quantized_weight(
+        arguments[0].double(), arguments[1], arguments[2].double(), **{**extra, "b": extra["b"].double()}
+    )
+    assert out.dtype == dtype and out.shape == wide.shape
+    error = (out.double() - wide).norm() / wide.norm()
+    assert error < {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
 
 
 def test_bad_requests_leave_the_model_unchanged(tiny_dir):
