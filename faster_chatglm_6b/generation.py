@@ -28,12 +28,14 @@ class PrefixGenerationMixin:
         stock tokenizer's 4-D mask and position ids are accepted beside transformers' 2-D mask.
 
         Raises:
-            ValueError: no room for an answer, ids that are no ChatGLM prompt, or a mask that ``generate`` cannot follow.
+            ValueError: no room for an answer, ids that are no ChatGLM prompt, or a mask that ``generate`` cannot
+            follow.
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(
-                "generate() needs input_ids of shape [batch, length] that hold the prompt (inputs_embeds may be given besides)."
+                "generate() needs input_ids of shape [batch, length] that hold the prompt (inputs_embeds may be given "
+                "besides)."
             )
         kwargs = self._prompt_arguments(input_ids, generation_config, kwargs)
         return super().generate(inputs, generation_config=generation_config, **kwargs)
@@ -53,7 +55,8 @@ class PrefixGenerationMixin:
             yield input_ids
 
     def stream_tokens(self, input_ids: torch.Tensor, **kwargs: Any) -> Iterator[torch.Tensor]:
-        """Iterator over the new tokens, int64 [B] on the CPU each. Arguments are checked at the call, before the first token.
+        """Iterator over the new tokens, int64 [B] on the CPU each. Arguments are checked at the call, before the first
+        token.
 
         Raises:
             ValueError: modes that do not produce one token at a time (beams, assisted decoding).
@@ -186,8 +189,8 @@ class PrefixGenerationMixin:
             derived = layout.position_ids(0, input_ids.shape[1], self.config.position_encoding_2d)
             if position_ids.shape != derived.shape:
                 raise ValueError(
-                    f"position_ids have shape {list(position_ids.shape)}, but {list(derived.shape)} is needed; leave them out "
-                    "to have them derived from input_ids."
+                    f"position_ids have shape {list(position_ids.shape)}, but {list(derived.shape)} is needed; leave "
+                    "them out to have them derived from input_ids."
                 )
             if not torch.equal(position_ids.cpu(), derived):
                 kwargs["prompt_position_ids"] = position_ids
@@ -204,8 +207,8 @@ class PrefixGenerationMixin:
         limit = self.config.max_sequence_length
         if real_length > limit:
             raise ValueError(
-                f"The prompt has {real_length} tokens, but this model was trained for at most {limit}; shorten the query or "
-                "drop the oldest rounds of the history."
+                f"The prompt has {real_length} tokens, but this model was trained for at most {limit}; shorten the "
+                "query or drop the oldest rounds of the history."
             )
         max_length = kwargs.get("max_length")
         max_new_tokens = kwargs.get("max_new_tokens")
@@ -218,21 +221,21 @@ class PrefixGenerationMixin:
                 max_length = None
         if max_length is not None and max_new_tokens is None and length >= max_length:
             raise ValueError(
-                f"The prompt has {length} tokens and max_length is {max_length}, which leaves no room for an answer; raise "
-                "max_length, shorten the query or drop the oldest rounds of the history."
+                f"The prompt has {length} tokens and max_length is {max_length}, which leaves no room for an answer; "
+                "raise max_length, shorten the query or drop the oldest rounds of the history."
             )
         for source in (kwargs.get("prefill_chunk_size"), getattr(generation_config, "prefill_chunk_size", None)):
             if source is not None:
                 raise ValueError(
-                    f"prefill_chunk_size is {source}, but a ChatGLM prompt is attended in both directions and cannot be "
-                    "prefilled in chunks; leave it out."
+                    f"prefill_chunk_size is {source}, but a ChatGLM prompt is attended in both directions and cannot "
+                    "be prefilled in chunks; leave it out."
                 )
 
 
 def _no_single_next_token() -> ValueError:
     return ValueError(
-        "Streaming yields one token at a time, which beams and assisted decoding cannot; call generate() for them, or leave "
-        "num_beams, prompt_lookup_num_tokens and assistant_model out."
+        "Streaming yields one token at a time, which beams and assisted decoding cannot; call generate() for them, or "
+        "leave num_beams, prompt_lookup_num_tokens and assistant_model out."
     )
 
 
@@ -267,6 +270,6 @@ def _padding_of(mask: torch.Tensor, input_ids: torch.Tensor, config: Any) -> tor
         if torch.equal(mask[:, 0].bool().cpu()[rows], expected[rows]):
             return padding.to(input_ids.device)
     raise ValueError(
-        f"attention_mask has shape {list(mask.shape)} and is not the mask that the tokenizer makes for these ids; generate() "
-        "follows padding only: pass a mask [batch, length] with 0 for padding."
+        f"attention_mask has shape {list(mask.shape)} and is not the mask that the tokenizer makes for these ids; "
+        "generate() follows padding only: pass a mask [batch, length] with 0 for padding."
     )
