@@ -79,9 +79,8 @@ def _run_cases() -> None:
         values = []
         for argument in arguments:
             if isinstance(argument, str) and "(" in argument:
-                argument = {"Gemv": Gemv, "Dot": Dot}[argument.split("(")[0]](
-                    *json.loads(f"[{argument[:-1].split('(')[1]}]")
-                )
+                kind, numbers = argument.rstrip(")").split("(")
+                argument = {"Gemv": Gemv, "Dot": Dot}[kind](*json.loads(f"[{numbers}]"))
             elif argument in (HALF, SINGLE):
                 argument = getattr(torch, argument)
             values.append(argument)

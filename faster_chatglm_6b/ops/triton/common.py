@@ -13,7 +13,8 @@ def wait_for_predecessor(PDL: tl.constexpr):
     """Let the next kernel start, then wait until every earlier kernel is done and its writes are visible.
 
     Under programmatic dependent launch a kernel starts while its predecessor still runs; what the predecessors may
-    write must be read after this call only. Every kernel calls it, so that waiting for the predecessor means waiting for all.
+    write must be read after this call only. Every kernel calls it, so that waiting for the predecessor means
+    waiting for all before it.
     """
     if PDL:
         gdc_launch_dependents()

@@ -5,7 +5,7 @@ Keys are (N, K) of a weight [N, K]. Shapes that are not listed use the family's 
 
 import functools
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import triton
@@ -16,13 +16,16 @@ class Gemv:
     """One program takes ``block_n`` rows, ``block_k`` columns at a time.
 
     ``waves`` 0: one program per row block. Otherwise the programs loop over row blocks, and the grid is ``waves`` times
-    the number of multiprocessors.
+    the number of multiprocessors. Before it waits for its predecessor, a program loads its first block and asks the L2
+    cache for ``prefetch`` more columns of its rows, and for the first blocks of ``ahead`` programs (or turns) after it.
     """
 
     block_n: int
     block_k: int
     num_warps: int
     waves: int = 0
+    prefetch: int = 0
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Family:
 
 
 _DOT_DEFAULT = {
-    8: Dot(32, 128, 4, 4),
+    8: Dot(64, 128, 4, 4),
     16: Dot(64, 128, 4, 4),
     32: Dot(64, 128, 4, 4),
     64: Dot(128, 64, 4, 4),
@@ -81,8 +84,15 @@ _CONSUMER = Family(
     dot_default={**_DOT_DEFAULT, 64: Dot(64, 64, 4, 3)},
 )
 _HOPPER = Family(
-    gemv_default=Gemv(1, 4096, 4),
-    attention=Attention(64, 4, 2),
+    gemv_default=Gemv(2, 2048, 4),
+    attention=Attention(128, 8, 2),
+    gemv={
+        (4096, 4096): Gemv(2, 4096, 8, 4),
+        (4096, 16384): Gemv(4, 1024, 4),
+    },
+    layer_norm_gemv={
+        (16384, 4096): Gemv(2, 4096, 4, 8),
+    },
     dot_default=_DOT_DEFAULT,
 )
 FAMILIES = {(8, 0): _AMPERE, (8, 6): _CONSUMER, (8, 9): _CONSUMER, (9, 0): _HOPPER}
@@ -121,7 +131,7 @@ def _fit(config: Gemv, k: int, element_size: int) -> Gemv:
     warps = config.num_warps
     while warps > 1 and block_k * config.block_n < warps * 32 * 8:
         warps //= 2
-    return Gemv(config.block_n, block_k, warps, config.waves)
+    return replace(config, block_k=block_k, num_warps=warps)
 
 
 def gemv_config(tables: Family, n: int, k: int, element_size: int) -> Gemv:

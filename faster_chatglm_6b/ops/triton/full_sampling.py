@@ -23,9 +23,7 @@ from .decode_state import DecodeState, advance_row
 from .greedy_sampling import INFINITE, INVALID_TOKEN, LOWEST, check_sampling, load_scores
 from .workspace import Workspace, default_workspace
 
-BLOCK = 2048
-# Scores that are sorted into digits at a time.
-PIECE = 256
+BLOCK = 1024
 DIGITS = tl.constexpr(32)
 PASSES = 7
 # Values per row and pass in Workspace.thresholds.
@@ -117,7 +115,6 @@ def narrow_kernel(
     number,
     MASS: tl.constexpr,
     BLOCK: tl.constexpr,
-    PIECE: tl.constexpr,
     CHUNKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -125,7 +122,10 @@ def narrow_kernel(
     row = tl.program_id(1)
     chunk = tl.program_id(0)
     chunks = tl.num_programs(0)
+    index = chunk * BLOCK + tl.arange(0, BLOCK)
     wait_for_predecessor(PDL)
+    value = load_scores(scores, row, index, vocab)
+    key = unsigned_key(value)
     prefix = tl.full([], 0, tl.uint32)
     floor = tl.full([], 0, tl.uint32)
     above = tl.full([], 0.0, tl.float32)
@@ -156,20 +156,15 @@ def narrow_kernel(
     bins = tl.arange(0, DIGITS).to(tl.uint32)
     heat = tl.load(temperature)
     highest_key = row_maximum(maxima, row, chunks, CHUNKS)
-    counts = tl.zeros([PIECE, DIGITS], tl.float32)
-    for piece in range(0, BLOCK, PIECE):
-        index = chunk * BLOCK + piece + tl.arange(0, PIECE)
-        value = load_scores(scores, row, index, vocab)
-        key = unsigned_key(value)
-        inside = (index < vocab) & (key >= floor) & ((number == 0) | ((key >> known) == prefix))
-        if MASS:
-            weight, _ = weigh(value, heat, highest_key)
-        else:
-            weight = tl.full([PIECE], 1.0, tl.float32)
-        weight = tl.where(inside, weight, 0.0)
-        digit = (key >> shift) & ((tl.full([], 1, tl.uint32) << width) - 1)
-        counts += tl.where(digit[:, None] == bins[None, :], weight[:, None], 0.0)
-    tl.store(histogram_out + (row.to(tl.int64) * CHUNKS + chunk) * DIGITS + tl.arange(0, DIGITS), tl.sum(counts, 0))
+    inside = (index < vocab) & (key >= floor) & ((number == 0) | ((key >> known) == prefix))
+    if MASS:
+        weight, _ = weigh(value, heat, highest_key)
+    else:
+        weight = tl.full([BLOCK], 1.0, tl.float32)
+    weight = tl.where(inside, weight, 0.0)
+    digit = (key >> shift) & ((tl.full([], 1, tl.uint32) << width) - 1)
+    counts = tl.sum(tl.where(digit[:, None] == bins[None, :], weight[:, None], 0.0), 0)
+    tl.store(histogram_out + (row.to(tl.int64) * CHUNKS + chunk) * DIGITS + tl.arange(0, DIGITS), counts)
 
 
 @triton.jit
@@ -319,7 +314,7 @@ def full_sample(
     grid = (chunks, batch)
     power = triton.next_power_of_2(chunks)
     pdl = uses_pdl(scores.device)
-    common = {"BLOCK": block, "CHUNKS": power, "PDL": pdl, "num_warps": 8, **pdl_options(pdl)}
+    common = {"BLOCK": block, "CHUNKS": power, "PDL": pdl, "num_warps": 16, **pdl_options(pdl)}
     maxima = workspace.candidates
     histograms = workspace.histogram.view(2, -1)
     maximum_kernel[grid](scores, maxima, vocab, **common)
@@ -339,7 +334,6 @@ def full_sample(
             slot,
             number,
             MASS=mass,
-            PIECE=min(PIECE, block),
             **common,
         )
     last = max(len(passes) - 1, 0)

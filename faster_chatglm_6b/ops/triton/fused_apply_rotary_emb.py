@@ -9,22 +9,27 @@ from .configs import uses_pdl
 
 
 @triton.jit
-def rotate_head(source, cos, sin, first_position, second_position, columns, valid, WIDTH: tl.constexpr):
-    """Load one head from ``source`` (pointer to its K values) and rotate it, in float32.
-
-    Each block of WIDTH columns turns by its own position (the first block by ``first_position``, later ones by
-    ``second_position``), column i together with column i + WIDTH / 2. The tables are [P, WIDTH / 2].
+def load_head(source, columns, valid, WIDTH: tl.constexpr):
+    """One head from ``source`` (pointer to its K values), and beside each value the one that it turns with, negated
+    for the first half: column i goes with column i + WIDTH / 2 of its block of WIDTH columns. float32.
     """
     HALF: tl.constexpr = WIDTH // 2
-    in_block = columns % WIDTH
-    leading = in_block < HALF
-    position = tl.where(columns < WIDTH, first_position, second_position)
-    entry = position * HALF + in_block % HALF
-    c = tl.load(cos + entry, mask=valid, other=0.0).to(tl.float32)
-    s = tl.load(sin + entry, mask=valid, other=0.0).to(tl.float32)
+    leading = columns % WIDTH < HALF
     own = tl.load(source + columns, mask=valid, other=0.0).to(tl.float32)
     partner = tl.load(source + tl.where(leading, columns + HALF, columns - HALF), mask=valid, other=0.0).to(tl.float32)
-    return own * c + tl.where(leading, -partner, partner) * s
+    return own, tl.where(leading, -partner, partner)
+
+
+@triton.jit
+def load_angles(cos, sin, first_position, second_position, columns, valid, WIDTH: tl.constexpr):
+    """cos and sin per column: the first WIDTH columns by ``first_position``, later ones by ``second_position``.
+
+    The tables are [P, WIDTH / 2].
+    """
+    HALF: tl.constexpr = WIDTH // 2
+    entry = tl.where(columns < WIDTH, first_position, second_position) * HALF + columns % HALF
+    c = tl.load(cos + entry, mask=valid, other=0.0).to(tl.float32)
+    return c, tl.load(sin + entry, mask=valid, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -53,8 +58,9 @@ def fused_apply_rotary_emb_kernel(
         first_position = tl.load(position_ids + batch * rows + row)
         second_position = first_position
     source = x + (((batch.to(tl.int64) * rows + row) * heads + head) * 3 + TENSOR_INDEX) * K
-    rotated = rotate_head(source, cos, sin, first_position, second_position, columns, valid, WIDTH)
-    tl.store(out + ((batch.to(tl.int64) * heads + head) * rows + row) * K + columns, rotated, mask=valid)
+    own, partner = load_head(source, columns, valid, WIDTH)
+    c, s = load_angles(cos, sin, first_position, second_position, columns, valid, WIDTH)
+    tl.store(out + ((batch.to(tl.int64) * heads + head) * rows + row) * K + columns, own * c + partner * s, mask=valid)
 
 
 def fused_apply_rotary_emb(

@@ -1,4 +1,4 @@
-"""Attention of one query row per sequence against the cache, the keys split over programs (Flash-Decoding, Dao 2023)."""
+"""Attention of one query row per sequence against the cache, the keys split over programs (Flash-Decoding)."""
 
 import math
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .common import arrive, multiprocessor_count, pdl_options, prefetch_to_l2, require, wait_for_predecessor
 from .configs import family, uses_pdl
-from .fused_apply_rotary_emb import rotate_head
+from .fused_apply_rotary_emb import load_angles, load_head
 from .workspace import MAX_SPLITS, Workspace, default_workspace
 
 
@@ -74,6 +74,17 @@ def decode_attention_kernel(
             prefetch_to_l2(key_cache + cache + slot[:, None] * stride_t + line[None, :])
             prefetch_to_l2(value_cache + cache + slot[:, None] * stride_t + line[None, :])
     wait_for_predecessor(PDL)
+    # Loads that do not depend on the length come first, so that their latencies overlap.
+    if APPEND:
+        packed = query + (batch * heads + head) * 3 * K
+        q_own, q_partner = load_head(packed, columns, valid, WIDTH)
+        k_own, k_partner = load_head(packed + K, columns, valid, WIDTH)
+        v_new = tl.load(packed + 2 * K + columns, mask=valid, other=0.0)
+        first_position = tl.minimum(tl.load(position + batch), positions - 1)
+        second_position = first_position
+        sop = tl.load(sop_index + batch)
+    else:
+        q = tl.load(query + (batch * heads + head) * K + columns, mask=valid, other=0.0).to(tl.float32) * scale
     slot_new = tl.load(length, volatile=True)
     first = tl.load(first_key + batch)
     end = slot_new
@@ -82,24 +93,16 @@ def decode_attention_kernel(
     start, stop, active = key_range(first, end, split, SPLITS, BLOCK_T)
     if split < active:
         if APPEND:
-            packed = query + (batch * heads + head) * 3 * K
-            first_position = tl.minimum(tl.load(position + batch), positions - 1)
-            second_position = first_position
             if WIDTH < K:
-                second_position = slot_new - tl.load(sop_index + batch) + 1
-                second_position = tl.minimum(tl.maximum(second_position, 0), positions - 1)
-            q = rotate_head(packed, cos, sin, first_position, second_position, columns, valid, WIDTH)
-            q = q.to(out.dtype.element_ty).to(tl.float32) * scale
-        else:
-            q = tl.load(query + (batch * heads + head) * K + columns, mask=valid, other=0.0).to(tl.float32) * scale
+                second_position = tl.minimum(tl.maximum(slot_new - sop + 1, 0), positions - 1)
+            c, s = load_angles(cos, sin, first_position, second_position, columns, valid, WIDTH)
+            q = (q_own * c + q_partner * s).to(out.dtype.element_ty).to(tl.float32) * scale
         highest = tl.full([], float("-inf"), tl.float32)
         total = tl.full([], 0.0, tl.float32)
         acc = tl.zeros([BLOCK_K], tl.float32)
         if APPEND:
             if split == 0:
-                k_new = rotate_head(packed + K, cos, sin, first_position, second_position, columns, valid, WIDTH)
-                k_new = k_new.to(out.dtype.element_ty)
-                v_new = tl.load(packed + 2 * K + columns, mask=valid, other=0.0)
+                k_new = (k_own * c + k_partner * s).to(out.dtype.element_ty)
                 target = cache + slot_new.to(tl.int64) * stride_t + columns
                 fits = valid & (slot_new < capacity)
                 tl.store(key_cache + target, k_new, mask=fits)
@@ -275,8 +278,8 @@ def decode_attention(
     """Rotary positions, append to the cache and attention of one decode step, in one launch.
 
     The new key and value go to slot ``length``. With tables [P, K / 4] the first half of a head turns by
-    ``position[b]`` and the second by ``length - sop_index[b] + 1``, clamped to the tables; with [P, K / 2] the whole head turns by
-    ``position[b]``.
+    ``position[b]`` and the second by ``length - sop_index[b] + 1``, clamped to the tables; with [P, K / 2]
+    the whole head turns by ``position[b]``.
 
     Args:
         qkv: [B, 3 * H * K], per head [q k v].
@@ -293,7 +296,7 @@ def decode_attention(
     batch, heads, _, size = key_cache.shape
     require(
         qkv.numel() == batch * 3 * heads * size and qkv.is_contiguous(),
-        f"qkv is {tuple(qkv.shape)}: for a cache {tuple(key_cache.shape)} pass contiguous [{batch}, {3 * heads * size}]",
+        f"qkv is {tuple(qkv.shape)}: for the cache {tuple(key_cache.shape)} pass [{batch}, {3 * heads * size}]",
     )
     require(
         cos.shape == sin.shape and cos.shape[1] in (size // 4, size // 2),

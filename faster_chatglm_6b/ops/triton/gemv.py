@@ -4,9 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import gelu, multiprocessor_count, pdl_options, wait_for_predecessor
+from .common import gelu, multiprocessor_count, pdl_options, prefetch_to_l2, wait_for_predecessor
 from .configs import Gemv, uses_pdl
 from .skip_layer_norm import normalise_row
+
+WARPS_PER_MULTIPROCESSOR = 64
 
 
 @triton.jit
@@ -19,6 +21,14 @@ def load_weight(weight, row, column, N, K: tl.constexpr, EVEN_N: tl.constexpr, E
         valid = (row < N)[:, None] & (column < K)[None, :]
         block = tl.load(pointers, mask=valid, other=0.0, eviction_policy="evict_first")
     return block
+
+
+@triton.jit
+def prefetch_weight(weight, row, N, first: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr):
+    """Ask for COLUMNS columns of the weight from column ``first`` on; past the end the last line again."""
+    LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
+    column = tl.minimum(first + tl.arange(0, COLUMNS // LINE) * LINE, K - 1)
+    prefetch_to_l2(weight + tl.minimum(row, N - 1)[:, None].to(tl.int64) * K + column[None, :])
 
 
 @triton.jit
@@ -50,10 +60,13 @@ def gemv_kernel(
     out,  # [M, N]
     N,
     beta,
+    wave,  # programs that run at the same time, about
     K: tl.constexpr,
     M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    AHEAD: tl.constexpr,
     EVEN_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -68,6 +81,13 @@ def gemv_kernel(
     bias_value = tl.zeros([BLOCK_N], tl.float32)
     if HAS_BIAS:
         bias_value = tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)
+    if PDL:
+        if PREFETCH > 0:
+            prefetch_weight(weight, row, N, BLOCK_K, K, PREFETCH)
+        if AHEAD > 0:
+            if tl.program_id(0) < wave:
+                for turn in tl.static_range(1, AHEAD + 1):
+                    prefetch_weight(weight, row + turn * wave * BLOCK_N, N, 0, K, BLOCK_K)
     wait_for_predecessor(PDL)
     acc0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
@@ -107,6 +127,7 @@ def persistent_gemv_kernel(
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
     EVEN_N: tl.constexpr,
     NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -123,6 +144,9 @@ def persistent_gemv_kernel(
     if NORM:
         g = tl.load(gamma + column, mask=column < K, other=0.0).to(tl.float32)
         s = tl.load(shift + column, mask=column < K, other=0.0).to(tl.float32)
+    if PDL:
+        for turn in tl.static_range(1, AHEAD + 1):
+            prefetch_weight(weight, row + turn * tl.num_programs(0) * BLOCK_N, N, 0, K, BLOCK_K)
     wait_for_predecessor(PDL)
     x_row = tl.load(x + column, mask=column < K, other=0.0)
     if NORM:
@@ -166,10 +190,13 @@ def launch_gemv(
         out,
         n,
         beta,
+        multiprocessor_count(x.device) * (WARPS_PER_MULTIPROCESSOR // config.num_warps),
         K=k,
         M=rows,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        PREFETCH=min(config.prefetch, triton.next_power_of_2(k - config.block_k)) if k > config.block_k else 0,
+        AHEAD=config.ahead,
         EVEN_N=n % config.block_n == 0,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
@@ -214,6 +241,7 @@ def launch_persistent_gemv(
         K=k,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        AHEAD=config.ahead,
         EVEN_N=n % config.block_n == 0,
         NORM=gamma is not None,
         HAS_BIAS=bias is not None,
