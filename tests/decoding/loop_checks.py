@@ -1,0 +1,413 @@
+"""Checks of the captured loop against transformers' own loop, for the interpreter and the GPU alike.
+
+Each takes a tiny golden model on its device and raises AssertionError.
+"""
+
+import contextlib
+import copy
+import pickle
+import threading
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+import faster_chatglm_6b
+from faster_chatglm_6b.chat import InvalidScoreLogitsProcessor
+from faster_chatglm_6b.decoding import loop
+from faster_chatglm_6b.decoding.sampling import CannotServe
+
+
+@contextlib.contextmanager
+def plain_path():
+    """Only transformers' loop serves."""
+
+    class Refused:
+        @staticmethod
+        def of(*arguments):
+            raise CannotServe("the test asks for the plain path")
+
+    kept, loop.Request = loop.Request, Refused
+    try:
+        yield
+    finally:
+        loop.Request = kept
+
+
+def served():
+    """How many generations either path has served."""
+    status = faster_chatglm_6b.status()
+    return sum(status.captured_generations.values()), sum(status.plain_generations.values())
+
+
+@contextlib.contextmanager
+def expect(captured=0, plain=0):
+    """Exactly so many generations happen inside, on these paths."""
+    before = served()
+    yield
+    after = served()
+    assert (after[0] - before[0], after[1] - before[1]) == (captured, plain), faster_chatglm_6b.status()
+
+
+def prompt(model, length, seed=0, batch=1):
+    """Random ids [batch, length] that end in [gMASK] <sop>."""
+    config = model.config
+    text = torch.randint(5, 300, (batch, length - 2), generator=torch.Generator().manual_seed(seed))
+    end = torch.tensor([[config.gmask_token_id, config.bos_token_id]]).expand(batch, 2)
+    return torch.cat((text, end), dim=1).to(model.device)
+
+
+def padded(model, lengths, seed=0):
+    """Prompts of several lengths, padded on the left, with their mask."""
+    longest, pad = max(lengths), model.config.pad_token_id
+    ids = torch.full((len(lengths), longest), pad, device=model.device)
+    for row, length in enumerate(lengths):
+        ids[row, longest - length :] = prompt(model, length, seed + row)[0]
+    return {"input_ids": ids, "attention_mask": (ids != pad).long()}
+
+
+def both(model, **kwargs):
+    """Generate on either path, in turn; the captured loop must really serve."""
+    with expect(captured=1):
+        ours = model.generate(**kwargs)
+    with plain_path(), expect(plain=1):
+        theirs = model.generate(**kwargs)
+    assert ours.dtype == theirs.dtype and ours.device == theirs.device
+    return ours.tolist(), theirs.tolist()
+
+
+def check_equal(model, **kwargs):
+    ours, theirs = both(model, do_sample=False, **kwargs)
+    assert ours == theirs
+    return ours
+
+
+class Recorder(BaseStreamer):
+    """Keeps what a streamer is given."""
+
+    def __init__(self):
+        self.values, self.ended = [], False
+
+    def put(self, value):
+        assert value.device.type == "cpu"
+        self.values.append(value.tolist())
+
+    def end(self):
+        self.ended = True
+
+
+class StopAtLength(StoppingCriteria):
+    """Ends row r after ``new`` + r tokens; what it was shown is kept."""
+
+    def __init__(self, length, new):
+        self.length, self.new, self.seen = length, new, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.seen.append(input_ids.tolist())
+        rows = torch.arange(input_ids.shape[0], device=input_ids.device)
+        return input_ids.shape[1] - self.length >= self.new + rows
+
+
+def golden_cases(model, cases, names):
+    """The ids of the stock code, from recorded cases."""
+    for name in names:
+        case = cases[name]
+        with expect(captured=1):
+            output = model.generate(torch.tensor(case["prompt_ids"]).to(model.device), **case["kwargs"])
+        assert output.tolist() == case["output_ids"], name
+
+
+def greedy(model):
+    for seed, length in enumerate((3, 9)):
+        check_equal(model, input_ids=prompt(model, length, seed), max_new_tokens=5)
+
+
+def one_token(model):
+    """A single token comes from the prompt's logits alone; so does max_length one above the prompt."""
+    ids = prompt(model, 5)
+    assert len(check_equal(model, input_ids=ids, max_new_tokens=1)[0]) == 6
+    assert len(check_equal(model, input_ids=ids, max_length=6)[0]) == 6
+
+
+def left_padded_batch(model):
+    inputs = padded(model, (4, 9, 6, 7, 5))
+    ours = check_equal(model, **inputs, max_new_tokens=4, eos_token_id=None)
+    single = check_equal(model, input_ids=prompt(model, 4, 0), max_new_tokens=4, eos_token_id=None)
+    assert ours[0][9:] == single[0][4:]
+
+
+def prompt_that_goes_on_behind_sop(model):
+    """Tokens behind <sop> are answer already: prefix LM, not context."""
+    ids = torch.cat((prompt(model, 6), torch.tensor([[20, 30, 40]], device=model.device)), dim=1)
+    check_equal(model, input_ids=ids, max_new_tokens=4)
+
+
+def processors(model):
+    inputs = padded(model, (4, 9), seed=50)
+    check_equal(model, **inputs, max_new_tokens=5, repetition_penalty=1.5)
+    ids = prompt(model, 9, batch=2)
+    end = check_equal(model, input_ids=ids, max_new_tokens=4)[0][-1]
+    check_equal(
+        model,
+        input_ids=ids,
+        max_new_tokens=6,
+        repetition_penalty=1.3,
+        no_repeat_ngram_size=2,
+        min_new_tokens=5,
+        eos_token_id=[end, model.config.eos_token_id],
+        logits_processor=LogitsProcessorList([InvalidScoreLogitsProcessor()]),
+    )
+
+
+def end_tokens(model):
+    """Rows end at different steps and are padded; nothing is made after the last."""
+    ids = prompt(model, 6, seed=3, batch=3)
+    free = check_equal(model, input_ids=ids, max_new_tokens=6, eos_token_id=None)
+    ends = sorted({free[0][8], free[1][7], free[2][9]})
+    ours = check_equal(model, input_ids=ids, max_new_tokens=6, eos_token_id=ends)
+    lengths = {next((i for i, token in enumerate(row[6:]) if token in ends), 6) for row in ours}
+    assert len(lengths) > 1 and len(ours[0]) == 6 + max(lengths) + 1
+    other_pad = check_equal(model, input_ids=ids, max_new_tokens=6, eos_token_id=ends, pad_token_id=7)
+    pad = model.config.pad_token_id
+    assert other_pad == [[7 if token == pad else token for token in row] for row in ours] != ours
+
+
+def streams(model):
+    ids = prompt(model, 6, seed=3, batch=2)
+    end = check_equal(model, input_ids=ids, max_new_tokens=5, eos_token_id=None)[0][8]
+    settings = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": end}
+    recorder = Recorder()
+    with expect(captured=2):
+        whole = model.generate(ids, streamer=recorder, **settings)
+        tokens = list(model.stream_tokens(ids, **settings))
+    assert recorder.ended and recorder.values[0] == ids.tolist()
+    assert recorder.values[1:] == whole[:, 6:].T.tolist() == [token.tolist() for token in tokens]
+    assert all(token.dtype == torch.int64 and token.device.type == "cpu" for token in tokens)
+
+
+def host_criteria(model):
+    """Criteria without a kernel are asked in order, see the ids so far, and end rows one by one."""
+    ids = prompt(model, 6, seed=3, batch=3)
+    seen = []
+    for captured in (True, False):
+        criterion = StopAtLength(6, 2)
+        with contextlib.nullcontext() if captured else plain_path():
+            output = model.generate(
+                ids, do_sample=False, max_new_tokens=6, stopping_criteria=StoppingCriteriaList([criterion])
+            )
+        seen.append((output.tolist(), criterion.seen))
+    assert seen[0] == seen[1]
+    assert len(seen[0][0][0]) == 6 + 4
+
+
+def abandoned_streams(model):
+    """A stream that is dropped or closed leaves the model usable; an open one of this thread makes others plain."""
+    ids = prompt(model, 7, seed=5)
+    settings = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
+    expected = check_equal(model, input_ids=ids, max_new_tokens=5, eos_token_id=None)
+    stream = model.stream_tokens(ids, **settings)
+    first = next(stream)
+    assert int(first[0]) == expected[0][7]
+    with expect(plain=1):
+        assert model.generate(ids, **settings).tolist() == expected
+    assert "another stream of this thread is open on the model" in faster_chatglm_6b.status().plain_generations
+    assert int(next(stream)[0]) == expected[0][8]
+    stream.close()
+    with expect(captured=1):
+        assert model.generate(ids, **settings).tolist() == expected
+    stream = model.stream_tokens(ids, **settings)
+    next(stream)
+    del stream
+    never_started = model.stream_tokens(ids, **settings)
+    with expect(captured=1):
+        assert model.generate(ids, **settings).tolist() == expected
+    del never_started
+
+
+def failures(model):
+    """An exception in the caller's code on the way leaves the model usable."""
+    ids = prompt(model, 4)
+
+    class Failing(Recorder):
+        def put(self, value):
+            super().put(value)
+            if len(self.values) == 3:
+                raise KeyboardInterrupt
+
+    try:
+        model.generate(ids, do_sample=False, max_new_tokens=4, streamer=Failing(), eos_token_id=None)
+    except KeyboardInterrupt:
+        pass
+    else:
+        raise AssertionError("the exception was lost")
+    check_equal(model, input_ids=ids, max_new_tokens=2)
+
+
+SAMPLERS = ({"top_k": 50, "top_p": 0.7, "temperature": 1.5}, {"top_k": 0, "top_p": 0.9, "temperature": 1.5})
+
+
+def seeds(model, samplers=SAMPLERS, batch=1):
+    """torch.manual_seed and a generator make a run repeatable; greedy search leaves both alone."""
+    ids = prompt(model, 4, batch=batch)
+    for sampler in samplers:
+        settings = {"do_sample": True, "max_new_tokens": 3, "eos_token_id": None, **sampler}
+        runs = []
+        for seed in (1, 1, 4):
+            torch.manual_seed(seed)
+            with expect(captured=1):
+                runs.append(model.generate(ids, **settings).tolist())
+        assert runs[0] == runs[1] != runs[2]
+    settings |= samplers[0]
+    generator, state = torch.Generator().manual_seed(3), torch.get_rng_state()
+    first = model.generate(ids, **settings, generator=generator).tolist()
+    second = model.generate(ids, **settings, generator=generator).tolist()
+    again = model.generate(ids, **settings, generator=torch.Generator().manual_seed(3)).tolist()
+    assert first == again != second and torch.equal(state, torch.get_rng_state())
+    model.generate(ids, do_sample=False, max_new_tokens=2)
+    assert torch.equal(state, torch.get_rng_state())
+    with plain_path():
+        plain = [model.generate(ids, **settings, generator=torch.Generator().manual_seed(3)).tolist() for _ in range(2)]
+    assert plain[0] == plain[1]
+
+
+def grad_modes(model):
+    """The same tokens in every mode, and no mode leaks out of a stream."""
+    ids = prompt(model, 5)
+    settings = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": None}
+    outputs = [model.generate(ids, **settings).tolist()]
+    model.release_cache()
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            outputs.append(model.generate(ids, **settings).tolist())
+    assert all(output == outputs[0] for output in outputs)
+    for _ in model.stream_tokens(ids, **settings):
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def refusals(model):
+    """What the loop cannot do goes to transformers' loop with the reason."""
+
+    class Unknown(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores
+
+    ids = prompt(model, 4)
+    embeds = model.get_input_embeddings()(ids).detach()
+    holes = torch.ones_like(ids)
+    holes[0, 1] = 0
+    holes[0, 0] = 1
+    from transformers import DynamicCache
+
+    asked = [
+        ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+        ({"use_cache": False}, "use_cache is False"),
+        ({"inputs_embeds": embeds}, "inputs_embeds given"),
+        ({"position_ids": torch.arange(4, device=ids.device).expand(1, 2, 4) + 1}, "prompt_position_ids given"),
+        ({"logits_processor": LogitsProcessorList([Unknown()])}, "Unknown is not among"),
+        ({"bad_words_ids": [[9]]}, "NoBadWordsLogitsProcessor is not among"),
+        ({"attention_mask": holes}, "attention_mask hides tokens"),
+        ({"past_key_values": DynamicCache()}, "past_key_values given"),
+        ({"do_sample": True, "min_p": 0.1}, "MinPLogitsWarper is not among"),
+    ]
+    for kwargs, reason in asked:
+        before = faster_chatglm_6b.status().plain_generations
+        with expect(plain=1):
+            model.generate(ids, **{"do_sample": False, "max_new_tokens": 2, **kwargs})
+        after = faster_chatglm_6b.status().plain_generations
+        new = [why for why, count in after.items() if count != before.get(why, 0)]
+        assert len(new) == 1 and reason in new[0], (new, reason)
+
+
+def changed_models(model):
+    """Modules that are not ours, hooks, training mode and new weights are noticed at the next call."""
+    other = copy.deepcopy(model)
+    assert "_decode_engine" not in other.__dict__ or not other.__dict__["_decode_engine"]._sessions
+    pickle.loads(pickle.dumps(loop.engine_of(model)))
+    ids = prompt(other, 4)
+    check_equal(other, input_ids=ids, max_new_tokens=3)
+    dense = other.transformer.layers[1].attention.dense
+
+    def plain_once():
+        with expect(plain=1):
+            other.generate(ids, do_sample=False, max_new_tokens=2)
+
+    handle = dense.register_forward_hook(lambda *arguments: None)
+    plain_once()
+    handle.remove()
+    other.train()
+    plain_once()
+    other.eval()
+    other.transformer.layers[1].attention.dense = torch.nn.Sequential(dense)
+    plain_once()
+    other.transformer.layers[1].attention.dense = dense
+    with torch.autocast(other.device.type, dtype=torch.bfloat16):
+        plain_once()
+    before = check_equal(other, input_ids=ids, max_new_tokens=4)
+    for parameter in other.parameters():
+        parameter.data = parameter.data.flip(0).contiguous()
+    after = check_equal(other, input_ids=ids, max_new_tokens=4)
+    assert before != after
+
+
+def threads_take_turns(model):
+    ids = [prompt(model, 4 + i, seed=i) for i in range(3)]
+    settings = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": None}
+    expected = [model.generate(i, **settings).tolist() for i in ids]
+    outputs = [None] * 3
+
+    def run(index):
+        outputs[index] = model.generate(ids[index], **settings).tolist()
+
+    stream = model.stream_tokens(ids[0], **settings)
+    tokens = [int(next(stream)[0])]
+    with expect(captured=3):
+        workers = [threading.Thread(target=run, args=(i,)) for i in range(3)]
+        for worker in workers:
+            worker.start()
+        tokens += [int(token[0]) for token in stream]
+        for worker in workers:
+            worker.join(timeout=60)
+    assert outputs == expected and tokens == expected[0][0][4:]
+
+
+def released_cache(model):
+    """release_cache frees at once, or when the open stream ends; a longer request makes a new session."""
+    engine = loop.engine_of(model)
+    ids = prompt(model, 4)
+    settings = {"do_sample": False, "max_new_tokens": 2, "eos_token_id": None}
+    expected = model.generate(ids, **settings).tolist()
+    assert engine._sessions
+    model.release_cache()
+    assert not engine._sessions
+    stream = model.stream_tokens(ids, **settings)
+    next(stream)
+    model.release_cache()
+    assert engine._sessions
+    list(stream)
+    assert not engine._sessions
+    assert model.generate(ids, **settings).tolist() == expected
+    session = engine._sessions[1]
+    model.generate(ids, **settings)
+    assert engine._sessions[1] is session
+    check_equal(model, input_ids=prompt(model, 300), max_new_tokens=2)
+    assert engine._sessions[1] is not session
+
+
+EVERYWHERE = (
+    greedy,
+    one_token,
+    left_padded_batch,
+    prompt_that_goes_on_behind_sop,
+    processors,
+    end_tokens,
+    streams,
+    host_criteria,
+    abandoned_streams,
+    failures,
+    seeds,
+    grad_modes,
+    refusals,
+    changed_models,
+    threads_take_turns,
+    released_cache,
+)

@@ -1,0 +1,79 @@
+"""The decode loop on a CPU, its kernels in Triton's interpreter and its steps run one by one instead of captured.
+
+The interpreter is chosen by an environment variable when the kernels are imported, so the checks run in one process of
+their own, which this file starts as a program.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to interpret")
+
+sys.path.insert(0, str(Path(__file__).parent))
+import loop_checks  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+GOLDEN_NAMES = ["reppen1.2_ngram3|2023", "max_new_tokens|你好"]
+NAMES = [check.__name__ for check in loop_checks.EVERYWHERE] + ["golden_cases"]
+
+
+def run_all() -> dict[str, str | None]:
+    """Name of each check and what went wrong, None where nothing did."""
+    import torch
+
+    from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+    from faster_chatglm_6b.ops.triton import configs
+
+    torch.set_num_threads(1)
+    # The interpreter runs program after program: few large blocks take seconds where a GPU's small ones take minutes.
+    large = replace(
+        configs.FAMILIES[8, 6], gemv_default=configs.Gemv(256, 512, 4), attention=configs.Attention(256, 4, 1)
+    )
+    configs._CONSUMER = large
+    model = ChatGLMForConditionalGeneration.from_pretrained(GOLDEN / "ckpt" / "tiny").float().eval()
+    cases = json.loads((GOLDEN / "golden" / "tiny" / "generate.json").read_text("utf-8"))["cases"]
+    cases = {case["name"]: case for case in cases}
+    results = {}
+    for name in NAMES:
+        start = time.perf_counter()
+        try:
+            if name == "golden_cases":
+                loop_checks.golden_cases(model, cases, GOLDEN_NAMES)
+            else:
+                getattr(loop_checks, name)(model)
+            results[name] = None
+        except Exception:
+            results[name] = traceback.format_exc()
+        print(f"{name} {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    return results
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    output = tmp_path_factory.mktemp("loop") / "results.json"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path[1:]])
+    done = subprocess.run(
+        [sys.executable, __file__, str(output)], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    print(done.stderr)
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_the_interpreter(results, name):
+    assert results[name] is None, results[name]
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(run_all()))
