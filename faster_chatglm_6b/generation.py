@@ -1,24 +1,27 @@
 """What ``generate()`` needs to know of a prefix LM, and token-by-token generation, over transformers' own machinery."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.generation.utils import GenerationMixin
 
-from . import _status
-from .decoding.loop import engine_of, generate_ids, generate_tokens
+from .caches import Cache
 from .prompt_layout import PromptLayout, cached_tokens
+from .streaming import no_single_next_token, streaming
+
+if hasattr(GenerationMixin, "_sample"):
+    from .search import SearchMixin
+else:  # transformers 4.27 to 4.29
+    from .search_legacy import SearchMixin
 
 _log = logging.getLogger("faster_chatglm_6b")
 
-# Set while stream_tokens asks generate() for an iterator over tokens instead of the finished sequences.
-_streaming: ContextVar[bool] = ContextVar("faster_chatglm_6b_streaming", default=False)
 
-
-class PrefixGenerationMixin:
+class PrefixGenerationMixin(SearchMixin):
     """Overrides of ``GenerationMixin``; stands before it among a model's bases."""
 
     def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
@@ -62,71 +65,14 @@ class PrefixGenerationMixin:
             ValueError: modes that do not produce one token at a time (beams, assisted decoding).
             Otherwise as ``generate``.
         """
-        reset = _streaming.set(True)
+        reset = streaming.set(True)
         try:
             tokens = self.generate(input_ids, **kwargs)
         finally:
-            _streaming.reset(reset)
+            streaming.reset(reset)
         if not isinstance(tokens, Iterator):
-            raise _no_single_next_token()
+            raise no_single_next_token()
         return tokens
-
-    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' beam search, where the caller does not ask for a stream."""
-        if _streaming.get():
-            raise _no_single_next_token()
-        _status.record_generation("plain", "beam search")
-        return super()._beam_search(*args, **kwargs)
-
-    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' assisted decoding, where the caller does not ask for a stream."""
-        if _streaming.get():
-            raise _no_single_next_token()
-        if self.config.pre_seq_len:
-            raise ValueError(
-                "Assisted decoding cuts the cache to the length of the sequence, which a P-Tuning prefix shifts; leave "
-                "prompt_lookup_num_tokens and assistant_model out."
-            )
-        _status.record_generation("plain", "assisted decoding")
-        return super()._assisted_decoding(*args, **kwargs)
-
-    def _sample(
-        self,
-        input_ids: torch.Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Greedy search and sampling, which transformers sends here after it prepared and checked everything.
-
-        The captured loop serves it where it can, else transformers' own; ``status()`` tells which and why.
-        """
-        arguments = (self, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-        if _streaming.get():
-            return generate_tokens(*arguments, _with_sync(model_kwargs, synced_gpus))
-
-        def plain() -> Any:
-            return super(PrefixGenerationMixin, self)._sample(
-                input_ids,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                generation_config=generation_config,
-                synced_gpus=synced_gpus,
-                streamer=streamer,
-                **model_kwargs,
-            )
-
-        return generate_ids(*arguments, _with_sync(model_kwargs, synced_gpus), plain)
-
-    def release_cache(self) -> None:
-        """Free the GPU memory that generation keeps between calls: key-value cache, buffers and captured graphs.
-
-        A generation that runs now ends first. The next one makes them anew.
-        """
-        engine_of(self).release()
 
     def prepare_inputs_for_generation(
         self,
@@ -230,17 +176,6 @@ class PrefixGenerationMixin:
                     f"prefill_chunk_size is {source}, but a ChatGLM prompt is attended in both directions and cannot "
                     "be prefilled in chunks; leave it out."
                 )
-
-
-def _no_single_next_token() -> ValueError:
-    return ValueError(
-        "Streaming yields one token at a time, which beams and assisted decoding cannot; call generate() for them, or "
-        "leave num_beams, prompt_lookup_num_tokens and assistant_model out."
-    )
-
-
-def _with_sync(model_kwargs: dict[str, Any], synced_gpus: bool) -> dict[str, Any]:
-    return {**model_kwargs, "synced_gpus": True} if synced_gpus else model_kwargs
 
 
 def _continued(prompt_position_ids: torch.Tensor, start: int, stop: int) -> torch.Tensor:

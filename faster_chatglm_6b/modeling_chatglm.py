@@ -4,11 +4,11 @@ import math
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
+from .caches import Cache, DynamicCache
 from .chat import ChatMixin
 from .configuration_chatglm import ChatGLMConfig
 from .generation import PrefixGenerationMixin

@@ -1,5 +1,7 @@
 """Token by token through the model's own forward, for what the captured loop does not serve."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from typing import Any
 

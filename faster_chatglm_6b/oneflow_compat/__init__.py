@@ -1,0 +1,73 @@
+"""``import torch`` means OneFlow while this is enabled: OneFlow's own mock of torch, and what it lacks.
+
+PyPI's OneFlow 0.9.0 has an early mock; builds of 2023 and 1.0 have a fuller one. Every piece here is applied only where
+the installed OneFlow lacks it. One role per file: ``libraries`` finds the CUDA libraries that pip installed, ``mock``
+mends the mock's import machinery, ``distribution`` answers for torch's metadata, ``polyfills`` adds missing functions,
+``torch_files`` and ``safetensors_files`` read and write checkpoints without torch.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+# Read by OneFlow's C++ and by its nn.Linear and nn.Embedding: fused linear layers, and no random initialisation of
+# weights that a checkpoint overwrites. The last one keeps warnings about a missing CUDA driver off the terminal.
+ENVIRONMENT = {
+    "ONEFLOW_KERNEL_ENABLE_FUSED_LINEAR": "1",
+    "ONEFLOW_LINEAR_EMBEDDING_SKIP_INIT": "1",
+    "GLOG_minloglevel": "2",
+}
+
+_undo: list[Callable[[], None]] = []
+
+
+def prepare_oneflow() -> ModuleType:
+    """Import OneFlow with its environment variables set (the user's own values stay) and its libraries found.
+
+    Raises:
+        ImportError: OneFlow is not installed or cannot be loaded.
+    """
+    if "oneflow" not in sys.modules:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from .libraries import preload_cuda_libraries
+
+        preload_cuda_libraries()
+    import oneflow
+
+    return oneflow
+
+
+def enable() -> None:
+    """Make ``import torch`` mean OneFlow from now on. Enabling twice is enabling once.
+
+    Raises:
+        ImportError: OneFlow cannot be loaded.
+    """
+    if _undo:
+        return
+    oneflow = prepare_oneflow()
+    from . import distribution, mock, polyfills, safetensors_files, torch_files
+
+    polyfills.apply(oneflow)
+    _undo.append(distribution.answer_for_torch())
+    _undo.append(mock.enable(oneflow))
+    _undo.append(torch_files.install(oneflow))
+    _undo.append(safetensors_files.install())
+
+
+def disable() -> None:
+    """``import torch`` means PyTorch again, where it is installed. Models that were loaded keep working."""
+    while _undo:
+        _undo.pop()()
+
+
+def is_enabled() -> bool:
+    """Whether ``import torch`` means OneFlow through us."""
+    return bool(_undo)
+
+
+def is_oneflow(module: ModuleType | None) -> bool:
+    """Whether a module that is known as "torch" is OneFlow in truth."""
+    return getattr(module, "__name__", "").split(".")[0] == "oneflow"

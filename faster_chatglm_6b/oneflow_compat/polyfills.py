@@ -1,0 +1,143 @@
+"""What OneFlow 0.9.0 lacks of torch's interface and transformers or our model use; each only where it is missing."""
+
+import inspect
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+APPLIED: list[str] = []
+
+
+class MissingType:
+    """Stands for a dtype that OneFlow has not got: it can be a key of a table and equals no real dtype."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<torch.{self.name}, which OneFlow has not got>"
+
+
+def apply(oneflow: ModuleType) -> None:
+    """Add what is missing. Nothing that OneFlow has is replaced, but for two functions with a fault; see below."""
+    tensor = oneflow.Tensor
+    # Table keys of safetensors.torch.
+    for name in ("int16", "complex64", "complex128"):
+        _add(oneflow, name, MissingType(name))
+    _add(oneflow, "inf", math.inf)
+    _add(oneflow, "outer", lambda first, second: first[:, None] * second[None, :])
+    _add(oneflow.nn.utils, "skip_init", skip_init)
+    _add(tensor, "new", _new)
+    _add(tensor, "data_ptr", _data_ptr)
+    _add(tensor, "tril_", _in_place(oneflow.tril))
+    _add(tensor, "unsqueeze_", _in_place(oneflow.unsqueeze))
+    _add(tensor, "squeeze_", _in_place(oneflow.squeeze))
+    _add(tensor, "nan_to_num_", _in_place(_nan_to_num))
+    _add(tensor, "__lshift__", _shift(lambda values, count: values << count))
+    _add(tensor, "__rshift__", _shift(lambda values, count: values >> count))
+    if not hasattr(oneflow, "strided"):
+        _add(oneflow, "strided", "oneflow.strided")
+        _add(tensor, "layout", property(lambda self: oneflow.strided))
+    _mend_scatter(oneflow)
+    _mend_division(oneflow)
+
+
+def _add(owner: Any, name: str, value: Any) -> None:
+    if not hasattr(owner, name):
+        setattr(owner, name, value)
+        APPLIED.append(f"{owner.__name__}.{name}")
+
+
+def skip_init(module_class: type, *args: Any, **kwargs: Any) -> Any:
+    """torch.nn.utils.skip_init: a module with uninitialised parameters, of the ``dtype`` and on the ``device`` asked
+    for, which OneFlow 0.9.0's Embedding and LayerNorm do not take."""
+    accepted = inspect.signature(module_class.__init__).parameters
+    later = {name: kwargs.pop(name) for name in ("dtype", "device") if name in kwargs and name not in accepted}
+    reset = module_class.__dict__.get("reset_parameters")
+    try:
+        if reset is not None:
+            module_class.reset_parameters = lambda self: None
+        module = module_class(*args, **kwargs)
+    finally:
+        if reset is not None:
+            module_class.reset_parameters = reset
+    later = {name: value for name, value in later.items() if value is not None}
+    return module.to(**later) if later else module
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that puts the result into the tensor itself; autograd does not pass it."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.data = function(self, *args, **kwargs)
+        return self
+
+    return method
+
+
+def _new(self: Any, *args: Any, device: Any = None) -> Any:
+    import oneflow
+
+    device = device or self.device
+    if len(args) == 1 and isinstance(args[0], (list, tuple)) and not isinstance(args[0], oneflow.Size):
+        return oneflow.tensor(args[0], dtype=self.dtype, device=device)
+    return oneflow.empty(*(args or (0,)), dtype=self.dtype, device=device)
+
+
+def _data_ptr(self: Any) -> int:
+    """The address on the CPU; elsewhere a number that tells tensors apart, which is what transformers does with it."""
+    return self.numpy().ctypes.data if self.device.type == "cpu" else id(self)
+
+
+def _nan_to_num(tensor: Any, nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> Any:
+    import oneflow
+
+    limits = oneflow.finfo(tensor.dtype)
+    tensor = oneflow.where(tensor.isnan(), oneflow.full_like(tensor, nan), tensor)
+    return tensor.clamp(limits.min if neginf is None else neginf, limits.max if posinf is None else posinf)
+
+
+def _shift(function: Callable[[Any, int], Any]) -> Callable[..., Any]:
+    """A shift of integers through numpy, which keeps the dtype as torch does."""
+
+    def method(self: Any, count: int) -> Any:
+        import oneflow
+
+        values = self.detach().cpu().numpy()
+        return oneflow.from_numpy(function(values, values.dtype.type(count))).to(self.device)
+
+    return method
+
+
+def _mend_scatter(oneflow: ModuleType) -> None:
+    """0.9.0: scatter without ``reduce`` asks its kernel for the reduction "", which there is none of."""
+    reduce = inspect.signature(oneflow.Tensor.scatter).parameters.get("reduce")
+    if reduce is None or reduce.default != "":
+        return
+
+    def scatter(self: Any, dim: int, index: Any, src: Any, *, reduce: str | None = None) -> Any:
+        return oneflow._C.scatter(self, dim, index, src, reduce=reduce, inplace=False)
+
+    oneflow.Tensor.scatter = scatter
+    APPLIED.append("Tensor.scatter")
+
+
+def _mend_division(oneflow: ModuleType) -> None:
+    """0.9.0: div knows no ``rounding_mode``, which beam search of transformers 4.28 and later asks for."""
+    try:
+        oneflow.div(oneflow.ones(1), oneflow.ones(1), rounding_mode="floor")
+        return
+    except TypeError:
+        divide = oneflow.div
+
+    def div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
+        result = divide(input, other)
+        if rounding_mode is None:
+            return result
+        result = oneflow.floor(result) if rounding_mode == "floor" else oneflow.trunc(result)
+        is_integer = isinstance(input, oneflow.Tensor) and not input.is_floating_point()
+        return result.to(input.dtype) if is_integer else result
+
+    oneflow.div = div
+    APPLIED.append("oneflow.div")

@@ -1,0 +1,74 @@
+"""The searches that transformers' ``generate()`` ends in: greedy search and sampling through the captured loop."""
+
+from typing import Any
+
+import torch
+
+from . import _status
+from .decoding.loop import engine_of, generate_ids, generate_tokens
+from .streaming import no_single_next_token, streaming
+
+
+class SearchMixin:
+    """Overrides of the searches of transformers 4.45 and later."""
+
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' beam search, where the caller does not ask for a stream."""
+        if streaming.get():
+            raise no_single_next_token()
+        _status.record_generation("plain", "beam search")
+        return super()._beam_search(*args, **kwargs)
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' assisted decoding, where the caller does not ask for a stream."""
+        if streaming.get():
+            raise no_single_next_token()
+        if self.config.pre_seq_len:
+            raise ValueError(
+                "Assisted decoding cuts the cache to the length of the sequence, which a P-Tuning prefix shifts; leave "
+                "prompt_lookup_num_tokens and assistant_model out."
+            )
+        _status.record_generation("plain", "assisted decoding")
+        return super()._assisted_decoding(*args, **kwargs)
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy search and sampling, which transformers sends here after it prepared and checked everything.
+
+        The captured loop serves it where it can, else transformers' own; ``status()`` tells which and why.
+        """
+        arguments = (self, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+        if streaming.get():
+            return generate_tokens(*arguments, _with_sync(model_kwargs, synced_gpus))
+
+        def plain() -> Any:
+            return super(SearchMixin, self)._sample(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+
+        return generate_ids(*arguments, _with_sync(model_kwargs, synced_gpus), plain)
+
+    def release_cache(self) -> None:
+        """Free the GPU memory that generation keeps between calls: key-value cache, buffers and captured graphs.
+
+        A generation that runs now ends first. The next one makes them anew.
+        """
+        engine_of(self).release()
+
+
+def _with_sync(model_kwargs: dict[str, Any], synced_gpus: bool) -> dict[str, Any]:
+    return {**model_kwargs, "synced_gpus": True} if synced_gpus else model_kwargs
