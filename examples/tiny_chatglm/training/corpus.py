@@ -54,7 +54,8 @@ def expand(template: str, macros: dict[str, str]) -> list[str]:
     if not match:
         return [" ".join(template.split())]
     head, tail = template[: match.start()], template[match.end() :]
-    return [text for choice in match[1].split("|") for text in expand(head + choice + tail, macros)]
+    # Nested braces are expanded from the inside, which builds what does not hold them once per choice.
+    return list(dict.fromkeys(text for choice in match[1].split("|") for text in expand(head + choice + tail, macros)))
 
 
 def _content_lines(path: Path) -> Iterator[str]:
