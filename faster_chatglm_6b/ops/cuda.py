@@ -13,6 +13,7 @@ from ..decoding.kv_cache import KVCache
 from . import Operators, reference, reference_operators
 
 OLDEST_CAPABILITY = (8, 0)
+SWITCH = "FASTER_CHATGLM_6B_KERNELS"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -20,8 +21,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def kernels_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot serve this device and dtype; None where they can.
 
-    A CPU passes in Triton's interpreter only (``TRITON_INTERPRET=1``), which is for tests.
+    A CPU passes in Triton's interpreter only (``TRITON_INTERPRET=1``), which is for tests. Users turn the kernels off,
+    and the captured loop with them, with ``FASTER_CHATGLM_6B_KERNELS=off``.
     """
+    if os.environ.get(SWITCH, "").lower() in ("off", "0"):
+        return f"{SWITCH}={os.environ[SWITCH]}"
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if device.type not in ("cpu", "cuda") or (device.type == "cpu" and not interpreted):
         return f"there are no fused kernels for {device.type}; PyTorch's own serve it"

@@ -18,12 +18,15 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to interpret")
 
 sys.path.insert(0, str(Path(__file__).parent))
+import lifecycle_checks  # noqa: E402
 import loop_checks  # noqa: E402
+import table_checks  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 GOLDEN_NAMES = ["reppen1.2_ngram3|2023", "max_new_tokens|你好"]
-NAMES = [check.__name__ for check in loop_checks.EVERYWHERE] + ["golden_cases"]
+LOOP = {check.__name__: check for check in loop_checks.EVERYWHERE + lifecycle_checks.EVERYWHERE}
+TABLE = {check.__name__: check for check in table_checks.EVERYWHERE}
 
 
 def run_all() -> dict[str, str | None]:
@@ -43,13 +46,13 @@ def run_all() -> dict[str, str | None]:
     cases = json.loads((GOLDEN / "golden" / "tiny" / "generate.json").read_text("utf-8"))["cases"]
     cases = {case["name"]: case for case in cases}
     results = {}
-    for name in NAMES:
+    checks = {name: lambda name=name: LOOP[name](model) for name in LOOP}
+    checks |= {name: lambda name=name: TABLE[name](torch.device("cpu"), torch.float32) for name in TABLE}
+    checks["golden_cases"] = lambda: loop_checks.golden_cases(model, cases, GOLDEN_NAMES)
+    for name, check in checks.items():
         start = time.perf_counter()
         try:
-            if name == "golden_cases":
-                loop_checks.golden_cases(model, cases, GOLDEN_NAMES)
-            else:
-                getattr(loop_checks, name)(model)
+            check()
             results[name] = None
         except Exception:
             results[name] = traceback.format_exc()
@@ -70,7 +73,7 @@ def results(tmp_path_factory):
     return json.loads(output.read_text())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*LOOP, *TABLE, "golden_cases"])
 def test_in_the_interpreter(results, name):
     assert results[name] is None, results[name]
 

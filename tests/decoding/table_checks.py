@@ -1,0 +1,105 @@
+"""Checks of the operators' table for NVIDIA GPUs against the definitions, on tensors that fit a kernel or not."""
+
+import torch
+
+from faster_chatglm_6b.decoding.kv_cache import KVCache
+from faster_chatglm_6b.ops import reference
+from faster_chatglm_6b.ops.cuda import fused_operators
+
+
+def _close(actual, expected, dtype):
+    tolerance = {torch.float32: 2e-5, torch.float64: 1e-12, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    scale = expected.double().abs().max().clamp(min=1)
+    error = ((actual.double() - expected.double()).abs().max() / scale).item()
+    assert error < tolerance, error
+
+
+def _random(device, dtype, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)), dtype=torch.float64).to(
+        device, dtype
+    )
+
+
+def pointwise_and_products(device, dtype):
+    """Contiguous, transposed and strided tensors, and a dtype without a kernel."""
+    table = fused_operators(device)
+    for kind in (dtype, torch.float64):
+        x, other = _random(device, kind, 6, 10), _random(device, kind, 6, 10) + 1
+        weight, bias, residual = (_random(device, kind, *shape) for shape in ((7, 10), (7,), (6, 7)))
+        gamma, beta = _random(device, kind, 10), _random(device, kind, 10)
+        for view in (lambda t: t, lambda t: t.t().contiguous().t(), lambda t: torch.stack((t, t), dim=1)[:, 0]):
+            _close(table.fast_gelu(view(x)), reference.fast_gelu(x), kind)
+            _close(table.fused_fast_gelu_mul(view(x), other), reference.fused_fast_gelu_mul(x, other), kind)
+            _close(
+                table.skip_layer_norm(view(x), gamma=gamma, beta=beta, skip=view(other), alpha=0.5),
+                reference.skip_layer_norm(x, gamma=gamma, beta=beta, skip=other, alpha=0.5),
+                kind,
+            )
+            for arguments in ((view(weight), bias, view(residual), 1.5), (view(weight), None)):
+                expected = reference.fused_matmul_bias(
+                    x, weight, *[a if a is bias else residual if torch.is_tensor(a) else a for a in arguments[1:]]
+                )
+                _close(table.fused_matmul_bias(view(x), *arguments), expected, kind)
+
+
+def rotary_positions(device, dtype):
+    """2-D positions through the kernel and 1-D ones, and positions of another integer type."""
+    table = fused_operators(device)
+    packed = _random(device, dtype, 2, 3, 2 * 3 * 8)
+    for width, positions in ((2, torch.arange(12).view(2, 2, 3)), (4, torch.arange(6).view(2, 3))):
+        angle = torch.rand(16, width, generator=torch.Generator().manual_seed(0)).to(device)
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        for kind in (torch.int64, torch.int32):
+            arguments = {"position_ids": positions.to(device, kind), "cos": cos, "sin": sin, "k_size": 8}
+            for index in (0, 1):
+                _close(
+                    table.fused_apply_rotary_emb(packed, tensor_index=index, **arguments),
+                    reference.fused_apply_rotary_emb(packed, tensor_index=index, **arguments),
+                    dtype,
+                )
+
+
+def attention(device, dtype):
+    """A generation prompt without a bias, a padded one with a row that sees nothing, and one query row; never NaN."""
+    table = fused_operators(device)
+    for rows in (1, 2, 9, 33):
+        query, key, value = (_random(device, dtype, 2, 3, rows, 16) + i for i in range(3))
+        lowest = torch.finfo(dtype).min
+        hidden = torch.zeros(1, 1, rows, rows, dtype=dtype, device=device)
+        hidden[..., :-1, -1] = lowest
+        expected = reference.fused_multi_head_attention_inference_v2(
+            query=query, key=key, value=value, attn_bias=hidden
+        )
+        arguments = {"query": query, "key": key, "value": value}
+        for prefix in (rows - 1, None):
+            output = table.fused_multi_head_attention_inference_v2(**arguments, attn_bias=hidden, prefix_length=prefix)
+            _close(output, expected, dtype)
+        nothing = hidden.expand(2, 1, rows, rows).clone()
+        nothing[1] = lowest
+        output = table.fused_multi_head_attention_inference_v2(**arguments, attn_bias=nothing)
+        assert not output.isnan().any()
+
+
+def appended_cache(device, dtype):
+    """The preallocated cache holds what was appended and nothing else, through the kernel and through ``update``."""
+    table = fused_operators(device)
+    for append in (table.fused_attention_concat_past_key_value, reference.fused_attention_concat_past_key_value):
+        cache = KVCache(2, 2, 3, 9, 8, dtype, torch.device(device))
+        cache.storage.fill_(torch.nan)
+        parts = [(_random(device, dtype, 2, rows, 3, 8).transpose(1, 2), 2) for rows in (5, 1, 3)]
+        for part, factor in parts:
+            keys, values = append(cache, part, part * factor, 1)
+        whole = torch.cat([part for part, _ in parts], dim=2)
+        assert torch.equal(keys, whole) and torch.equal(values, whole * 2)
+        assert cache.get_seq_length(1) == 9 and cache.get_seq_length() == 0
+        assert cache.storage[0].isnan().all()
+        try:
+            append(cache, part, part, 1)
+        except ValueError as error:
+            assert "9 of 9" in str(error)
+        else:
+            raise AssertionError("a full cache took more")
+
+
+EVERYWHERE = (pointwise_and_products, rotary_positions, attention, appended_cache)

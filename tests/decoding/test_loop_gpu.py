@@ -1,0 +1,251 @@
+"""The captured loop on a GPU, against transformers' own loop over the same model."""
+
+import gc
+import sys
+import threading
+import warnings
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import lifecycle_checks  # noqa: E402
+import loop_checks  # noqa: E402
+import table_checks  # noqa: E402
+from loop_checks import check_equal, expect, padded, plain_path, prompt  # noqa: E402
+
+from faster_chatglm_6b.decoding import loop, session  # noqa: E402
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+# Where two paths round differently, a token may differ only if the two best logits are nearer than this: a few units in
+# the last place of the tiny model's float16 logits, whose magnitude is below 16.
+NEAR_TIE = 0.05
+EVERYWHERE = loop_checks.EVERYWHERE + lifecycle_checks.EVERYWHERE
+EXACT = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
+
+
+def load(tiny_dir, dtype):
+    from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+
+    return ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, torch_dtype=dtype).cuda().eval()
+
+
+@pytest.fixture(scope="module")
+def single(tiny_dir):
+    return load(tiny_dir, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def half(tiny_dir):
+    return load(tiny_dir, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "check", loop_checks.EVERYWHERE + lifecycle_checks.EVERYWHERE, ids=lambda check: check.__name__
+)
+def test_as_in_the_interpreter(single, check):
+    check(single)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("check", table_checks.EVERYWHERE, ids=lambda check: check.__name__)
+def test_table(check, dtype):
+    check(torch.device("cuda", torch.cuda.current_device()), dtype)
+
+
+def test_golden_ids(single, golden_json):
+    cases = {case["name"]: case for case in golden_json("generate")["cases"]}
+    wanted = ("greedy|", "reppen", "ngram", "min_length", "max_new_tokens")
+    names = [name for name in cases if name.startswith(wanted)]
+    assert len(names) > 40
+    loop_checks.golden_cases(single, cases, names)
+
+
+def test_300_prompts_in_float32(single):
+    for seed in range(300):
+        check_equal(single, input_ids=prompt(single, 3 + seed % 40, seed), max_new_tokens=6)
+
+
+def margin(model, ids):
+    """Difference of the two best logits behind ids, on the plain path."""
+    with torch.no_grad():
+        best = model(torch.tensor([ids], device=model.device)).logits[0, -1].float().topk(2).values
+    return float(best[0] - best[1])
+
+
+def assert_equal_up_to_near_ties(model, ours, theirs, length):
+    different = 0
+    for one, other in zip(ours, theirs, strict=True):
+        step = next((i for i in range(length, len(one)) if one[i] != other[i]), None)
+        if step is not None:
+            different += 1
+            assert margin(model, one[:step]) < NEAR_TIE, (one, other)
+    return different
+
+
+def test_300_prompts_in_float16(half):
+    different = 0
+    for seed in range(300):
+        ids = prompt(half, 3 + seed % 40, seed)
+        ours, theirs = loop_checks.both(half, input_ids=ids, **EXACT)
+        different += assert_equal_up_to_near_ties(half, ours, theirs, ids.shape[1])
+    print(f"{different} of 300 runs differ at a near-tie of less than {NEAR_TIE}")
+    assert different < 30
+
+
+@pytest.mark.parametrize("batch", [2, 5, 33, 80])
+def test_row_of_a_batch_equals_the_single_run(single, half, batch):
+    lengths = [3 + (7 * row) % 30 for row in range(batch)]
+    for model in (single, half):
+        inputs = padded(model, lengths)
+        with expect(captured=1):
+            output = model.generate(**inputs, **EXACT)[:, max(lengths) :].tolist()
+        for row in range(0, batch, 1 + batch // 8):
+            ids = prompt(model, lengths[row], row)
+            alone = model.generate(ids, **EXACT).tolist()
+            assert_equal_up_to_near_ties(model, [ids[0].tolist() + output[row]], alone, lengths[row])
+
+
+def test_many_end_ways(half):
+    loop_checks.seeds(half, (*loop_checks.SAMPLERS, {"top_k": 80}, {"top_k": 0, "top_p": 1.0}), batch=5)
+
+
+def test_growing_over_a_length_where_the_graph_changes(single):
+    ids = prompt(single, session._SHORTEST_KEYS - 6)
+    with expect(captured=1):
+        ours = single.generate(ids, do_sample=False, max_new_tokens=16, eos_token_id=None)
+    assert len(loop.engine_of(single)._sessions[1]._graphs) >= 2
+    with plain_path():
+        theirs = single.generate(ids, do_sample=False, max_new_tokens=16, eos_token_id=None)
+    assert ours.tolist() == theirs.tolist()
+
+
+def test_no_synchronisation_and_one_graph_per_token(half, monkeypatch):
+    replays, eager = [], []
+    replay, run = torch.cuda.CUDAGraph.replay, session.Session._run
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(graph), replay(graph))[1])
+    monkeypatch.setattr(session.Session, "_run", lambda *a: (eager.append(a), run(*a))[1])
+    settings = {"max_new_tokens": 60, "eos_token_id": None, "do_sample": True, "top_p": 0.7, "temperature": 0.95}
+    ids = prompt(half, 20)
+    half.generate(ids, **settings)
+    stream = half.stream_tokens(ids, **settings)
+    for _ in range(10):
+        next(stream)
+    replays.clear()
+    eager.clear()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(40):
+                next(stream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [w for w in caught if "synchroniz" in str(w.message)] == []
+    assert len(replays) == 40 and not eager
+    stream.close()
+
+
+def test_the_count_of_synchronisations_can_fail():
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.ones(1, device="cuda").item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert any("synchroniz" in str(w.message) for w in caught)
+
+
+def test_memory_is_freed(tiny_dir):
+    gc.collect()
+    torch.cuda.synchronize()
+    empty = torch.cuda.memory_allocated()
+    model = load(tiny_dir, torch.float16)
+    ids = prompt(model, 10)
+    model(ids)
+    model.generate(ids, **EXACT)
+    model.release_cache()
+    torch.cuda.synchronize()
+    weights = torch.cuda.memory_allocated()
+    model.generate(ids, **EXACT)
+    kept = torch.cuda.memory_allocated()
+    assert kept >= weights + session.cache_bytes(model, 1, 256)
+    model.release_cache()
+    assert torch.cuda.memory_allocated() <= weights
+    model.generate(ids, **EXACT)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None and torch.cuda.memory_allocated() <= empty
+
+
+def test_capture_beside_a_busy_thread(tiny_dir, single):
+    """Another thread allocates and computes on its own stream while graphs are captured."""
+    expected = single.generate(prompt(single, 10), **EXACT).tolist()
+    stop, failures, done = threading.Event(), [], []
+
+    def work():
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                while not stop.is_set():
+                    x = torch.randn(512, 512, device="cuda")
+                    done.append(float((x @ x).sum().cpu()))
+        except Exception as error:
+            failures.append(error)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        for _ in range(5):
+            single.release_cache()
+            assert single.generate(prompt(single, 10), **EXACT).tolist() == expected
+    finally:
+        stop.set()
+        worker.join()
+    assert not failures and done
+
+
+def test_another_current_stream_on_the_way(single):
+    ids = prompt(single, 10)
+    expected = single.generate(ids, **EXACT)[0, 10:].tolist()
+    torch.cuda.synchronize()
+    tokens, streams = [], [torch.cuda.Stream(), torch.cuda.Stream()]
+    stream = single.stream_tokens(ids, **EXACT)
+    for step in range(8):
+        with torch.cuda.stream(streams[step % 2]):
+            tokens.append(int(next(stream)[0]))
+    assert tokens == expected
+
+
+def test_too_large_a_cache_takes_the_plain_path(single):
+    ids = prompt(single, 10)
+    stop = loop_checks.StoppingCriteriaList([loop_checks.StopAtLength(10, 3)])
+    with expect(plain=1):
+        output = single.generate(ids, do_sample=False, max_new_tokens=10**8, stopping_criteria=stop)
+    assert output.shape[1] <= 13
+    check_equal(single, input_ids=ids, max_new_tokens=4)
+
+
+def test_moved_weights(tiny_dir):
+    """.half(), .cpu() and back, and loading other values in place."""
+    model = load(tiny_dir, torch.float32)
+    ids = prompt(model, 10)
+    first = check_equal(model, input_ids=ids, max_new_tokens=6)
+    model.half()
+    ours, theirs = loop_checks.both(model, input_ids=ids, **EXACT)
+    assert_equal_up_to_near_ties(model, ours, theirs, 10)
+    model.cpu()
+    with expect(plain=1):
+        model.generate(ids.cpu(), **EXACT)
+    model.float().cuda()
+    other = {name: value.roll(1, 0) for name, value in model.state_dict().items()}
+    check_equal(model, input_ids=ids, max_new_tokens=6)
+    model.load_state_dict(other)
+    assert check_equal(model, input_ids=ids, max_new_tokens=6) != first
