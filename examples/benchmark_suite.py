@@ -1,0 +1,150 @@
+"""Every measurement that the project promises, in one process: ``python examples/benchmark.py --suite --json FILE``.
+
+The records go to FILE; what has no place in a record (times after loading, synchronisations, memory) is printed and
+goes to FILE with ``_checks`` in its name.
+"""
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import benchmark
+import torch
+
+# (name, batch, prompt tokens, new tokens, mode)
+RUNS = (
+    ("greedy", 1, 20, 128, "greedy"),
+    ("stream", 1, 20, 128, "stream"),
+    ("sample", 1, 20, 128, "sample"),
+    ("context", 1, 1024, 128, "greedy"),
+    ("prefill", 1, 1024, 1, "greedy"),
+    ("batch 8", 8, 20, 128, "greedy"),
+    ("batch 32", 32, 20, 128, "greedy"),
+)
+FIRST = "--first-generate"
+
+
+def first_generate() -> None:
+    """In a process of its own: seconds of the first calls after loading, as JSON on the last line."""
+    model = benchmark.build_model(None)
+    ids = benchmark.make_prompt(model, 1, 20)
+    times = {
+        mode: benchmark.timed(lambda mode=mode: benchmark.run_once(model, ids, mode, 16))
+        for mode in ("greedy", "sample")
+    }
+    print(json.dumps(times))
+
+
+def in_new_process(cache: str) -> dict[str, float]:
+    """``first_generate`` with Triton's cache in the directory ``cache``."""
+    environment = os.environ | {"TRITON_CACHE_DIR": cache}
+    done = subprocess.run(
+        [sys.executable, __file__, FIRST], env=environment, capture_output=True, text=True, timeout=300
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def synchronisations(model: torch.nn.Module, tokens: int = 50) -> int:
+    """Host synchronisations that torch counts while ``tokens`` tokens are streamed."""
+    ids = benchmark.make_prompt(model, 1, 20)
+    stream = model.stream_tokens(ids, max_new_tokens=tokens + 20, eos_token_id=None, **benchmark.SAMPLING)
+    for _ in range(10):
+        next(stream)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(tokens):
+                next(stream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream.close()
+    return sum("synchroniz" in str(w.message) for w in caught)
+
+
+def memory_at_2048(model: torch.nn.Module) -> tuple[float, float]:
+    """GB reserved at the peak of a generation up to 2048 tokens, and GB of the weights and their cache."""
+    model.release_cache()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    ids = benchmark.make_prompt(model, 1, 2000)
+    model.generate(ids, do_sample=False, max_new_tokens=48, eos_token_id=None, pad_token_id=3)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    config = model.config
+    cache = 2 * config.num_layers * config.hidden_size * 2048 * 2
+    peak = torch.cuda.max_memory_reserved()
+    model.release_cache()
+    return peak / 1e9, (weights + cache) / 1e9
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure everything, print the table of what is promised, and write the files."""
+    checks, records = [], {}
+
+    def check(what: str, value: float, must: str, good: bool) -> None:
+        checks.append({"what": what, "measured": round(value, 4), "must": must, "met": bool(good)})
+        print(f"{'ok  ' if good else 'MISS'} {what}: {value:.4g} (must be {must})", flush=True)
+
+    with tempfile.TemporaryDirectory() as cache:
+        for state, limit in (("empty", 20), ("filled", 3)):
+            start = time.perf_counter()
+            times = in_new_process(cache)
+            check(f"first generate, kernel cache {state}, s", times["greedy"], f"<= {limit}", times["greedy"] <= limit)
+            print(f"     then the first sampled call: {times['sample']:.2f} s", flush=True)
+            print(f"     whole process: {time.perf_counter() - start:.0f} s", flush=True)
+    ceiling, clock = benchmark.read_ceiling(), benchmark.clocks()
+    print(f"read ceiling {ceiling:.0f} GB/s, clocks {clock}, {torch.cuda.get_device_name()}", flush=True)
+    torch.cuda.empty_cache()
+    model = benchmark.build_model(args.model_name)
+    for name, batch, prompt, new, mode in RUNS:
+        one = copy.copy(args)
+        one.batch, one.prompt_tokens, one.new_tokens, one.mode = batch, prompt, new, mode
+        records[name] = benchmark.measure(model, one, ceiling, clock)
+        model.release_cache()
+        torch.cuda.empty_cache()
+    again = copy.copy(args)
+    again.batch, again.prompt_tokens, again.new_tokens, again.mode = RUNS[0][1:]
+    records["greedy again"] = benchmark.measure(model, again, ceiling, clock)
+    step = {name: record["ms_per_step"] for name, record in records.items()}
+    greedy = step["greedy"]
+    check(
+        "fp16 greedy, share of the read ceiling",
+        records["greedy"]["share"],
+        ">= 0.90",
+        records["greedy"]["share"] >= 0.9,
+    )
+    check("stream with sampling, times greedy", step["stream"] / greedy, "<= 1.05", step["stream"] <= 1.05 * greedy)
+    check("context of 1024, ms more per token", step["context"] - greedy, "<= 0.3", step["context"] - greedy <= 0.3)
+    check("prefill of 1024 tokens, ms", step["prefill"], "<= 30", step["prefill"] <= 30)
+    for batch, limit in ((8, 1.25), (32, 1.6)):
+        ratio = step[f"batch {batch}"] / greedy
+        check(f"batch {batch}, times batch 1 per step", ratio, f"<= {limit}", ratio <= limit)
+    peak, needed = memory_at_2048(model)
+    check("memory at 2048 tokens beyond weights and cache, GB", peak - needed, "<= 1", peak - needed <= 1)
+    count = synchronisations(model)
+    check("host synchronisations in 50 tokens", count, "0", count == 0)
+    benchmark.append(args.json, list(records.values()))
+    if args.json:
+        path = Path(args.json)
+        path.with_name(f"{path.stem}_checks.json").write_text(json.dumps(checks, indent=1) + "\n")
+    if args.profile:
+        for name in ("greedy", "stream", "batch 8", "batch 32"):
+            one = copy.copy(args)
+            one.batch, one.prompt_tokens, one.new_tokens, one.mode = next(r for r in RUNS if r[0] == name)[1:]
+            one.new_tokens = 32
+            print(name)
+            benchmark.profile(model, one)
+
+
+if __name__ == "__main__" and sys.argv[1:] == [FIRST]:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    first_generate()
