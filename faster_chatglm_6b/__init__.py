@@ -8,11 +8,12 @@
 
 The import, which may stand before or after the others, does this and no more:
 
-1. ``backend.py`` chooses the framework that will run the model (``FASTER_CHATGLM_6B_BACKEND=auto|torch|oneflow``);
+1. ``backend.py`` chooses the framework that will run the model (``FASTER_CHATGLM_6B_BACKEND=auto|torch|oneflow``).
+   Where that is OneFlow, ``oneflow_compat`` lets ``import torch`` mean OneFlow, and the import must stand first;
 2. ``hook.py`` has transformers resolve the classes of a ChatGLM-6B checkpoint to those of this package. ChatGLM2,
    ChatGLM3 and GLM-4 checkpoints, and all other models, are not touched.
 
-It loads neither torch nor transformers. ``disable()`` undoes it, ``status()`` tells what it did, and with
+It loads neither torch nor transformers (but OneFlow, where that may run the model). ``disable()`` undoes it, ``status()`` tells what it did, and with
 ``FASTER_CHATGLM_6B_DISABLE=1`` nothing is ever installed.
 """
 
@@ -20,8 +21,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from . import _status, hook
-from .backend import choose_backend
+from . import _status, backend, hook
 
 __version__ = "0.1.0"
 # The commit of THUDM/chatglm-6b whose behaviour is matched. Public programs name it as their snapshot of that
@@ -37,12 +37,14 @@ _DISABLE_VARIABLE = "FASTER_CHATGLM_6B_DISABLE"
 def enable() -> None:
     """Serves ChatGLM-6B checkpoints from now on; the import does it. With ``FASTER_CHATGLM_6B_DISABLE=1``, nothing."""
     if not _is_switched_off_by_environment():
+        backend.activate()
         hook.install()
 
 
 def disable() -> None:
-    """Restores transformers as it was. Models that are loaded stay as they are."""
+    """Restores transformers, and torch where OneFlow stands in for it. Models that are loaded stay as they are."""
     hook.uninstall()
+    backend.deactivate()
 
 
 @contextmanager
@@ -74,5 +76,5 @@ def _switch() -> str:
     return "off, disable() was called"
 
 
-_backend = choose_backend()
+_backend = backend.use(backend.choose_backend())
 enable()

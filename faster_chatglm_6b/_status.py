@@ -56,7 +56,7 @@ class Status(NamedTuple):
 
     ``served`` counts per (kind, checkpoint); ``passed_through`` maps a related checkpoint to the reason why its own
     code runs; ``operators`` maps "device dtype" to {operator: (implementation, reason)}; ``captured_generations``
-    and ``plain_generations`` map a reason to a count.
+    and ``plain_generations`` map a reason to a count; ``framework`` are lines about transformers, torch and OneFlow.
     """
 
     version: str
@@ -73,14 +73,14 @@ class Status(NamedTuple):
     operators: dict[str, Choices]
     captured_generations: dict[str, int]
     plain_generations: dict[str, int]
+    framework: tuple[str, ...]
 
     def __str__(self) -> str:
         lines = [
             f"faster_chatglm_6b {self.version}: {self.switch}",
             f"  behaviour of   THUDM/chatglm-6b at {self.revision}",
             f"  backend        {self.backend} ({self.backend_reason})",
-            f"  transformers   {_version_note(self.transformers_version, backend.OLDEST_TRANSFORMERS)}",
-            f"  torch          {_version_note(self.torch_version, backend.OLDEST_TORCH)}",
+            *(f"  {line}" for line in self.framework),
         ]
         lines += _section("patched", self.patched, "nothing")
         lines += _section(
@@ -124,13 +124,14 @@ def report(
             backend=chosen.name,
             backend_reason=chosen.reason,
             transformers_version=backend.installed_version("transformers"),
-            torch_version=backend.installed_version("torch"),
+            torch_version=None if backend.is_oneflow() else backend.installed_version("torch"),
             patched=patched,
             served=dict(_served),
             passed_through=dict(_passed_through),
             operators={key: dict(choices) for key, choices in _operators.items()},
             captured_generations={why: n for (path, why), n in _generations.items() if path == "captured"},
             plain_generations={why: n for (path, why), n in _generations.items() if path == "plain"},
+            framework=tuple(backend.framework_lines()),
         )
 
 
@@ -142,9 +143,3 @@ def _section(title: str, lines: Sequence[str], if_empty: str | None = None) -> l
 
 def _counted(text: str, count: int) -> str:
     return text if count == 1 else f"{text} ({count} times)"
-
-
-def _version_note(version: str | None, oldest: str) -> str:
-    if version is None:
-        return f"not installed ({oldest} or newer is needed)"
-    return f"{version} (too old: {oldest} or newer is needed)" if backend.is_too_old(version, oldest) else version

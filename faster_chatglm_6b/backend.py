@@ -1,6 +1,7 @@
 """Which framework runs the model: decided once, at import, with the reason; and which versions of it we can serve.
 
-Nothing here imports torch, transformers or OneFlow: modules are looked up, not loaded.
+Nothing here imports torch or transformers: modules are looked up, not loaded. OneFlow is loaded where it is chosen, or
+where its choice hangs on the GPU.
 """
 
 import os
@@ -8,6 +9,8 @@ import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import NamedTuple
+
+from . import oneflow_compat
 
 BACKEND_VARIABLE = "FASTER_CHATGLM_6B_BACKEND"
 BACKENDS = ("auto", "torch", "oneflow")
@@ -17,23 +20,59 @@ OLDEST_TRANSFORMERS = "4.45"
 # 2.4 is the oldest release that transformers 5 works with. Checkpoints of .bin shards need 2.6, whose torch.load is
 # safe with untrusted files: transformers itself refuses to read them with less. Safetensors are not concerned.
 OLDEST_TORCH = "2.4"
+# Later releases ask for more of torch than OneFlow's mock of it has, earlier ones lack what the checkpoints need.
+OLDEST_TRANSFORMERS_ON_ONEFLOW, FIRST_TRANSFORMERS_BEYOND_ONEFLOW = "4.27.1", "4.30"
+# Releases before it lack five of the eight fused operators.
+FIRST_FUSED_ONEFLOW = "0.9.1"
 
 
 class Backend(NamedTuple):
-    """The chosen framework, ``"torch"`` (the only one so far), and why it was chosen."""
+    """The chosen framework, ``"torch"`` or ``"oneflow"``, and why it was chosen."""
 
     name: str
     reason: str
 
 
+_current = Backend("torch", "not chosen yet")
+
+
+def use(backend: Backend) -> Backend:
+    """Make ``backend`` the one that this process runs on, once ``activate()`` is called; returns it."""
+    global _current
+    _current = backend
+    return backend
+
+
+def activate() -> None:
+    """Let ``import torch`` mean OneFlow where that is the framework; on PyTorch, do nothing.
+
+    Raises:
+        ImportError: OneFlow cannot be loaded.
+    """
+    if _current.name == "oneflow":
+        oneflow_compat.enable()
+
+
+def deactivate() -> None:
+    """Undo ``activate``."""
+    oneflow_compat.disable()
+
+
+def is_oneflow() -> bool:
+    """Whether OneFlow runs the models of this process."""
+    return _current.name == "oneflow"
+
+
 def choose_backend(environment: Mapping[str, str] = os.environ) -> Backend:
     """Chooses the framework from ``FASTER_CHATGLM_6B_BACKEND`` (``auto`` if unset) and from what is installed.
 
-    ``auto`` never raises: without PyTorch, the import succeeds and loading a model says what is missing.
+    ``auto`` takes OneFlow where PyTorch is not installed, and where its fused operators can run: installed with CUDA,
+    all of them there, and a GPU that its attention supports. Without any framework the import succeeds, and loading a
+    model says what is missing.
 
     Raises:
         ValueError: the variable holds something else than ``auto``, ``torch`` or ``oneflow``.
-        ImportError: the framework that the variable asks for is not available.
+        ImportError: the framework that the variable asks for, or the only one that is installed, cannot be used.
     """
     wanted = environment.get(BACKEND_VARIABLE, "").strip().lower() or "auto"
     if wanted not in BACKENDS:
@@ -41,9 +80,15 @@ def choose_backend(environment: Mapping[str, str] = os.environ) -> Backend:
             f"{BACKEND_VARIABLE}={environment[BACKEND_VARIABLE]!r} is not a backend; "
             f"set it to one of {', '.join(BACKENDS)}, or unset it."
         )
-    has_torch, has_oneflow = _is_installed("torch"), _is_installed("oneflow")
+    has_oneflow = _is_installed("oneflow")
+    has_torch = _is_installed("torch") and not oneflow_compat.is_oneflow(sys.modules.get("torch"))
     if wanted == "oneflow":
-        raise ImportError(_why_oneflow_is_unavailable(has_oneflow))
+        if not has_oneflow:
+            raise ImportError(
+                f"{BACKEND_VARIABLE}=oneflow asks for OneFlow, which is not installed; install it (README.md says "
+                f"which builds there are), or unset {BACKEND_VARIABLE} to run on PyTorch."
+            )
+        return _oneflow(f"{BACKEND_VARIABLE}=oneflow")
     if wanted == "torch":
         if not has_torch:
             raise ImportError(
@@ -51,20 +96,85 @@ def choose_backend(environment: Mapping[str, str] = os.environ) -> Backend:
                 f"install it with `pip install 'torch>={OLDEST_TORCH}'`."
             )
         return Backend("torch", f"{BACKEND_VARIABLE}=torch")
+    if not has_oneflow:
+        installed = "PyTorch is installed and OneFlow is not" if has_torch else "PyTorch is not installed"
+        return Backend("torch", f"auto: {installed}")
     if not has_torch:
-        return Backend("torch", "auto: neither framework can serve yet, PyTorch is not installed")
-    if has_oneflow:
-        return Backend("torch", "auto: PyTorch is installed; OneFlow is too, but this version has no OneFlow backend")
-    return Backend("torch", "auto: PyTorch is installed and OneFlow is not")
+        return _oneflow("auto: OneFlow is installed and PyTorch is not")
+    refusal = _why_not_oneflow()
+    if refusal is not None:
+        return Backend("torch", f"auto: PyTorch and OneFlow are installed, but {refusal}")
+    return _oneflow("auto: OneFlow has its fused operators and supports this GPU")
+
+
+def _oneflow(reason: str) -> Backend:
+    """OneFlow, after a check that it can take the place of torch in this process."""
+    problem = _what_was_bound_before() or _transformers_problem()
+    if problem is not None:
+        raise ImportError(problem)
+    return Backend("oneflow", reason)
+
+
+def _what_was_bound_before() -> str | None:
+    """What to tell a user whose modules are bound to real torch already; None where none is."""
+    if oneflow_compat.is_oneflow(sys.modules.get("torch")):
+        return None
+    for package in ("torch", "transformers"):
+        if sys.modules.get(package) is not None:
+            return (
+                f"{package} was imported before faster_chatglm_6b and is bound to PyTorch, but OneFlow must take the "
+                "place of torch first; put `import faster_chatglm_6b` above every other import, or set "
+                f"{BACKEND_VARIABLE}=torch."
+            )
+    return None
+
+
+def _transformers_problem() -> str | None:
+    """What to tell a user whose transformers does not work under OneFlow's mock of torch."""
+    found = installed_version("transformers")
+    if found is None or is_supported_on_oneflow(found):
+        return None
+    return (
+        f"OneFlow can stand in for torch under transformers {OLDEST_TRANSFORMERS_ON_ONEFLOW} to 4.29.2, but {found} is "
+        f"installed; install one of them with `pip install 'transformers=={OLDEST_TRANSFORMERS_ON_ONEFLOW}'`, or set "
+        f"{BACKEND_VARIABLE}=torch and install PyTorch."
+    )
+
+
+def is_supported_on_oneflow(version: str) -> bool:
+    """Whether a version of transformers works under OneFlow's mock of torch."""
+    return not is_too_old(version, OLDEST_TRANSFORMERS_ON_ONEFLOW) and is_too_old(
+        version, FIRST_TRANSFORMERS_BEYOND_ONEFLOW
+    )
+
+
+def _why_not_oneflow() -> str | None:
+    """Why ``auto`` stays with PyTorch where both are installed; the costly questions come last."""
+    for package in ("torch", "transformers"):
+        if sys.modules.get(package) is not None:
+            return f"{package} was imported before and is bound to PyTorch"
+    version = installed_version("oneflow")
+    if version is not None and is_too_old(version, FIRST_FUSED_ONEFLOW):
+        return f"OneFlow {version} lacks most of the fused operators"
+    if _transformers_problem() is not None:
+        return f"OneFlow does not work with transformers {installed_version('transformers')}"
+    return oneflow_compat.why_not_fused()
 
 
 def require_transformers() -> None:
     """Raises ImportError unless the installed transformers is one that we can serve a checkpoint with."""
+    if is_oneflow():
+        problem = _transformers_problem()
+        if problem is not None:
+            raise ImportError(problem)
+        return
     _require("transformers", OLDEST_TRANSFORMERS)
 
 
 def require_torch() -> None:
-    """Raises ImportError unless the installed PyTorch is one that we can run a model with."""
+    """Raises ImportError unless the installed PyTorch is one that we can run a model with; OneFlow needs none."""
+    if is_oneflow():
+        return
     _require("torch", OLDEST_TORCH)
 
 
@@ -80,6 +190,28 @@ def installed_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def framework_lines() -> list[str]:
+    """transformers and the framework with their versions, and which are needed, for ``status()``."""
+    transformers = installed_version("transformers")
+    if not is_oneflow():
+        return [
+            f"transformers   {_version_note(transformers, OLDEST_TRANSFORMERS)}",
+            f"torch          {_version_note(installed_version('torch'), OLDEST_TORCH)}",
+        ]
+    needed = f"{OLDEST_TRANSFORMERS_ON_ONEFLOW} to 4.29.2 is needed"
+    if transformers is None:
+        note = f"not installed ({needed})"
+    else:
+        note = transformers if is_supported_on_oneflow(transformers) else f"{transformers} ({needed})"
+    return [f"transformers   {note}", f"oneflow        {installed_version('oneflow')}, in the place of torch"]
+
+
+def _version_note(version: str | None, oldest: str) -> str:
+    if version is None:
+        return f"not installed ({oldest} or newer is needed)"
+    return f"{version} (too old: {oldest} or newer is needed)" if is_too_old(version, oldest) else version
 
 
 def is_too_old(version: str, oldest: str) -> bool:
@@ -118,16 +250,3 @@ def _is_installed(package: str) -> bool:
     if package in sys.modules:  # find_spec raises for a loaded module without a spec, as test doubles are
         return sys.modules[package] is not None
     return find_spec(package) is not None
-
-
-def _why_oneflow_is_unavailable(is_installed: bool) -> str:
-    remedy = f"unset {BACKEND_VARIABLE} or set it to torch to run on PyTorch"
-    if is_installed:
-        return (
-            f"{BACKEND_VARIABLE}=oneflow asks for OneFlow, which is installed, "
-            f"but this version of faster_chatglm_6b has no OneFlow backend yet; {remedy}."
-        )
-    return (
-        f"{BACKEND_VARIABLE}=oneflow asks for OneFlow, which is not installed, and this version of faster_chatglm_6b "
-        f"has no OneFlow backend yet; {remedy}."
-    )

@@ -29,9 +29,13 @@ def quantize_weight(weight: torch.Tensor, bits: int, group_size: int = -1) -> tu
         float16 [out], or [out, in / group_size] with groups.
     """
     limit = 2 ** (bits - 1) - 1
-    groups = weight.view(weight.shape[0], -1, weight.shape[1] if group_size < 0 else group_size)
-    scale = (groups.abs().amax(dim=-1) / limit).half()
-    integers = torch.round(groups / scale[..., None]).nan_to_num_(0).clamp_(-limit - 1, limit)
+    # In float32 and rounded to the weight's dtype, which is how a device without half-precision arithmetic has it too.
+    groups = weight.float().view(weight.shape[0], -1, weight.shape[1] if group_size < 0 else group_size)
+    scale = (groups.abs().amax(dim=-1) / limit).to(weight.dtype).half()
+    quotients = groups / scale.float()[..., None]
+    if weight.dtype == torch.float16:
+        quotients = quotients.half().float()
+    integers = torch.round(quotients).nan_to_num_(0).clamp_(-limit - 1, limit)
     integers = integers.to(torch.int8).view(weight.shape)
     if bits == 4:
         integers = (integers[:, ::2] << 4) | (integers[:, 1::2] & 0xF)
@@ -63,7 +67,7 @@ class QuantizedLinear(Linear):
     @classmethod
     def of(cls, linear: nn.Linear, bits: int, group_size: int = -1) -> "QuantizedLinear":
         """The quantised form of a float layer, on its device."""
-        layer = cls(linear.in_features, linear.out_features, False, bits, group_size, device="meta")
+        layer = cls(linear.in_features, linear.out_features, False, bits, group_size, device=linear.weight.device)
         integers, scale = quantize_weight(linear.weight.detach(), bits, group_size)
         layer.weight, layer.weight_scale, layer.bias = _frozen(integers), _frozen(scale), linear.bias
         return layer

@@ -1,5 +1,6 @@
 """Loading a float checkpoint straight into int8 or int4: the float model never exists as a whole."""
 
+import copy
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -70,6 +71,8 @@ def load_quantized(model_class: type, name: Any, kwargs: dict[str, Any]) -> Any:
     config = kwargs.get("config")
     if config is None:
         config = ChatGLMConfig.from_pretrained(name, **_only(kwargs, _QUANTIZATION_SETTINGS), **hub)
+    if not _has_meta_device():
+        return _load_then_quantize(model_class, name, config, kwargs)
     config.tie_word_embeddings = config.tie_word_embeddings and not config.quantization_head_bits
     with torch.device("meta"):
         model = model_class(config).eval()
@@ -84,6 +87,24 @@ def load_quantized(model_class: type, name: Any, kwargs: dict[str, Any]) -> Any:
     if missing:
         raise ValueError(f"The weights of {name} lack {missing[0]}, which its config.json asks for; download it again.")
     return model
+
+
+def _has_meta_device() -> bool:
+    try:
+        torch.empty(0, device="meta")
+    except RuntimeError:
+        return False
+    return True
+
+
+def _load_then_quantize(model_class: type, name: Any, config: ChatGLMConfig, kwargs: dict[str, Any]) -> Any:
+    """Without a device of tensors that hold nothing, the float model has to exist as a whole first."""
+    bits, group_size, head_bits = (getattr(config, setting) for setting in _QUANTIZATION_SETTINGS)
+    config = copy.deepcopy(config)
+    config.quantization_bit, config.quantization_group_size, config.quantization_head_bits = 0, None, None
+    others = {argument: value for argument, value in kwargs.items() if argument not in _QUANTIZATION_SETTINGS}
+    model = model_class.from_pretrained(name, **{**others, "config": config})
+    return model.quantize(bits, group_size, head_bits)
 
 
 def _put(

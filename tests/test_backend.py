@@ -1,5 +1,7 @@
 """The choice of the framework and the versions that are accepted."""
 
+import sys
+
 import pytest
 
 from faster_chatglm_6b import backend
@@ -32,11 +34,51 @@ def test_auto_takes_torch_and_says_why(value, installed):
     assert backend.choose_backend(environment) == ("torch", "auto: PyTorch is installed and OneFlow is not")
 
 
-def test_auto_with_both_says_that_oneflow_is_not_served_yet(installed):
+@pytest.fixture
+def not_imported(monkeypatch):
+    """As in a process that has imported neither torch nor transformers yet."""
+    for name in ("torch", "transformers"):
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_auto_with_both_stays_with_a_torch_that_was_imported(installed):
     installed("torch", "oneflow")
     chosen = backend.choose_backend({})
-    assert chosen.name == "torch"
-    assert "no OneFlow backend" in chosen.reason
+    assert chosen == (
+        "torch",
+        "auto: PyTorch and OneFlow are installed, but torch was imported before and is bound to PyTorch",
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "fused", "name", "reason"),
+    [
+        ({"oneflow": "0.9.0", "transformers": "4.27.1"}, None, "torch", "OneFlow 0.9.0 lacks most"),
+        ({"oneflow": "1.0.0", "transformers": "4.57.6"}, None, "torch", "does not work with transformers 4.57.6"),
+        ({"oneflow": "1.0.0", "transformers": "4.27.1"}, "OneFlow finds no GPU", "torch", "OneFlow finds no GPU"),
+        (
+            {"oneflow": "1.0.0", "transformers": "4.27.1"},
+            "OneFlow's attention does not run on compute capability 9.0",
+            "torch",
+            "capability 9.0",
+        ),
+        ({"oneflow": "0.9.1.dev20230409+cu117"}, None, "oneflow", "has its fused operators and supports this GPU"),
+        ({"oneflow": "1.0.0", "transformers": "4.29.2"}, None, "oneflow", "has its fused operators"),
+    ],
+)
+def test_auto_with_both(found, fused, name, reason, installed, versions, not_imported, monkeypatch):
+    installed("torch", "oneflow")
+    versions(**found)
+    monkeypatch.setattr(backend.oneflow_compat, "why_not_fused", lambda: fused)
+    chosen = backend.choose_backend({})
+    assert chosen.name == name
+    assert reason in chosen.reason
+
+
+def test_auto_with_oneflow_alone(installed, versions, not_imported):
+    installed("oneflow")
+    versions(transformers="4.27.1")
+    assert backend.choose_backend({}) == ("oneflow", "auto: OneFlow is installed and PyTorch is not")
 
 
 def test_auto_without_any_framework_leaves_the_error_to_the_load(installed, versions):
@@ -58,17 +100,43 @@ def test_torch_on_request_but_missing(installed):
         backend.choose_backend({backend.BACKEND_VARIABLE: "torch"})
 
 
-@pytest.mark.parametrize(
-    ("packages", "message"),
-    [
-        (("torch",), "asks for OneFlow, which is not installed.*unset FASTER_CHATGLM_6B_BACKEND"),
-        (("torch", "oneflow"), "which is installed, but this version .* has no OneFlow backend yet"),
-    ],
-)
-def test_oneflow_on_request(packages, message, installed):
-    installed(*packages)
-    with pytest.raises(ImportError, match=message):
+def test_oneflow_on_request(installed, versions, not_imported):
+    installed("torch", "oneflow")
+    versions(transformers="4.28.1")
+    environment = {backend.BACKEND_VARIABLE: "oneflow"}
+    assert backend.choose_backend(environment) == ("oneflow", "FASTER_CHATGLM_6B_BACKEND=oneflow")
+
+
+def test_oneflow_on_request_but_missing(installed):
+    installed("torch")
+    with pytest.raises(ImportError, match="asks for OneFlow, which is not installed.*unset FASTER_CHATGLM_6B_BACKEND"):
         backend.choose_backend({backend.BACKEND_VARIABLE: "oneflow"})
+
+
+def test_oneflow_on_request_after_torch(installed):
+    installed("torch", "oneflow")
+    with pytest.raises(ImportError, match="torch was imported before .* put `import faster_chatglm_6b` above every"):
+        backend.choose_backend({backend.BACKEND_VARIABLE: "oneflow"})
+
+
+@pytest.mark.parametrize("version", ["4.26.1", "4.27.0", "4.30.2", "4.57.6", "5.23.0"])
+def test_oneflow_with_a_transformers_that_it_cannot_carry(version, installed, versions, not_imported):
+    installed("oneflow")
+    versions(transformers=version)
+    for environment in ({}, {backend.BACKEND_VARIABLE: "oneflow"}):
+        with pytest.raises(ImportError, match=f"transformers 4.27.1 to 4.29.2, but {version} is installed; install"):
+            backend.choose_backend(environment)
+
+
+def test_the_floors_of_torch_do_not_bind_oneflow(versions, monkeypatch):
+    versions(transformers="4.27.1", oneflow="0.9.0")
+    monkeypatch.setattr(backend, "_current", backend.Backend("oneflow", "because"))
+    backend.require_torch()
+    backend.require_transformers()
+    assert backend.framework_lines() == ["transformers   4.27.1", "oneflow        0.9.0, in the place of torch"]
+    versions(transformers="4.57.6", oneflow="0.9.0")
+    with pytest.raises(ImportError, match="4.57.6 is installed"):
+        backend.require_transformers()
 
 
 def test_unknown_backend():

@@ -19,6 +19,18 @@ ENVIRONMENT = {
     "GLOG_minloglevel": "2",
 }
 
+# What only builds since April 2023 have, and what makes OneFlow worth choosing.
+FUSED_OPERATORS = (
+    "fused_apply_rotary_emb",
+    "fused_attention_concat_past_key_value",
+    "fused_multi_head_attention_inference_v2",
+    "fused_linear_with_groupwise_quantized_weight",
+    "skip_layer_norm",
+)
+# Major compute capabilities that OneFlow's attention is made for. On every other GPU it ends the process with a fatal
+# log message: it must not be called there.
+ATTENTION_CAPABILITIES = (7, 8)
+
 _undo: list[Callable[[], None]] = []
 
 
@@ -66,6 +78,23 @@ def disable() -> None:
 def is_enabled() -> bool:
     """Whether ``import torch`` means OneFlow through us."""
     return bool(_undo)
+
+
+def why_not_fused() -> str | None:
+    """Why OneFlow's fused operators cannot run on this machine; None where they can. Loads OneFlow."""
+    try:
+        oneflow = prepare_oneflow()
+    except Exception as error:
+        return f"OneFlow cannot be loaded ({error})"
+    if not oneflow.cuda.is_available():
+        return "OneFlow finds no GPU"
+    missing = [name for name in FUSED_OPERATORS if not hasattr(oneflow._C, name)]
+    if missing:
+        return f"OneFlow {oneflow.__version__} lacks {missing[0]}"
+    major, minor = oneflow.cuda.get_device_capability()
+    if major not in ATTENTION_CAPABILITIES:
+        return f"OneFlow's attention does not run on compute capability {major}.{minor}"
+    return None
 
 
 def is_oneflow(module: ModuleType | None) -> bool:

@@ -3,14 +3,24 @@
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.machinery import SourceFileLoader
 from types import ModuleType
 from typing import Any
 
 _MENDED_MARK = "__faster_chatglm_6b_mended__"
-# Modules that were imported while torch was OneFlow, and wait for it to be so again.
-_set_aside: dict[str, ModuleType] = {}
+
+
+class _Shelf:
+    """Modules that wait for "torch" to mean again what it meant when they were imported."""
+
+    def __init__(self) -> None:
+        self.with_oneflow: dict[str, ModuleType] = {}
+        self.with_torch: dict[str, ModuleType] = {}
+        self.at_last_switch: set[str] = set()
+
+
+_shelf = _Shelf()
 
 
 def enable(oneflow: ModuleType) -> Callable[[], None]:
@@ -20,46 +30,51 @@ def enable(oneflow: ModuleType) -> Callable[[], None]:
     lacks, and calls of them do nothing.
     """
     mock = oneflow.mock_torch
-    sets_modules_aside = "lazy" in inspect.signature(mock.enable.__init__).parameters
-    if sets_modules_aside:
+    if "lazy" in inspect.signature(mock.enable.__init__).parameters:
+        # This generation of the mock puts modules aside by itself.
         handle = mock.enable()
         return lambda: handle.__exit__(None, None, None)
     _mend(mock, oneflow)
-    sys.modules.update(_set_aside)
-    _set_aside.clear()
-    before = set(sys.modules)
+    roots = {name.split(".")[0] for name in _shelf.with_oneflow}
+    _shelf.with_torch = _take(name for name in _since_last_switch() if name.split(".")[0] in roots)
+    sys.modules.update(_shelf.with_oneflow)
+    _shelf.at_last_switch = set(sys.modules) - set(_shelf.with_oneflow)
     handle = mock.enable()
 
     def switch_off() -> None:
-        bound = _bound_to(mock.ModuleWrapper, before)
+        bound = _bound_to(mock.ModuleWrapper)
         handle.__exit__(None, None, None)
-        for name in bound:
-            _set_aside[name] = sys.modules.pop(name)
+        _shelf.with_oneflow = _take(bound)
+        sys.modules.update(_shelf.with_torch)
+        _shelf.at_last_switch = set(sys.modules) - set(_shelf.with_torch)
 
     return switch_off
 
 
-def _bound_to(wrapper: type, before: set[str]) -> list[str]:
-    """Modules of source code that were imported since, of packages that hold the mock's modules in a variable.
+def _take(names: Iterable[str]) -> dict[str, ModuleType]:
+    return {name: sys.modules.pop(name) for name in list(names)}
 
-    Later mocks take away everything imported since. Extension modules stay: most cannot be loaded twice.
-    """
-    since = {
-        name: module
-        for name, module in list(sys.modules.items())
-        if name not in before and isinstance(module, ModuleType) and name.split(".")[0] not in ("oneflow", "torch")
-    }
-    packages = {
-        name.split(".")[0]
-        for name, module in since.items()
-        if any(isinstance(value, wrapper) for value in list(vars(module).values()))
-    }
+
+def _since_last_switch() -> list[str]:
+    """Modules of source code that were imported since. Extension modules stay: most cannot be loaded twice."""
     return [
         name
-        for name, module in since.items()
-        if name.split(".")[0] in packages
+        for name, module in list(sys.modules.items())
+        if name not in _shelf.at_last_switch
+        and name.split(".")[0] not in ("oneflow", "torch")
         and isinstance(getattr(getattr(module, "__spec__", None), "loader", None), SourceFileLoader)
     ]
+
+
+def _bound_to(wrapper: type) -> list[str]:
+    """Modules that were imported since, of packages that hold the mock's modules in a variable."""
+    since = _since_last_switch()
+    packages = {
+        name.split(".")[0]
+        for name in since
+        if any(isinstance(value, wrapper) for value in list(vars(sys.modules[name]).values()))
+    }
+    return [name for name in since if name.split(".")[0] in packages]
 
 
 def _mend(mock: ModuleType, oneflow: ModuleType) -> None:

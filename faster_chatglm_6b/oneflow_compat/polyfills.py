@@ -6,6 +6,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 APPLIED: list[str] = []
 
 
@@ -20,7 +22,7 @@ class MissingType:
 
 
 def apply(oneflow: ModuleType) -> None:
-    """Add what is missing. Nothing that OneFlow has is replaced, but for two functions with a fault; see below."""
+    """Add what is missing. Nothing that OneFlow has is replaced, but for what a ``_mend`` function names."""
     tensor = oneflow.Tensor
     # Table keys of safetensors.torch.
     for name in ("int16", "complex64", "complex128"):
@@ -34,11 +36,12 @@ def apply(oneflow: ModuleType) -> None:
     _add(tensor, "unsqueeze_", _in_place(oneflow.unsqueeze))
     _add(tensor, "squeeze_", _in_place(oneflow.squeeze))
     _add(tensor, "nan_to_num_", _in_place(_nan_to_num))
-    _add(tensor, "__lshift__", _shift(lambda values, count: values << count))
-    _add(tensor, "__rshift__", _shift(lambda values, count: values >> count))
+    _add(tensor, "__lshift__", _shift_left)
+    _add(tensor, "__rshift__", _shift_right)
     if not hasattr(oneflow, "strided"):
         _add(oneflow, "strided", "oneflow.strided")
         _add(tensor, "layout", property(lambda self: oneflow.strided))
+    _mend_bits(oneflow)
     _mend_scatter(oneflow)
     _mend_division(oneflow)
 
@@ -98,16 +101,47 @@ def _nan_to_num(tensor: Any, nan: float = 0.0, posinf: float | None = None, negi
     return tensor.clamp(limits.min if neginf is None else neginf, limits.max if posinf is None else posinf)
 
 
-def _shift(function: Callable[[Any, int], Any]) -> Callable[..., Any]:
-    """A shift of integers through numpy, which keeps the dtype as torch does."""
+def _shift_right(self: Any, count: int) -> Any:
+    """Arithmetic, in float64 on the tensor's device: int4 weights are unpacked with it at every step."""
+    return (self.double() / 2**count).floor().to(self.dtype)
 
-    def method(self: Any, count: int) -> Any:
+
+def _shift_left(self: Any, count: int) -> Any:
+    """As torch's: bits that leave the dtype are lost."""
+    span = 2.0 ** (8 * self.element_size())
+    values = self.double() * 2**count
+    return (values - ((values + span / 2) / span).floor() * span).to(self.dtype)
+
+
+def _on_bits(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """An operation on the bits of integers through numpy, which keeps the dtype as torch does."""
+
+    def method(self: Any, other: Any) -> Any:
         import oneflow
 
         values = self.detach().cpu().numpy()
-        return oneflow.from_numpy(function(values, values.dtype.type(count))).to(self.device)
+        other = other.detach().cpu().numpy() if isinstance(other, oneflow.Tensor) else values.dtype.type(other)
+        return oneflow.from_numpy(np.ascontiguousarray(function(values, other))).to(self.device)
 
     return method
+
+
+def _mend_bits(oneflow: ModuleType) -> None:
+    """0.9.0: & and | of integers tell whether they are not zero, as of bools; torch's work on their bits."""
+    if int(oneflow.tensor([6]) & oneflow.tensor([3])) == 2:
+        return
+    for name, function in {"__and__": np.bitwise_and, "__or__": np.bitwise_or}.items():
+        _mend_operator(oneflow, name, _on_bits(function))
+
+
+def _mend_operator(oneflow: ModuleType, name: str, on_integers: Callable[..., Any]) -> None:
+    on_bools = getattr(oneflow.Tensor, name)
+
+    def method(self: Any, other: Any) -> Any:
+        return on_bools(self, other) if self.dtype == oneflow.bool else on_integers(self, other)
+
+    setattr(oneflow.Tensor, name, method)
+    APPLIED.append(f"Tensor.{name}")
 
 
 def _mend_scatter(oneflow: ModuleType) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .. import _status
+from .. import _status, backend
 from . import reference
 
 OPERATOR_NAMES = (
@@ -65,12 +65,17 @@ def operators_for(device: torch.device, dtype: torch.dtype, head_size: int, diff
     key = (device, dtype, head_size)
     table = _chosen.get(key)
     if table is None:
-        table = _chosen[key] = _choose(device, dtype)
-        _status.record_operators(f"{device} {str(dtype).removeprefix('torch.')}", table.choices)
+        table = _chosen[key] = _choose(device, dtype, head_size)
+        name = device.type if device.index is None else f"{device.type}:{device.index}"
+        _status.record_operators(f"{name} {str(dtype).split('.')[-1]}", table.choices)
     return table
 
 
-def _choose(device: torch.device, dtype: torch.dtype) -> Operators:
+def _choose(device: torch.device, dtype: torch.dtype, head_size: int) -> Operators:
+    if backend.is_oneflow():
+        from . import oneflow
+
+        return oneflow.choose(device, dtype, head_size)
     if device.type not in ("cpu", "cuda"):
         return reference_operators(f"PyTorch's own kernels serve {device.type}")
     # Imported here: they need this module's names.

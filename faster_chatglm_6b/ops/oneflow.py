@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from ..caches import ListCache
+from ..oneflow_compat import ATTENTION_CAPABILITIES
 from . import OPERATOR_NAMES, Operators, reference
 from .oneflow_trials import failure_of
 
@@ -29,8 +30,6 @@ DTYPES = {
     "fused_linear_with_groupwise_quantized_weight": (_HALF, _FLOAT),
 }
 ATTENTION = "fused_multi_head_attention_inference_v2"
-# On every other GPU OneFlow's attention ends the process with a fatal log message: it must not be called there.
-ATTENTION_CAPABILITIES = (7, 8)
 
 
 class Capabilities(NamedTuple):
@@ -78,7 +77,7 @@ def refusal(
         return f"OneFlow's kernel knows no {str(dtype).split('.')[-1]}"
     if name == ATTENTION:
         if compute_capability is None or compute_capability[0] not in ATTENTION_CAPABILITIES:
-            shown = "an unknown compute capability" if compute_capability is None else "%d.%d" % compute_capability
+            shown = "an unknown one" if compute_capability is None else "{}.{}".format(*compute_capability)
             return f"OneFlow's attention runs on compute capability 7.x and 8.x; this GPU has {shown}"
         if head_size % 8:
             return f"OneFlow's attention takes heads of a multiple of 8 values, not {head_size}"
@@ -109,7 +108,7 @@ def build(
     head_size: int,
     compute_capability: tuple[int, int] | None,
 ) -> Operators:
-    """A table of ``fused`` where the contract allows a kernel and its trial succeeds, and of the definitions elsewhere."""
+    """A table of ``fused`` where a kernel's contract allows it and its trial succeeds, else of the definitions."""
     served, choices = {}, {}
     for name in OPERATOR_NAMES:
         reason = refusal(name, capabilities(), device.type, dtype, head_size, compute_capability)
