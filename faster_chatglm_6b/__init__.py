@@ -13,8 +13,8 @@ The import, which may stand before or after the others, does this and no more:
 2. ``hook.py`` has transformers resolve the classes of a ChatGLM-6B checkpoint to those of this package. ChatGLM2,
    ChatGLM3 and GLM-4 checkpoints, and all other models, are not touched.
 
-It loads neither torch nor transformers (but OneFlow, where that may run the model). ``disable()`` undoes it, ``status()`` tells what it did, and with
-``FASTER_CHATGLM_6B_DISABLE=1`` nothing is ever installed.
+It loads neither torch nor transformers, and OneFlow only where that may run the model. ``disable()`` undoes it,
+``status()`` tells what it did, and with ``FASTER_CHATGLM_6B_DISABLE=1`` nothing is ever installed.
 """
 
 import os
