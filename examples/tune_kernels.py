@@ -246,48 +246,43 @@ def _with(table: dict, key: tuple[int, int], value: Gemv | Dot | None) -> dict:
 
 
 def _gemv_knobs(family: Family) -> Iterator[tuple[str, list[Family]]]:
-    blocks = [Gemv(2, 2048, 4, 0, p, a) for p, a in ((0, 0), (2048, 0), (2048, 1), (2048, 2))]
-    blocks += [Gemv(1, 4096, w, 0, 0, a) for w in (4, 8) for a in (0, 1, 2)]
-    blocks += [Gemv(1, 2048, 2, 0, p) for p in (0, 2048)] + [Gemv(2, 4096, 8, 0, 0, a) for a in (0, 1)]
-    long_blocks = [Gemv(4, 1024, 4, 0, p) for p in (0, 1024, 2048, 4096)] + [
-        Gemv(1, 4096, 4, 0, p) for p in (0, 4096, 8192)
-    ]
-    long_blocks += [Gemv(2, 2048, 4, 0, p) for p in (0, 2048, 4096)] + [Gemv(1, 2048, 2, 0, p) for p in (0, 2048, 4096)]
-    long_blocks += [Gemv(8, 512, 4, 0, 512), Gemv(1, 16384, 16)]
-    loops = [Gemv(2, 4096, w, v, 0, a) for w, v in ((8, 4), (8, 8), (4, 8), (4, 4)) for a in (0, 1, 2)]
-    for key in SHAPES:
-        choices = long_blocks if key == DOWN else blocks + loops
+    blocks = [Gemv(2, 2048, 4), Gemv(1, 2048, 2), Gemv(1, 4096, 4), Gemv(1, 4096, 8), Gemv(2, 4096, 4)]
+    blocks += [Gemv(2, 4096, 8), Gemv(4, 4096, 8), Gemv(4, 1024, 4)]
+    long_blocks = [Gemv(8, 512, 4), Gemv(4, 2048, 8), Gemv(1, 16384, 16)]
+    loops = [Gemv(2, 4096, 8, 4), Gemv(2, 4096, 8, 8), Gemv(2, 4096, 4, 8), Gemv(1, 4096, 4, 16)]
+    for key in (DENSE, QKV, UP, DOWN, HEAD):
+        choices = blocks + (long_blocks if key == DOWN else loops)
         yield f"gemv {key}", [dataclasses.replace(family, gemv=_with(family.gemv, key, c)) for c in choices]
-    for key in (QKV, UP):
-        tables = [_with(family.layer_norm_gemv, key, c) for c in [None, *loops, Gemv(4, 4096, 16, 4, 0, 1)]]
-        yield f"LayerNorm inside {key}", [dataclasses.replace(family, layer_norm_gemv=t) for t in tables]
+        if key in (QKV, UP):
+            tables = [_with(family.layer_norm_gemv, key, c) for c in [None, *loops]]
+            yield f"LayerNorm inside {key}", [dataclasses.replace(family, layer_norm_gemv=t) for t in tables]
 
 
 def _dot_knobs(family: Family, rows: int) -> Iterator[tuple[str, list[Family]]]:
     blocks = {
-        8: [(64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3), (32, 256, 4, 4), (32, 128, 4, 6), (128, 64, 4, 6)],
-        16: [(64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3), (128, 64, 4, 5)],
-        32: [(64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 6), (128, 64, 4, 4), (128, 64, 8, 5), (128, 128, 8, 3)],
+        16: [(64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3), (128, 64, 4, 5), (128, 128, 4, 3)],
+        32: [(64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 6), (128, 128, 8, 3)],
         64: [(64, 128, 4, 3), (128, 64, 4, 4), (128, 64, 8, 4), (128, 128, 8, 3)],
     }[rows]
     for key in SHAPES:
-        splits = (1,) if key == HEAD else (1, 2, 4, 8) if key in (DENSE, DOWN) else (1, 2, 4)
+        splits = (1,) if key == HEAD else (1, 2, 4) if key in (DENSE, DOWN) else (1, 2)
         for_rows = family.dot.get(rows, {})
         tables = [family.dot | {rows: _with(for_rows, key, Dot(*b, s))} for b in blocks for s in splits]
         yield f"dot {rows} {key}", [dataclasses.replace(family, dot=t) for t in tables]
 
 
-def _attention_knobs(family: Family) -> Iterator[tuple[str, list[Family]]]:
-    choices = [Attention(t, w, v) for t, w in ((32, 4), (64, 4), (64, 8), (128, 8), (128, 4)) for v in (2, 4, 8)]
-    yield "attention", [dataclasses.replace(family, attention=c) for c in choices]
+def _attention_knobs(family: Family, few: bool) -> Iterator[tuple[str, list[Family]]]:
+    choices = [Attention(t, w, v) for t, w in ((64, 4), (64, 8), (128, 8), (128, 4)) for v in (2, 4, 8)]
+    name = "attention" if few else "attention_many"
+    yield name, [dataclasses.replace(family, **{name: c}) for c in choices]
 
 
 def tune(weights: Weights, batch: int, log: Callable[[str], None]) -> Family:
     """Search one table entry after another, each time keeping what makes the whole step fastest."""
     capability = torch.cuda.get_device_capability()
     family = configs.FAMILIES.get(capability, configs.family(torch.device("cuda")))
-    knobs = _gemv_knobs if batch == 1 else lambda f: _dot_knobs(f, max(triton.next_power_of_2(batch), 8))
-    for context, make in ((32, knobs), (1024, _attention_knobs)):
+    knobs = _gemv_knobs if batch == 1 else lambda f: _dot_knobs(f, max(triton.next_power_of_2(batch), 16))
+    for context, make in ((32, knobs), (1024, lambda f: _attention_knobs(f, batch * HEADS < 256))):
         chain = Chain(weights, batch, context)
         configs.FAMILIES[capability] = family
         best = chain.measure()

@@ -93,7 +93,7 @@ def dot_launches(family: configs.Family, dtype: torch.dtype) -> list[Callable[[]
     """Each weight of the model at each padded number of rows of the tensor-core product."""
     calls = []
     workspace = kernels.Workspace("meta", 64)
-    for rows in (8, 16, 32, 64):
+    for rows in (16, 32, 64):
         for n, k in WEIGHTS:
             x, weight, bias, out = meta(dtype, rows, k), meta(dtype, n, k), meta(dtype, n), meta(dtype, rows, n)
             config = configs.dot_config(family, rows, n, k)

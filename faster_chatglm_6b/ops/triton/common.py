@@ -9,29 +9,46 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
+def start_successor(PDL: tl.constexpr):
+    """Let the next kernel start once all programs of this one run: the first statement where work precedes the wait."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
 def wait_for_predecessor(PDL: tl.constexpr):
     """Let the next kernel start, then wait until every earlier kernel is done and its writes are visible.
 
     Under programmatic dependent launch a kernel starts while its predecessor still runs; what the predecessors may
-    write must be read after this call only. Every kernel calls it, so that waiting for the predecessor means
-    waiting for all before it.
+    write must be read after this call only. Every kernel calls it, so that waiting for the predecessor means waiting
+    for all before it.
     """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
 
 
+_PREFETCH = tl.constexpr("""{
+.reg .pred p; .reg .u32 t; .reg .u64 a;
+mov.u32 t, %tid.x;
+setp.lt.s32 p, t, $3;
+mad.wide.u32 a, t, $2, $1;
+@p cp.async.bulk.prefetch.L2.global [a], $4;
+mov.u32 $0, 0;
+}""")
+
+
 @triton.jit
-def prefetch_to_l2(pointers):
-    """Ask for the 128-byte lines that ``pointers`` (a block of addresses) lie in; no register waits for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+def prefetch_to_l2(pointer, stride, count, bytes):
+    """Ask the L2 cache for ``bytes`` bytes at ``pointer`` + i * ``stride`` bytes, 0 <= i < ``count``; nothing waits.
+
+    Thread i asks for piece i, so ``count`` may not exceed the threads of a program; ``bytes`` and ``stride`` must be
+    multiples of 16. Compute capability 9.0 and later.
+    """
+    # The instruction takes 16-byte aligned addresses only.
+    address = pointer.to(tl.int64) & -16
+    arguments = [address, tl.cast(stride, tl.int32), tl.cast(count, tl.int32), tl.cast(bytes, tl.int32)]
+    tl.inline_asm_elementwise(_PREFETCH, "=r,l,r,r,r", arguments, dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -16,16 +16,13 @@ class Gemv:
     """One program takes ``block_n`` rows, ``block_k`` columns at a time.
 
     ``waves`` 0: one program per row block. Otherwise the programs loop over row blocks, and the grid is ``waves`` times
-    the number of multiprocessors. Before it waits for its predecessor, a program loads its first block and asks the L2
-    cache for ``prefetch`` more columns of its rows, and for the first blocks of ``ahead`` programs (or turns) after it.
+    the number of multiprocessors.
     """
 
     block_n: int
     block_k: int
     num_warps: int
     waves: int = 0
-    prefetch: int = 0
-    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,12 +50,13 @@ class Family:
     """Everything tuned for one GPU family.
 
     ``gemv`` serves up to ``gemv_rows`` rows of x. ``layer_norm_gemv`` lists the weights whose GEMV normalises its input
-    itself; for the others LayerNorm is a launch of its own. ``dot`` maps the padded number of rows (8, 16, 32, 64) to a
-    configuration per weight shape.
+    itself; for the others LayerNorm is a launch of its own. ``dot`` maps the padded number of rows (16, 32, 64) to a
+    configuration per weight shape. ``attention`` serves few sequences times heads, ``attention_many`` 256 and more.
     """
 
     gemv_default: Gemv
     attention: Attention
+    attention_many: Attention
     gemv_rows: int = 1
     gemv: dict[tuple[int, int], Gemv] = field(default_factory=dict)
     layer_norm_gemv: dict[tuple[int, int], Gemv] = field(default_factory=dict)
@@ -67,7 +65,6 @@ class Family:
 
 
 _DOT_DEFAULT = {
-    8: Dot(64, 128, 4, 4),
     16: Dot(64, 128, 4, 4),
     32: Dot(64, 128, 4, 4),
     64: Dot(128, 64, 4, 4),
@@ -75,23 +72,38 @@ _DOT_DEFAULT = {
 _AMPERE = Family(
     gemv_default=Gemv(2, 2048, 4),
     attention=Attention(64, 4, 2),
+    attention_many=Attention(64, 4, 4),
     dot_default=_DOT_DEFAULT,
 )
 # 8.6 and 8.9 have 99 KiB of shared memory per program.
 _CONSUMER = Family(
     gemv_default=Gemv(2, 2048, 4),
     attention=Attention(64, 4, 2),
+    attention_many=Attention(64, 4, 4),
     dot_default={**_DOT_DEFAULT, 64: Dot(64, 64, 4, 3)},
 )
 _HOPPER = Family(
     gemv_default=Gemv(2, 2048, 4),
     attention=Attention(128, 8, 2),
+    attention_many=Attention(64, 4, 8),
     gemv={
         (4096, 4096): Gemv(2, 4096, 8, 4),
         (4096, 16384): Gemv(4, 1024, 4),
     },
     layer_norm_gemv={
         (16384, 4096): Gemv(2, 4096, 4, 8),
+    },
+    dot={
+        16: {
+            (12288, 4096): Dot(64, 128, 4, 3, 2),
+            (4096, 4096): Dot(64, 128, 4, 3, 2),
+            (16384, 4096): Dot(128, 64, 4, 5),
+            (4096, 16384): Dot(64, 256, 4, 3, 2),
+        },
+        32: {
+            (16384, 4096): Dot(128, 128, 8, 3),
+            (4096, 16384): Dot(64, 128, 4, 4, 2),
+        },
     },
     dot_default=_DOT_DEFAULT,
 )
@@ -145,8 +157,13 @@ def layer_norm_gemv_config(tables: Family, n: int, k: int, element_size: int) ->
     return None if config is None or element_size != 2 else config
 
 
+def attention_config(tables: Family, pairs: int) -> Attention:
+    """Configuration of decode attention for ``pairs`` sequences times heads."""
+    return tables.attention if pairs < 256 else tables.attention_many
+
+
 def dot_config(tables: Family, rows: int, n: int, k: int) -> Dot:
-    """Configuration of the tensor-core product for ``rows`` (padded to 8, 16, 32 or 64) and a weight [n, k]."""
+    """Configuration of the tensor-core product for ``rows`` (padded to 16, 32 or 64) and a weight [n, k]."""
     config = tables.dot.get(rows, {}).get((n, k), tables.dot_default[rows])
     block_k = min(config.block_k, max(triton.next_power_of_2(k), 16))
     splits = max(min(config.splits, k // block_k), 1)

@@ -24,6 +24,7 @@ from .greedy_sampling import INFINITE, INVALID_TOKEN, LOWEST, check_sampling, lo
 from .workspace import Workspace, default_workspace
 
 BLOCK = 1024
+PIECE = 256
 DIGITS = tl.constexpr(32)
 PASSES = 7
 # Values per row and pass in Workspace.thresholds.
@@ -115,6 +116,7 @@ def narrow_kernel(
     number,
     MASS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PIECE: tl.constexpr,
     CHUNKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -122,10 +124,7 @@ def narrow_kernel(
     row = tl.program_id(1)
     chunk = tl.program_id(0)
     chunks = tl.num_programs(0)
-    index = chunk * BLOCK + tl.arange(0, BLOCK)
     wait_for_predecessor(PDL)
-    value = load_scores(scores, row, index, vocab)
-    key = unsigned_key(value)
     prefix = tl.full([], 0, tl.uint32)
     floor = tl.full([], 0, tl.uint32)
     above = tl.full([], 0.0, tl.float32)
@@ -156,15 +155,21 @@ def narrow_kernel(
     bins = tl.arange(0, DIGITS).to(tl.uint32)
     heat = tl.load(temperature)
     highest_key = row_maximum(maxima, row, chunks, CHUNKS)
-    inside = (index < vocab) & (key >= floor) & ((number == 0) | ((key >> known) == prefix))
-    if MASS:
-        weight, _ = weigh(value, heat, highest_key)
-    else:
-        weight = tl.full([BLOCK], 1.0, tl.float32)
-    weight = tl.where(inside, weight, 0.0)
-    digit = (key >> shift) & ((tl.full([], 1, tl.uint32) << width) - 1)
-    counts = tl.sum(tl.where(digit[:, None] == bins[None, :], weight[:, None], 0.0), 0)
-    tl.store(histogram_out + (row.to(tl.int64) * CHUNKS + chunk) * DIGITS + tl.arange(0, DIGITS), counts)
+    counts = tl.zeros([PIECE, DIGITS], tl.float32)
+    # In pieces, so that the block of scores times digits stays in registers.
+    for piece in tl.static_range(0, BLOCK, PIECE):
+        index = chunk * BLOCK + piece + tl.arange(0, PIECE)
+        value = load_scores(scores, row, index, vocab)
+        key = unsigned_key(value)
+        inside = (index < vocab) & (key >= floor) & ((number == 0) | ((key >> known) == prefix))
+        if MASS:
+            weight, _ = weigh(value, heat, highest_key)
+        else:
+            weight = tl.full([PIECE], 1.0, tl.float32)
+        weight = tl.where(inside, weight, 0.0)
+        digit = (key >> shift) & ((tl.full([], 1, tl.uint32) << width) - 1)
+        counts += tl.where(digit[:, None] == bins[None, :], weight[:, None], 0.0)
+    tl.store(histogram_out + (row.to(tl.int64) * CHUNKS + chunk) * DIGITS + tl.arange(0, DIGITS), tl.sum(counts, 0))
 
 
 @triton.jit
@@ -314,7 +319,7 @@ def full_sample(
     grid = (chunks, batch)
     power = triton.next_power_of_2(chunks)
     pdl = uses_pdl(scores.device)
-    common = {"BLOCK": block, "CHUNKS": power, "PDL": pdl, "num_warps": 16, **pdl_options(pdl)}
+    common = {"BLOCK": block, "CHUNKS": power, "PDL": pdl, "num_warps": 8, **pdl_options(pdl)}
     maxima = workspace.candidates
     histograms = workspace.histogram.view(2, -1)
     maximum_kernel[grid](scores, maxima, vocab, **common)
@@ -334,6 +339,7 @@ def full_sample(
             slot,
             number,
             MASS=mass,
+            PIECE=min(PIECE, block),
             **common,
         )
     last = max(len(passes) - 1, 0)

@@ -6,8 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import arrive, multiprocessor_count, pdl_options, prefetch_to_l2, require, wait_for_predecessor
-from .configs import family, uses_pdl
+from .common import (
+    arrive,
+    multiprocessor_count,
+    pdl_options,
+    prefetch_to_l2,
+    require,
+    start_successor,
+    wait_for_predecessor,
+)
+from .configs import attention_config, family, uses_pdl
 from .fused_apply_rotary_emb import load_angles, load_head
 from .workspace import MAX_SPLITS, Workspace, default_workspace
 
@@ -56,6 +64,7 @@ def decode_attention_kernel(
     APPEND: rotates query and key of the packed projection, writes key and value to slot ``length`` and sees the keys up
     to it. Otherwise the query comes rotated and slot ``length`` is filled already.
     """
+    start_successor(PDL)
     pair = tl.program_id(0)
     split = tl.program_id(1)
     batch = (pair // heads).to(tl.int64)
@@ -68,11 +77,13 @@ def decode_attention_kernel(
         # Before the wait these may be the values of the step before: good enough for a hint.
         hint_end = tl.minimum(tl.load(length), capacity)
         start, stop, active = key_range(tl.load(first_key + batch), hint_end, split, SPLITS, BLOCK_T)
-        line = tl.arange(0, 2) * (BLOCK_K // 2)
-        for t in range(start, stop, BLOCK_T):
-            slot = tl.minimum(t + slots, stop - 1).to(tl.int64)
-            prefetch_to_l2(key_cache + cache + slot[:, None] * stride_t + line[None, :])
-            prefetch_to_l2(value_cache + cache + slot[:, None] * stride_t + line[None, :])
+        # The first block only: what many programs ask for at once must not crowd itself out of the cache.
+        rows = tl.minimum(stop - start, BLOCK_T)
+        if K % 16 == 0 and rows > 0:
+            SIZE: tl.constexpr = key_cache.dtype.element_ty.primitive_bitwidth // 8
+            offset = cache + start.to(tl.int64) * stride_t
+            prefetch_to_l2(key_cache + offset, 0, 1, ((rows - 1) * stride_t + K) * SIZE)
+            prefetch_to_l2(value_cache + offset, 0, 1, ((rows - 1) * stride_t + K) * SIZE)
     wait_for_predecessor(PDL)
     # Loads that do not depend on the length come first, so that their latencies overlap.
     if APPEND:
@@ -180,11 +191,11 @@ def _launch(
         f"key_cache is {tuple(key_cache.shape)} and value_cache {tuple(value_cache.shape)}: pass equal ones",
     )
     require(key_cache.stride(3) == 1, "the caches must have a contiguous last axis")
-    tables = family(key_cache.device)
+    config = attention_config(family(key_cache.device), batch * heads)
     workspace = workspace or default_workspace(key_cache.device, batch)
     if splits is None:
-        programs = multiprocessor_count(key_cache.device) * tables.attention.waves
-        splits = choose_splits(batch * heads, max_length or capacity, tables.attention.block_t, programs)
+        programs = multiprocessor_count(key_cache.device) * config.waves
+        splits = choose_splits(batch * heads, max_length or capacity, config.block_t, programs)
     require(1 <= splits <= MAX_SPLITS, f"splits is {splits}; it must be between 1 and {MAX_SPLITS}")
     block_k = triton.next_power_of_2(size)
     require(
@@ -214,13 +225,13 @@ def _launch(
         1.0 / math.sqrt(size),
         K=size,
         BLOCK_K=block_k,
-        BLOCK_T=tables.attention.block_t,
+        BLOCK_T=config.block_t,
         SPLITS=splits,
         SPLITS_POWER=triton.next_power_of_2(splits),
         WIDTH=2 * cos.shape[1] if rotary else size,
         APPEND=rotary is not None,
         PDL=pdl,
-        num_warps=tables.attention.num_warps,
+        num_warps=config.num_warps,
         **pdl_options(pdl),
     )
 

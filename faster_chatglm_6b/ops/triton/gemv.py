@@ -4,11 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import gelu, multiprocessor_count, pdl_options, prefetch_to_l2, wait_for_predecessor
+from .common import gelu, multiprocessor_count, pdl_options, start_successor, wait_for_predecessor
 from .configs import Gemv, uses_pdl
 from .skip_layer_norm import normalise_row
-
-WARPS_PER_MULTIPROCESSOR = 64
 
 
 @triton.jit
@@ -24,14 +22,6 @@ def load_weight(weight, row, column, N, K: tl.constexpr, EVEN_N: tl.constexpr, E
 
 
 @triton.jit
-def prefetch_weight(weight, row, N, first: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr):
-    """Ask for COLUMNS columns of the weight from column ``first`` on; past the end the last line again."""
-    LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
-    column = tl.minimum(first + tl.arange(0, COLUMNS // LINE) * LINE, K - 1)
-    prefetch_to_l2(weight + tl.minimum(row, N - 1)[:, None].to(tl.int64) * K + column[None, :])
-
-
-@triton.jit
 def load_x(x, column, K: tl.constexpr, EVEN_K: tl.constexpr):
     if EVEN_K:
         block = tl.load(x + column)
@@ -41,13 +31,22 @@ def load_x(x, column, K: tl.constexpr, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def finish_row(total, m, row, bias_value, residual, out, N, beta, HAS_RESIDUAL: tl.constexpr, GELU: tl.constexpr):
-    """Epilogue: + bias, then GELU or + beta * residual, then store."""
+def load_residual(residual, m, row, N, beta, HAS_RESIDUAL: tl.constexpr):
+    """beta * residual, or 0. Read beside x, so that the loads overlap."""
+    if HAS_RESIDUAL:
+        addend = beta * tl.load(residual + m * N + row, mask=row < N, other=0.0).to(tl.float32)
+    else:
+        addend = tl.zeros_like(row).to(tl.float32)
+    return addend
+
+
+@triton.jit
+def finish_row(total, m, row, bias_value, addend, out, N, GELU: tl.constexpr):
+    """Epilogue: + bias, then GELU, + addend, then store."""
     total += bias_value
     if GELU:
         total = gelu(total)
-    if HAS_RESIDUAL:
-        total += beta * tl.load(residual + m * N + row, mask=row < N, other=0.0).to(tl.float32)
+    total += addend
     tl.store(out + m * N + row, total, mask=row < N)
 
 
@@ -60,19 +59,17 @@ def gemv_kernel(
     out,  # [M, N]
     N,
     beta,
-    wave,  # programs that run at the same time, about
     K: tl.constexpr,
     M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    AHEAD: tl.constexpr,
     EVEN_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     GELU: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    start_successor(PDL)
     EVEN_K: tl.constexpr = K % BLOCK_K == 0
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_K)
@@ -81,14 +78,14 @@ def gemv_kernel(
     bias_value = tl.zeros([BLOCK_N], tl.float32)
     if HAS_BIAS:
         bias_value = tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)
-    if PDL:
-        if PREFETCH > 0:
-            prefetch_weight(weight, row, N, BLOCK_K, K, PREFETCH)
-        if AHEAD > 0:
-            if tl.program_id(0) < wave:
-                for turn in tl.static_range(1, AHEAD + 1):
-                    prefetch_weight(weight, row + turn * wave * BLOCK_N, N, 0, K, BLOCK_K)
     wait_for_predecessor(PDL)
+    addend0 = load_residual(residual, 0, row, N, beta, HAS_RESIDUAL)
+    if M > 1:
+        addend1 = load_residual(residual, 1, row, N, beta, HAS_RESIDUAL)
+    if M > 2:
+        addend2 = load_residual(residual, 2, row, N, beta, HAS_RESIDUAL)
+    if M > 3:
+        addend3 = load_residual(residual, 3, row, N, beta, HAS_RESIDUAL)
     acc0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
     for start in range(0, K, BLOCK_K):
@@ -102,13 +99,13 @@ def gemv_kernel(
             acc3 += w32 * load_x(x + 3 * K, start + column, K, EVEN_K)
         if start + BLOCK_K < K:
             w = load_weight(weight, row, start + BLOCK_K + column, N, K, EVEN_N, EVEN_K)
-    finish_row(tl.sum(acc0, 1), 0, row, bias_value, residual, out, N, beta, HAS_RESIDUAL, GELU)
+    finish_row(tl.sum(acc0, 1), 0, row, bias_value, addend0, out, N, GELU)
     if M > 1:
-        finish_row(tl.sum(acc1, 1), 1, row, bias_value, residual, out, N, beta, HAS_RESIDUAL, GELU)
+        finish_row(tl.sum(acc1, 1), 1, row, bias_value, addend1, out, N, GELU)
     if M > 2:
-        finish_row(tl.sum(acc2, 1), 2, row, bias_value, residual, out, N, beta, HAS_RESIDUAL, GELU)
+        finish_row(tl.sum(acc2, 1), 2, row, bias_value, addend2, out, N, GELU)
     if M > 3:
-        finish_row(tl.sum(acc3, 1), 3, row, bias_value, residual, out, N, beta, HAS_RESIDUAL, GELU)
+        finish_row(tl.sum(acc3, 1), 3, row, bias_value, addend3, out, N, GELU)
 
 
 @triton.jit
@@ -127,7 +124,6 @@ def persistent_gemv_kernel(
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr,
     EVEN_N: tl.constexpr,
     NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -136,6 +132,7 @@ def persistent_gemv_kernel(
     PDL: tl.constexpr,
 ):
     """A GEMV whose programs own many row blocks, so that x (BLOCK_K >= K) is read, and normalised, once per program."""
+    start_successor(PDL)
     EVEN_K: tl.constexpr = K == BLOCK_K
     column = tl.arange(0, BLOCK_K)
     tile = tl.program_id(0)
@@ -144,9 +141,6 @@ def persistent_gemv_kernel(
     if NORM:
         g = tl.load(gamma + column, mask=column < K, other=0.0).to(tl.float32)
         s = tl.load(shift + column, mask=column < K, other=0.0).to(tl.float32)
-    if PDL:
-        for turn in tl.static_range(1, AHEAD + 1):
-            prefetch_weight(weight, row + turn * tl.num_programs(0) * BLOCK_N, N, 0, K, BLOCK_K)
     wait_for_predecessor(PDL)
     x_row = tl.load(x + column, mask=column < K, other=0.0)
     if NORM:
@@ -162,7 +156,8 @@ def persistent_gemv_kernel(
         bias_value = tl.zeros([BLOCK_N], tl.float32)
         if HAS_BIAS:
             bias_value = tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)
-        finish_row(tl.sum(product, 1), 0, row, bias_value, residual, out, N, beta, HAS_RESIDUAL, GELU)
+        addend = load_residual(residual, 0, row, N, beta, HAS_RESIDUAL)
+        finish_row(tl.sum(product, 1), 0, row, bias_value, addend, out, N, GELU)
 
 
 def launch_gemv(
@@ -190,13 +185,10 @@ def launch_gemv(
         out,
         n,
         beta,
-        multiprocessor_count(x.device) * (WARPS_PER_MULTIPROCESSOR // config.num_warps),
         K=k,
         M=rows,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        PREFETCH=min(config.prefetch, triton.next_power_of_2(k - config.block_k)) if k > config.block_k else 0,
-        AHEAD=config.ahead,
         EVEN_N=n % config.block_n == 0,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
@@ -241,7 +233,6 @@ def launch_persistent_gemv(
         K=k,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        AHEAD=config.ahead,
         EVEN_N=n % config.block_n == 0,
         NORM=gamma is not None,
         HAS_BIAS=bias is not None,

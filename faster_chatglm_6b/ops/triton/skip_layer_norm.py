@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import pdl_options, require, wait_for_predecessor
+from .common import pdl_options, require, start_successor, wait_for_predecessor
 from .configs import uses_pdl
 
 
@@ -32,6 +32,7 @@ def skip_layer_norm_kernel(
     HAS_SKIP: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    start_successor(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     valid = columns < size

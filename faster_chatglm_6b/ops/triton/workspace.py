@@ -32,7 +32,7 @@ class Workspace:
     ):
         chunks = triton.next_power_of_2(triton.cdiv(vocab_size, SAMPLING_BLOCK))
         # The tensor-core product: up to 16 splits of 16384 rows, or equivalently fewer splits of more rows.
-        matmul = 16 * 16384 * min(max(triton.next_power_of_2(batch), 8), 64)
+        matmul = 16 * 16384 * min(max(triton.next_power_of_2(batch), 16), 64)
         attention = batch * num_heads * MAX_SPLITS * (triton.next_power_of_2(head_size) + 2)
         self.batch = batch
         self.chunks = chunks
