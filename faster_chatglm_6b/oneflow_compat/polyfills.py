@@ -2,7 +2,9 @@
 
 import inspect
 import math
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -41,6 +43,7 @@ def apply(oneflow: ModuleType) -> None:
     if not hasattr(oneflow, "strided"):
         _add(oneflow, "strided", "oneflow.strided")
         _add(tensor, "layout", property(lambda self: oneflow.strided))
+    _add_fx(oneflow)
     _mend_bits(oneflow)
     _mend_scatter(oneflow)
     _mend_division(oneflow)
@@ -50,6 +53,16 @@ def _add(owner: Any, name: str, value: Any) -> None:
     if not hasattr(owner, name):
         setattr(owner, name, value)
         APPLIED.append(f"{owner.__name__}.{name}")
+
+
+def _add_fx(oneflow: ModuleType) -> None:
+    """transformers asks whether a tensor is a proxy of torch.fx; none is."""
+    if "oneflow.fx" in sys.modules or find_spec("oneflow.fx") is not None:
+        return
+    module = ModuleType("oneflow.fx", "Stands for torch.fx, which OneFlow has not got.")
+    module.Proxy = type("Proxy", (), {})
+    sys.modules[module.__name__] = module
+    _add(oneflow, "fx", module)
 
 
 def skip_init(module_class: type, *args: Any, **kwargs: Any) -> Any:
