@@ -9,8 +9,9 @@ import torch
 from .sampling import CannotServe
 from .session import Session, cache_bytes, capacity_for
 
-# Sessions of other batch sizes stay as long as all caches together fit in this.
+# Sessions of other batch sizes stay as long as they are few and all caches together fit in this.
 _MOST_IDLE_BYTES = 2 << 30
+_MOST_SESSIONS = 4
 
 
 def weights_key(model: Any) -> tuple:
@@ -95,7 +96,10 @@ class DecodeEngine:
     def _make(self, model: Any, batch: int, capacity: int) -> Session:
         self._forget(batch)
         needed = cache_bytes(model, batch, capacity)
-        while self._sessions and needed + sum(s.bytes for s in self._sessions.values()) > _MOST_IDLE_BYTES:
+        while self._sessions and (
+            len(self._sessions) >= _MOST_SESSIONS
+            or needed + sum(s.bytes for s in self._sessions.values()) > _MOST_IDLE_BYTES
+        ):
             self._forget(next(iter(self._sessions)))
         try:
             session = self._sessions[batch] = Session(model, batch, capacity)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..ops.cuda import attention_kernels
 from .request import Request
 from .sampling import MOST_END_TOKENS, Sampler
 from .step import DecodeStep
@@ -81,14 +82,16 @@ class Session:
         self._follow()
         self._plan, self._length, self._launched = request.plan, request.input_ids.shape[1], 0
         self._reset(request, seed)
-        outputs = model(
-            input_ids=request.input_ids,
-            attention_mask=request.attention_mask,
-            past_key_values=self.step.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            return_dict=True,
-        )
+        # Chosen once for the whole prompt and not by every layer's operator.
+        with attention_kernels():
+            outputs = model(
+                input_ids=request.input_ids,
+                attention_mask=request.attention_mask,
+                past_key_values=self.step.cache,
+                use_cache=True,
+                logits_to_keep=1,
+                return_dict=True,
+            )
         self._finish_step(outputs.logits[:, -1].contiguous())
         self._mark()
 
@@ -141,7 +144,11 @@ class Session:
         self.sampler.run(self._plan, logits, self.state, self.step.workspace)
 
     def _capture(self, model: Any, most_keys: int) -> torch.cuda.CUDAGraph:
-        """Record the step without running it. Other threads and streams of the process go on undisturbed."""
+        """Record the step without running it.
+
+        Other threads and streams of the process go on undisturbed, but for one thing: torch takes its default CUDA
+        generator into every capture, so that a thread that draws from it in these milliseconds gets an error.
+        """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._capture_stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")

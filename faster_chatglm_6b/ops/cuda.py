@@ -1,5 +1,6 @@
 """The operators on NVIDIA GPUs: Triton kernels, PyTorch's attention for prompts, the definition where neither fits."""
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..decoding.kv_cache import KVCache
 from . import Operators, reference, reference_operators
@@ -218,6 +220,25 @@ def fused_multi_head_attention_inference_v2(
     A generation prompt ends in its ``<sop>``, the only row that is not context: the context's rows see one another
     without any mask, and the last row sees all, so that two unmasked calls do without a bias.
     """
+    with attention_kernels():
+        return _attend(query, key, value, attn_bias, prefix_length, scale)
+
+
+def attention_kernels() -> contextlib.AbstractContextManager:
+    """Without cuDNN's attention, which prepares itself anew for every length of a prompt."""
+    if not getattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)():
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_bias: torch.Tensor | None,
+    prefix_length: int | None,
+    scale: float | None,
+) -> torch.Tensor:
     batch, heads, rows, size = query.shape
     attend = functools.partial(functional.scaled_dot_product_attention, scale=scale)
     if prefix_length != rows - 1 or key.shape[2] != rows or prefix_length < 1:

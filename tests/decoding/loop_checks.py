@@ -210,7 +210,7 @@ def seeds(model, samplers=SAMPLERS, batch=1):
             torch.manual_seed(seed)
             with expect(captured=1):
                 runs.append(model.generate(ids, **settings).tolist())
-        assert runs[0] == runs[1] != runs[2]
+        assert runs[0] == runs[1] != runs[2], (sampler, runs)
     settings |= samplers[0]
     generator, state = torch.Generator().manual_seed(3), torch.get_rng_state()
     first = model.generate(ids, **settings, generator=generator).tolist()

@@ -116,6 +116,15 @@ def test_many_end_ways(half):
     loop_checks.seeds(half, (*loop_checks.SAMPLERS, {"top_k": 80}, {"top_k": 0, "top_p": 1.0}), batch=5)
 
 
+@pytest.mark.parametrize("batch", [1, 5, 33])
+def test_runs_repeat_to_the_bit(half, batch):
+    """The same kernels in the same order, whether they ran as they are or captured."""
+    ids = prompt(half, 12, batch=batch)
+    first = half.generate(ids, do_sample=False, max_new_tokens=20, eos_token_id=None)
+    for _ in range(10):
+        assert half.generate(ids, do_sample=False, max_new_tokens=20, eos_token_id=None).tolist() == first.tolist()
+
+
 def test_growing_over_a_length_where_the_graph_changes(single):
     ids = prompt(single, session._SHORTEST_KEYS - 6)
     with expect(captured=1):
@@ -185,11 +194,15 @@ def test_memory_is_freed(tiny_dir, half):
     gone = weakref.ref(model)
     del model
     gc.collect()
-    assert gone() is None and torch.cuda.memory_allocated() <= empty
+    # A few small tensors of torch's own may have come with the first captured graph.
+    assert gone() is None and torch.cuda.memory_allocated() <= empty + 2**16
 
 
-def test_capture_beside_a_busy_thread(tiny_dir, single):
-    """Another thread allocates and computes on its own stream while graphs are captured."""
+def test_capture_beside_a_busy_thread(single):
+    """Another thread allocates and computes on its own stream while graphs are captured.
+
+    It draws no random numbers on the GPU: torch's generator for it is part of every capture, whoever captures.
+    """
     expected = single.generate(prompt(single, 10), **EXACT).tolist()
     stop, failures, done = threading.Event(), [], []
 
@@ -197,8 +210,8 @@ def test_capture_beside_a_busy_thread(tiny_dir, single):
         try:
             with torch.cuda.stream(torch.cuda.Stream()):
                 while not stop.is_set():
-                    x = torch.randn(512, 512, device="cuda")
-                    done.append(float((x @ x).sum().cpu()))
+                    x = torch.ones(512, 512 + len(done) % 64, device="cuda")
+                    done.append(float((x @ x.t()).sum().cpu()))
         except Exception as error:
             failures.append(error)
 
