@@ -79,12 +79,13 @@ def load_file(filename: str | os.PathLike, device: Any = "cpu") -> dict[str, Any
 
 
 def save_file(tensors: dict[str, Any], filename: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors by name, in the order of their names, each aligned to its element."""
+    """Write tensors by name, each aligned to its element: the widest come first, and of one width by name."""
     names = _names()
+    widths = {name: np.dtype(_ELEMENTS[names[tensor.dtype]]).itemsize for name, tensor in tensors.items()}
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     arrays, offset = [], 0
-    # Wide elements first keeps every tensor aligned.
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+    for name in sorted(tensors, key=lambda name: (-widths[name], name)):
+        tensor = tensors[name]
         array = to_array(tensor)
         header[name] = {
             "dtype": names[tensor.dtype],
