@@ -11,6 +11,10 @@ from .full_sampling import full_sample
 from .fused_apply_rotary_emb import fused_apply_rotary_emb
 from .fused_attention_concat_past_key_value import fused_attention_concat_past_key_value
 from .fused_fast_gelu_mul import fused_fast_gelu_mul
+from .fused_linear_with_groupwise_quantized_weight import (
+    fused_linear_with_groupwise_quantized_weight,
+    layer_norm_quantized_linear,
+)
 from .fused_matmul_bias import fused_matmul_bias, layer_norm_matmul_bias
 from .fused_multi_head_attention_inference_v2 import decode_attention, fused_multi_head_attention_inference_v2
 from .greedy_sampling import greedy_sample
@@ -30,10 +34,12 @@ __all__ = [
     "fused_apply_rotary_emb",
     "fused_attention_concat_past_key_value",
     "fused_fast_gelu_mul",
+    "fused_linear_with_groupwise_quantized_weight",
     "fused_matmul_bias",
     "fused_multi_head_attention_inference_v2",
     "greedy_sample",
     "layer_norm_matmul_bias",
+    "layer_norm_quantized_linear",
     "min_length",
     "no_repeat_ngram",
     "repetition_penalty",

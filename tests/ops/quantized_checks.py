@@ -1,0 +1,106 @@
+"""Checks of the products with integer weights against float64, shared by the interpreter's and the GPU's tests."""
+
+import math
+
+import torch
+from operator_checks import ALPHA, assert_close, gelu64, layer_norm64, poison, random
+
+from faster_chatglm_6b.ops import triton as kernels
+from faster_chatglm_6b.ops.reference import unpack_int4
+from faster_chatglm_6b.ops.triton.dequantize import dequantize
+from faster_chatglm_6b.ops.triton.quantized_configs import Quantized
+from faster_chatglm_6b.ops.triton.quantized_gemv import launch_quantized_gemv
+from faster_chatglm_6b.ops.triton.quantized_matmul import launch_quantized_matmul, serves
+
+
+def quantized_weight(
+    device: str, bits: int, n: int, k: int, group_size: int, dtype: torch.dtype = torch.float16
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The stored integers, with every value that the format has, their scales, and the product of both in float64."""
+    packed = torch.randint(-128, 128, (n, k * bits // 8), dtype=torch.int8, device=device)
+    groups = 1 if group_size < 0 else k // group_size
+    # Unlike scales show a wrong row or group.
+    scale = (torch.rand(n, groups, device=device) + 0.2).mul(1 / math.sqrt(k) / 2 ** (bits - 1)).to(dtype)
+    integers = unpack_int4(packed) if bits == 4 else packed
+    exact = (integers.double().view(n, groups, -1) * scale.double()[..., None]).view(n, k)
+    return packed, scale.squeeze(1) if group_size < 0 else scale, exact
+
+
+def expected_product(
+    x: torch.Tensor,
+    exact: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gelu: bool,
+) -> torch.Tensor:
+    out = x.double() @ exact.T
+    out = out if bias is None else out + bias.double()
+    out = gelu64(out) if gelu else out
+    return out if residual is None else out + ALPHA * residual.double()
+
+
+def check_quantized(
+    device: str, dtype: torch.dtype, bits: int, rows: int, n: int, k: int, group_size: int = -1, epilogue: str = "plain"
+) -> None:
+    """The public function, whatever kernel it takes; x has a mean, as activations do, which shows a lost offset."""
+    w, scale, exact = quantized_weight(device, bits, n, k, group_size)
+    x = random(device, dtype, rows, k) * 30 + 10
+    bias = None if epilogue == "plain" else random(device, dtype, n)
+    residual = random(device, dtype, rows, n) if epilogue == "residual" else None
+    out = kernels.fused_linear_with_groupwise_quantized_weight(
+        x, w, scale, bias, bits, group_size, residual, ALPHA, epilogue == "gelu", out=poison(device, dtype, rows, n)
+    )
+    assert_close(out, expected_product(x, exact, bias, residual, epilogue == "gelu"))
+
+
+def check_quantized_config(
+    device: str, dtype: torch.dtype, bits: int, rows: int, n: int, k: int, group_size: int, config: Quantized
+) -> None:
+    """The tensor-core kernel in one configuration; its sums are float32, so only the rounding of out counts."""
+    w, scale, exact = quantized_weight(device, bits, n, k, group_size)
+    x, bias, residual = random(device, dtype, rows, k) + 1, random(device, dtype, n), random(device, dtype, rows, n)
+    assert serves(x, w, bits, group_size)
+    out = poison(device, dtype, rows, n)
+    launch_quantized_matmul(x, w, scale, bits, group_size, bias, residual, ALPHA, False, out, config)
+    assert_close(out, expected_product(x, exact, bias, residual, False))
+    error = (out.double() - expected_product(x, exact, bias, residual, False)).norm() / out.double().norm()
+    assert error <= {torch.float16: 3e-4, torch.bfloat16: 2.4e-3}[dtype], error
+
+
+def check_quantized_gemv(
+    device: str, dtype: torch.dtype, bits: int, rows: int, n: int, k: int, group_size: int
+) -> None:
+    """The kernel for every shape."""
+    w, scale, exact = quantized_weight(device, bits, n, k, group_size)
+    x, bias = random(device, dtype, rows, k), random(device, dtype, n)
+    out = poison(device, dtype, rows, n)
+    launch_quantized_gemv(x, w, scale, bits, bias, None, 1.0, True, out)
+    assert_close(out, expected_product(x, exact, bias, None, True))
+
+
+def check_large_values(device: str, bits: int, k: int) -> None:
+    """Sums of the products far beyond the largest half, with scales that bring them back."""
+    w, _, _ = quantized_weight(device, bits, 33, k, -1)
+    integers = (unpack_int4(w) if bits == 4 else w).double()
+    x = torch.full((2, k), 30000.0, dtype=torch.float16, device=device)
+    scale = torch.full((33,), 2e-6, dtype=torch.float16, device=device)
+    out = kernels.fused_linear_with_groupwise_quantized_weight(x, w, scale, num_bits=bits)
+    assert out.isfinite().all()
+    assert_close(out, x.double() @ (integers * scale.double()[:, None]).T)
+
+
+def check_dequantize(device: str, dtype: torch.dtype, bits: int, n: int, k: int, group_size: int) -> None:
+    w, scale, exact = quantized_weight(device, bits, n, k, group_size)
+    out = dequantize(w, scale, bits, dtype, out=poison(device, dtype, n, k))
+    assert torch.equal(out, exact.float().to(dtype))
+
+
+def check_layer_norm_quantized(device: str, dtype: torch.dtype, bits: int, rows: int, n: int, k: int) -> None:
+    w, scale, exact = quantized_weight(device, bits, n, k, -1)
+    x, gamma, beta, bias = (random(device, dtype, *shape) for shape in ((rows, k), (k,), (k,), (n,)))
+    out, normed = poison(device, dtype, rows, n), poison(device, dtype, rows, k)
+    kernels.layer_norm_quantized_linear(
+        x, gamma, beta, 1e-5, w, scale, bias, bits, gelu=True, normed_out=normed, out=out
+    )
+    assert_close(normed, layer_norm64(x, gamma, beta, 1e-5))
+    assert_close(out, expected_product(normed, exact, bias, None, True))

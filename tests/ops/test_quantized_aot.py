@@ -1,0 +1,86 @@
+"""The kernels of integer weights compile for every supported GPU, within its limits and with the layout assumed."""
+
+import re
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to compile")
+
+import ahead_of_time  # noqa: E402
+from launches import HIDDEN, INNER, WEIGHTS, meta  # noqa: E402
+
+from faster_chatglm_6b.ops.triton.dequantize import dequantize  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized_configs import quantized_config, quantized_family  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized_gemv import launch_quantized_gemv  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized_matmul import launch_quantized_matmul, tiles_of  # noqa: E402
+
+CAPABILITIES = (80, 86, 89, 90)
+HALF, BFLOAT = torch.float16, torch.bfloat16
+
+
+def product(capability: int, dtype: torch.dtype, bits: int, rows: int, n: int, k: int, group_size: int) -> list:
+    """The launch of one product with a weight [n, k]."""
+    device = torch.device("meta")
+
+    def call() -> None:
+        config = quantized_config(quantized_family(device), bits, tiles_of(rows), n, k)
+        scale = meta(HALF, n) if group_size < 0 else meta(HALF, n, k // group_size)
+        out = meta(dtype, rows, n)
+        launch_quantized_matmul(
+            meta(dtype, rows, k), meta(torch.int8, n, k * bits // 8), scale, bits, group_size, meta(dtype, n),
+            out if n == HIDDEN else None, 7.5, n == INNER, out, config,
+        )  # fmt: skip
+
+    return ahead_of_time.record(capability, call)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_products_compile_within_the_limits(bits, capability):
+    found = []
+    for n, k in WEIGHTS:
+        found += product(capability, HALF, bits, 1, n, k, -1)
+    for rows in (1, 16, 32, 64):
+        found += product(capability, HALF, bits, rows, 3 * HIDDEN, HIDDEN, 128)
+        found += product(capability, BFLOAT, bits, rows, HIDDEN, INNER, -1)
+    for launch in dict.fromkeys(found):
+        resources = ahead_of_time.compile_launch(launch, capability)
+        assert resources.shared <= ahead_of_time.SHARED_MEMORY[capability], f"{launch}: {resources}"
+        assert resources.stack == 0, f"{launch}: {resources}"
+        assert ("launch_pdl", True) in launch.options or capability < 90, f"{launch} is not launched early"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels_for_other_shapes_compile(capability):
+    def call() -> None:
+        for dtype in (HALF, torch.float32):
+            for bits in (4, 8):
+                w, scale, bias = meta(torch.int8, 700, 90 * bits // 8), meta(HALF, 700, 5), meta(dtype, 700)
+                launch_quantized_gemv(meta(dtype, 3, 90), w, scale, bits, bias, None, 1.0, True, meta(dtype, 3, 700))
+                dequantize(w, scale, bits, dtype)
+
+    found = ahead_of_time.record(capability, call)
+    assert len(found) == 8
+    for launch in found:
+        assert ahead_of_time.compile_launch(launch, capability).stack == 0, launch
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+@pytest.mark.parametrize("bits, group_size", [(8, -1), (4, -1), (4, 128)])
+def test_layout_is_what_the_tensor_core_instructions_assume(bits, group_size, dtype, rows):
+    (launch,) = product(90, dtype, bits, rows, 3 * HIDDEN, HIDDEN, group_size)
+    source = triton.compiler.ASTSource(
+        fn=launch.kernel,
+        signature=dict(launch.signature),
+        constexprs=dict(launch.constants),
+        attrs={(index,): [["tt.divisibility", 16]] for index in launch.aligned},
+    )
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    ir = triton.compile(source, target=target, options=dict(launch.options)).asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ir, re.M))
+    products = re.findall(r"mma\.sync[^\n]*-> tensor<\d+xf32, (#\w+)>", ir)
+    assert products
+    for name in products:
+        assert "blocked<{sizePerThread = [4], threadsPerWarp = [32]," in layouts[name], layouts[name]

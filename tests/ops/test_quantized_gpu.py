@@ -1,0 +1,71 @@
+"""The products with integer weights on a real GPU: odd shapes, batch 1 to 65, all dtypes, groups and epilogues."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to run")
+
+import quantized_checks as checks  # noqa: E402
+
+from faster_chatglm_6b.ops.triton.quantized_configs import Quantized  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized_matmul import layout_holds  # noqa: E402
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+DEVICE = "cuda"
+HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
+BITS = pytest.mark.parametrize("bits", [8, 4])
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@BITS
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=["fp16", "bf16"])
+def test_layout(bits, dtype):
+    assert layout_holds(torch.device("cuda", torch.cuda.current_device()), dtype, bits)
+
+
+@BITS
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, SINGLE], ids=["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, 17, 33, 64, 65])
+def test_product(bits, dtype, rows):
+    for n, k, group_size in ((37, 128, -1), (700, 1152, 128), (384, 512, 64)):
+        for epilogue in ("plain", "gelu", "residual"):
+            checks.check_quantized(DEVICE, dtype, bits, rows, n, k, group_size, epilogue)
+
+
+@BITS
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=["fp16", "fp32"])
+def test_odd_shapes(bits, dtype):
+    for rows, n, k, group_size in ((1, 1, 2, -1), (3, 701, 1002, 6), (8, 33, 90, 18), (20, 33, 90, 18)):
+        checks.check_quantized(DEVICE, dtype, bits, rows, n, k, group_size, "residual")
+    checks.check_quantized_gemv(DEVICE, dtype, bits, 2, 70, 4098, -1)
+    checks.check_dequantize(DEVICE, HALF, bits, 701, 1002, 6)
+    checks.check_dequantize(DEVICE, BFLOAT, bits, 701, 1024, -1)
+
+
+@BITS
+@pytest.mark.parametrize("rows", [1, 8, 33])
+@pytest.mark.parametrize("n, k", [(12288, 4096), (16384, 4096), (4096, 16384), (130528, 4096)])
+def test_weights_of_the_model(bits, rows, n, k):
+    group_size, epilogue = (128, "gelu") if n == 16384 else (-1, "residual")
+    checks.check_quantized(DEVICE, HALF, bits, rows, n, k, group_size, epilogue)
+
+
+@BITS
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=["fp16", "bf16"])
+def test_configurations(bits, dtype):
+    for config in (Quantized(1, 8, 4), Quantized(2, 4, 2), Quantized(4, 1, 1), Quantized(1, 16, 1), Quantized(1, 2, 8)):
+        for rows, group_size in ((1, -1), (7, 128), (40, -1)):
+            checks.check_quantized_config(DEVICE, dtype, bits, rows, 300, 1152, group_size, config)
+
+
+@BITS
+def test_large_values_and_layer_norm(bits):
+    checks.check_large_values(DEVICE, bits, 4096)
+    checks.check_layer_norm_quantized(DEVICE, HALF, bits, 1, 12288, 4096)
