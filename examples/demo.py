@@ -9,11 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import faster_chatglm_6b  # first: where OneFlow runs the model, it lets torch mean OneFlow
+
+# isort: split
 import torch
 from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoModel, AutoTokenizer
-
-import faster_chatglm_6b
 
 HUB_ID = "THUDM/chatglm-6b"
 TINY = Path(__file__).parent / "tiny_chatglm"
