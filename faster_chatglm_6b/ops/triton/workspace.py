@@ -30,7 +30,8 @@ class Workspace:
         head_size: int = 128,
         vocab_size: int = 130528,
     ):
-        chunks = triton.next_power_of_2(triton.cdiv(vocab_size, SAMPLING_BLOCK))
+        # At least 2: the top-k sampler merges pairs of chunks.
+        chunks = max(triton.next_power_of_2(triton.cdiv(vocab_size, SAMPLING_BLOCK)), 2)
         # The tensor-core product: up to 16 splits of 16384 rows, or equivalently fewer splits of more rows.
         matmul = 16 * 16384 * min(max(triton.next_power_of_2(batch), 16), 64)
         attention = batch * num_heads * MAX_SPLITS * (triton.next_power_of_2(head_size) + 2)
