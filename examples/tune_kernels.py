@@ -131,6 +131,8 @@ class Chain:
         self.top_p = torch.tensor([0.7], device="cuda")
         self.top_k = integers(1, value=50)
         self.workspace = kernels.Workspace("cuda", batch)
+        # The graph holds one step, and its last kernel advances the length.
+        self.stable_state = True
         self.reset()
 
     def reset(self) -> None:
@@ -162,6 +164,7 @@ class Chain:
                     self.zeros,
                     w.cos,
                     w.sin,
+                    stable_state=self.stable_state,
                     workspace=self.workspace,
                     out=self.context_out,
                 )
@@ -271,9 +274,8 @@ def _dot_knobs(family: Family, rows: int) -> Iterator[tuple[str, list[Family]]]:
         yield f"dot {rows} {key}", [dataclasses.replace(family, dot=t) for t in tables]
 
 
-def _attention_knobs(family: Family, few: bool) -> Iterator[tuple[str, list[Family]]]:
-    choices = [Attention(t, w, v) for t, w in ((64, 4), (64, 8), (128, 8), (128, 4)) for v in (2, 4, 8)]
-    name = "attention" if few else "attention_many"
+def _attention_knobs(family: Family, name: str) -> Iterator[tuple[str, list[Family]]]:
+    choices = [Attention(t, w, v) for t, w in ((32, 2), (32, 4), (64, 4), (128, 4), (128, 8)) for v in (1, 2, 4, 8)]
     yield name, [dataclasses.replace(family, **{name: c}) for c in choices]
 
 
@@ -282,7 +284,12 @@ def tune(weights: Weights, batch: int, log: Callable[[str], None]) -> Family:
     capability = torch.cuda.get_device_capability()
     family = configs.FAMILIES.get(capability, configs.family(torch.device("cuda")))
     knobs = _gemv_knobs if batch == 1 else lambda f: _dot_knobs(f, max(triton.next_power_of_2(batch), 16))
-    for context, make in ((32, knobs), (1024, lambda f: _attention_knobs(f, batch * HEADS < 256))):
+    rounds = [
+        (32, knobs),
+        (150, lambda f: _attention_knobs(f, "attention_short")),
+        (1024, lambda f: _attention_knobs(f, "attention")),
+    ]
+    for context, make in rounds:
         chain = Chain(weights, batch, context)
         configs.FAMILIES[capability] = family
         best = chain.measure()

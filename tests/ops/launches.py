@@ -42,11 +42,10 @@ def operator_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
             k_size=SIZE,
         )
 
-    def decode(splits: int) -> Callable[[], object]:
-        return lambda: kernels.decode_attention(
-            packed, cache, cache, int32(1), int32(batch), int32(batch), int32(batch), table, table, splits=splits,
-            workspace=workspace,
-        )  # fmt: skip
+    def decode(splits: int, keys: int) -> Callable[[], object]:
+        counts = int32(batch), int32(batch), int32(batch)
+        options = {"splits": splits, "max_length": keys, "stable_state": keys <= 256, "workspace": workspace}
+        return lambda: kernels.decode_attention(packed, cache, cache, int32(1), *counts, table, table, **options)
 
     return [
         lambda: kernels.fast_gelu(hidden),
@@ -58,9 +57,9 @@ def operator_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
         lambda: kernels.fused_multi_head_attention_inference_v2(
             row, cache, cache, int32(1), int32(batch), splits=8, workspace=workspace
         ),
-        decode(1),
-        decode(8),
-        decode(64),
+        decode(1, 2048),
+        decode(64, 2048),
+        decode(8, 256),
         lambda: kernels.embedding(meta(torch.int64, batch), meta(dtype, VOCAB, HIDDEN)),
     ]
 
@@ -106,7 +105,7 @@ def dot_launches(family: configs.Family, dtype: torch.dtype) -> list[Callable[[]
     return calls
 
 
-def sampling_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
+def sampling_launches(dtype: torch.dtype, capacity: int) -> list[Callable[[], object]]:
     """Samplers over scores of ``dtype``, and the processors in front of them."""
     batch = 2
     state = kernels.DecodeState(
@@ -127,8 +126,9 @@ def sampling_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
     return [
         lambda: kernels.greedy_sample(logits, state, workspace=workspace),
         lambda: kernels.greedy_sample(logits, state, invalid_rule=True, workspace=workspace),
-        lambda: kernels.top_k_sample(logits, state, number, count, number, invalid_rule=True, workspace=workspace),
-        lambda: kernels.top_k_sample(logits, state, number, count, number, capacity=128, workspace=workspace),
+        lambda: kernels.top_k_sample(
+            logits, state, number, count, number, capacity=capacity, invalid_rule=True, workspace=workspace
+        ),
         lambda: kernels.full_sample(logits, state, number, count, number, invalid_rule=True, workspace=workspace),
         lambda: kernels.full_sample(logits, state, number, None, None, workspace=workspace),
         lambda: kernels.copy_scores(logits, scores),

@@ -19,8 +19,9 @@ GROUPS = {
     "gemv fp32": lambda family: launches.gemv_launches(family, torch.float32),
     "tensor cores fp16": lambda family: launches.dot_launches(family, torch.float16),
     "tensor cores bf16": lambda family: launches.dot_launches(family, torch.bfloat16),
-    "sampling fp16": lambda family: launches.sampling_launches(torch.float16),
-    "sampling fp32": lambda family: launches.sampling_launches(torch.float32),
+    "sampling fp16": lambda family: launches.sampling_launches(torch.float16, capacity=64),
+    # The larger capacity takes the most shared memory, and a sort takes seconds to compile: once is enough.
+    "sampling fp32": lambda family: launches.sampling_launches(torch.float32, capacity=128),
 }
 
 

@@ -151,7 +151,7 @@ def test_pinned_ring():
 
 
 def test_captured_step_repeats():
-    """A chain of kernels in a CUDA graph gives at every replay what the same launches gave outside."""
+    """A step in a CUDA graph, with the state read before the wait, gives at every replay what plain launches gave."""
     hidden, heads, size, capacity = 512, 4, 128, 64
     weight, bias = operators.random(DEVICE, HALF, 3 * hidden, hidden) / 22, operators.random(DEVICE, HALF, 3 * hidden)
     dense = operators.random(DEVICE, HALF, hidden, hidden) / 22
@@ -166,11 +166,20 @@ def test_captured_step_repeats():
         state.tokens.fill_(9)
         caches = [torch.zeros(1, heads, capacity, size, dtype=HALF, device=DEVICE) for _ in range(2)]
 
-        def step() -> None:
+        def step(stable_state: bool = False) -> None:
             x = kernels.embedding(state.tokens, head)
             qkv, normed = kernels.layer_norm_matmul_bias(x, gamma, beta, 1e-5, weight, bias, workspace=workspace)
             context = kernels.decode_attention(
-                qkv, *caches, state.cache_length, zero, zero, zero, cos, sin, workspace=workspace
+                qkv,
+                *caches,
+                state.cache_length,
+                zero,
+                zero,
+                zero,
+                cos,
+                sin,
+                stable_state=stable_state,
+                workspace=workspace,
             )
             x = kernels.fused_matmul_bias(context, dense, None, normed, operators.ALPHA, workspace=workspace)
             kernels.greedy_sample(kernels.fused_matmul_bias(x, head, workspace=workspace), state, workspace=workspace)
@@ -184,7 +193,7 @@ def test_captured_step_repeats():
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        step(stable_state=True)
     for _ in range(29):
         graph.replay()
     assert torch.equal(state.ids, captured.ids)

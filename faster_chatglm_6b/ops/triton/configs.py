@@ -51,12 +51,13 @@ class Family:
 
     ``gemv`` serves up to ``gemv_rows`` rows of x. ``layer_norm_gemv`` lists the weights whose GEMV normalises its input
     itself; for the others LayerNorm is a launch of its own. ``dot`` maps the padded number of rows (16, 32, 64) to a
-    configuration per weight shape. ``attention`` serves few sequences times heads, ``attention_many`` 256 and more.
+    configuration per weight shape. ``attention_short`` serves up to 256 keys and fewer than
+    256 sequences times heads, ``attention`` the rest.
     """
 
     gemv_default: Gemv
     attention: Attention
-    attention_many: Attention
+    attention_short: Attention
     gemv_rows: int = 1
     gemv: dict[tuple[int, int], Gemv] = field(default_factory=dict)
     layer_norm_gemv: dict[tuple[int, int], Gemv] = field(default_factory=dict)
@@ -72,20 +73,20 @@ _DOT_DEFAULT = {
 _AMPERE = Family(
     gemv_default=Gemv(2, 2048, 4),
     attention=Attention(64, 4, 2),
-    attention_many=Attention(64, 4, 4),
+    attention_short=Attention(32, 2, 2),
     dot_default=_DOT_DEFAULT,
 )
 # 8.6 and 8.9 have 99 KiB of shared memory per program.
 _CONSUMER = Family(
     gemv_default=Gemv(2, 2048, 4),
     attention=Attention(64, 4, 2),
-    attention_many=Attention(64, 4, 4),
+    attention_short=Attention(32, 2, 2),
     dot_default={**_DOT_DEFAULT, 64: Dot(64, 64, 4, 3)},
 )
 _HOPPER = Family(
     gemv_default=Gemv(2, 2048, 4),
-    attention=Attention(128, 8, 2),
-    attention_many=Attention(64, 4, 8),
+    attention=Attention(128, 4, 4),
+    attention_short=Attention(32, 2, 2),
     gemv={
         (4096, 4096): Gemv(2, 4096, 8, 4),
         (4096, 16384): Gemv(4, 1024, 4),
@@ -157,9 +158,10 @@ def layer_norm_gemv_config(tables: Family, n: int, k: int, element_size: int) ->
     return None if config is None or element_size != 2 else config
 
 
-def attention_config(tables: Family, pairs: int) -> Attention:
-    """Configuration of decode attention for ``pairs`` sequences times heads."""
-    return tables.attention if pairs < 256 else tables.attention_many
+def attention_config(tables: Family, pairs: int, max_length: int, element_size: int) -> Attention:
+    """Configuration of decode attention for ``pairs`` sequences times heads and up to ``max_length`` keys."""
+    config = tables.attention_short if pairs < 256 and max_length <= 256 else tables.attention
+    return replace(config, block_t=config.block_t * 2 // element_size)
 
 
 def dot_config(tables: Family, rows: int, n: int, k: int) -> Dot:

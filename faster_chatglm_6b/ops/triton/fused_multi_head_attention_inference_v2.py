@@ -30,6 +30,23 @@ def key_range(first, end, split, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
+def load_block(key, value, first, stop, slots, columns, valid, stride_t):
+    """Keys and values of the slots from ``first`` on below ``stop``, 0 elsewhere."""
+    slot = (first + slots).to(tl.int64)
+    source = slot[:, None] * stride_t + columns[None, :]
+    inside = (slot < stop)[:, None] & valid[None, :]
+    return tl.load(key + source, mask=inside, other=0.0), tl.load(value + source, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_packed(packed, columns, valid, K: tl.constexpr, WIDTH: tl.constexpr):
+    """Query and key of one head, each with what it turns with, and the value."""
+    q_own, q_partner = load_head(packed, columns, valid, WIDTH)
+    k_own, k_partner = load_head(packed + K, columns, valid, WIDTH)
+    return q_own, q_partner, k_own, k_partner, tl.load(packed + 2 * K + columns, mask=valid, other=0.0)
+
+
+@triton.jit
 def decode_attention_kernel(
     query,  # APPEND: packed projection [B, H, 3, K]; else [B, H, K]
     key_cache,  # [B, H, T, K]
@@ -57,12 +74,14 @@ def decode_attention_kernel(
     SPLITS_POWER: tl.constexpr,
     WIDTH: tl.constexpr,
     APPEND: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program per (sequence and head, split).
 
     APPEND: rotates query and key of the packed projection, writes key and value to slot ``length`` and sees the keys up
     to it. Otherwise the query comes rotated and slot ``length`` is filled already.
+    EARLY (with APPEND): all but the projection is read before the wait; no kernel that may still run writes it.
     """
     start_successor(PDL)
     pair = tl.program_id(0)
@@ -73,40 +92,44 @@ def decode_attention_kernel(
     valid = columns < K
     slots = tl.arange(0, BLOCK_T)
     cache = batch * stride_b + head * stride_h
-    if PDL:
-        # Before the wait these may be the values of the step before: good enough for a hint.
-        hint_end = tl.minimum(tl.load(length), capacity)
-        start, stop, active = key_range(tl.load(first_key + batch), hint_end, split, SPLITS, BLOCK_T)
-        # The first block only: what many programs ask for at once must not crowd itself out of the cache.
-        rows = tl.minimum(stop - start, BLOCK_T)
-        if K % 16 == 0 and rows > 0:
-            SIZE: tl.constexpr = key_cache.dtype.element_ty.primitive_bitwidth // 8
-            offset = cache + start.to(tl.int64) * stride_t
-            prefetch_to_l2(key_cache + offset, 0, 1, ((rows - 1) * stride_t + K) * SIZE)
-            prefetch_to_l2(value_cache + offset, 0, 1, ((rows - 1) * stride_t + K) * SIZE)
-    wait_for_predecessor(PDL)
-    # Loads that do not depend on the length come first, so that their latencies overlap.
-    if APPEND:
-        packed = query + (batch * heads + head) * 3 * K
-        q_own, q_partner = load_head(packed, columns, valid, WIDTH)
-        k_own, k_partner = load_head(packed + K, columns, valid, WIDTH)
-        v_new = tl.load(packed + 2 * K + columns, mask=valid, other=0.0)
-        first_position = tl.minimum(tl.load(position + batch), positions - 1)
-        second_position = first_position
-        sop = tl.load(sop_index + batch)
-    else:
-        q = tl.load(query + (batch * heads + head) * K + columns, mask=valid, other=0.0).to(tl.float32) * scale
+    packed = query + (batch * heads + head) * 3 * K
+    if not EARLY:
+        if PDL:
+            # Before the wait these may be the values of the step before: good enough for a hint.
+            hint_end = tl.minimum(tl.load(length), capacity)
+            start, stop, active = key_range(tl.load(first_key + batch), hint_end, split, SPLITS, BLOCK_T)
+            # The first block only: what many programs ask for at once must not crowd itself out of the cache.
+            rows = tl.minimum(stop - start, BLOCK_T)
+            if K % 16 == 0 and rows > 0:
+                SIZE: tl.constexpr = key_cache.dtype.element_ty.primitive_bitwidth // 8
+                offset = cache + start.to(tl.int64) * stride_t
+                prefetch_to_l2(key_cache + offset, 0, 1, ((rows - 1) * stride_t + K) * SIZE)
+                prefetch_to_l2(value_cache + offset, 0, 1, ((rows - 1) * stride_t + K) * SIZE)
+        wait_for_predecessor(PDL)
+        # Loads that do not depend on the length come first, so that their latencies overlap.
+        if APPEND:
+            q_own, q_partner, k_own, k_partner, v_new = load_packed(packed, columns, valid, K, WIDTH)
+        else:
+            q = tl.load(query + (batch * heads + head) * K + columns, mask=valid, other=0.0).to(tl.float32) * scale
     slot_new = tl.load(length, volatile=True)
     first = tl.load(first_key + batch)
     end = slot_new
     if not APPEND:
         end = slot_new + 1
     start, stop, active = key_range(first, end, split, SPLITS, BLOCK_T)
+    k, v = load_block(key_cache + cache, value_cache + cache, start, stop, slots, columns, valid, stride_t)
+    if APPEND:
+        first_position = tl.minimum(tl.load(position + batch), positions - 1)
+        second_position = first_position
+        if WIDTH < K:
+            second_position = slot_new - tl.load(sop_index + batch) + 1
+            second_position = tl.minimum(tl.maximum(second_position, 0), positions - 1)
+        c, s = load_angles(cos, sin, first_position, second_position, columns, valid, WIDTH)
+    if EARLY:
+        wait_for_predecessor(PDL)
+        q_own, q_partner, k_own, k_partner, v_new = load_packed(packed, columns, valid, K, WIDTH)
     if split < active:
         if APPEND:
-            if WIDTH < K:
-                second_position = tl.minimum(tl.maximum(slot_new - sop + 1, 0), positions - 1)
-            c, s = load_angles(cos, sin, first_position, second_position, columns, valid, WIDTH)
             q = (q_own * c + q_partner * s).to(out.dtype.element_ty).to(tl.float32) * scale
         highest = tl.full([], float("-inf"), tl.float32)
         total = tl.full([], 0.0, tl.float32)
@@ -122,19 +145,16 @@ def decode_attention_kernel(
                 total = tl.full([], 1.0, tl.float32)
                 acc = v_new.to(tl.float32)
         for t in range(start, stop, BLOCK_T):
-            slot = (t + slots).to(tl.int64)
-            seen = slot < stop
-            source = cache + slot[:, None] * stride_t + columns[None, :]
-            inside = seen[:, None] & valid[None, :]
-            k = tl.load(key_cache + source, mask=inside, other=0.0)
-            v = tl.load(value_cache + source, mask=inside, other=0.0)
-            score = tl.where(seen, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
+            score = tl.where(t + slots < stop, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
             new_highest = tl.maximum(highest, tl.max(score, 0))
             weight = tl.exp(score - new_highest)
             decay = tl.exp(highest - new_highest)
             acc = acc * decay + tl.sum(weight[:, None] * v.to(tl.float32), 0)
             total = total * decay + tl.sum(weight, 0)
             highest = new_highest
+            k, v = load_block(
+                key_cache + cache, value_cache + cache, t + BLOCK_T, stop, slots, columns, valid, stride_t
+            )
         target_out = out + (batch * heads + head) * K + columns
         if SPLITS == 1:
             tl.store(target_out, acc / total, mask=valid)
@@ -183,6 +203,7 @@ def _launch(
     max_length: int | None,
     workspace: Workspace | None,
     out: torch.Tensor,
+    early: bool = False,
 ) -> None:
     """``rotary``: position, sop_index, cos, sin of the appending kernel, or None."""
     batch, heads, capacity, size = key_cache.shape
@@ -191,11 +212,12 @@ def _launch(
         f"key_cache is {tuple(key_cache.shape)} and value_cache {tuple(value_cache.shape)}: pass equal ones",
     )
     require(key_cache.stride(3) == 1, "the caches must have a contiguous last axis")
-    config = attention_config(family(key_cache.device), batch * heads)
+    keys = max_length or capacity
+    config = attention_config(family(key_cache.device), batch * heads, keys, key_cache.element_size())
     workspace = workspace or default_workspace(key_cache.device, batch)
     if splits is None:
         programs = multiprocessor_count(key_cache.device) * config.waves
-        splits = choose_splits(batch * heads, max_length or capacity, config.block_t, programs)
+        splits = choose_splits(batch * heads, keys, config.block_t, programs)
     require(1 <= splits <= MAX_SPLITS, f"splits is {splits}; it must be between 1 and {MAX_SPLITS}")
     block_k = triton.next_power_of_2(size)
     require(
@@ -230,6 +252,7 @@ def _launch(
         SPLITS_POWER=triton.next_power_of_2(splits),
         WIDTH=2 * cos.shape[1] if rotary else size,
         APPEND=rotary is not None,
+        EARLY=early and pdl,
         PDL=pdl,
         num_warps=config.num_warps,
         **pdl_options(pdl),
@@ -283,6 +306,7 @@ def decode_attention(
     *,
     splits: int | None = None,
     max_length: int | None = None,
+    stable_state: bool = False,
     workspace: Workspace | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -299,6 +323,9 @@ def decode_attention(
         cos, sin: [P, K / 4] or [P, K / 2].
         splits: parts that the keys are cut into, 1 to 64, fixed when a graph is captured and right for every length;
             None chooses for ``max_length`` keys (default T).
+        stable_state: the caller promises that no launch that may still run writes anything but ``qkv``: ``length``,
+            ``first_key``, ``position``, ``sop_index``, the tables and the filled slots are complete, as in a CUDA graph
+            that holds one step and advances the length at its end. Then they are read before the wait.
         out: [B, H * K].
 
     Raises:
@@ -315,5 +342,5 @@ def decode_attention(
     )
     out = qkv.new_empty(batch, heads * size) if out is None else out
     rotary = (position, sop_index, cos, sin)
-    _launch(qkv, key_cache, value_cache, length, first_key, rotary, splits, max_length, workspace, out)
+    _launch(qkv, key_cache, value_cache, length, first_key, rotary, splits, max_length, workspace, out, stable_state)
     return out

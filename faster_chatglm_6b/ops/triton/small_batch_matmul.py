@@ -12,7 +12,7 @@ from .common import arrive, gelu, pdl_options, prefetch_to_l2, start_successor, 
 from .configs import Dot, uses_pdl
 
 # Columns that the L2 cache is asked for before the wait.
-PREFETCH = 512
+PREFETCH = 128
 
 
 @triton.jit
