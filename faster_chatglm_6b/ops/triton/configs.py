@@ -85,6 +85,7 @@ _CONSUMER = Family(
 )
 _HOPPER = Family(
     gemv_default=Gemv(2, 2048, 4),
+    gemv_rows=2,
     attention=Attention(128, 4, 4),
     attention_short=Attention(32, 2, 2),
     gemv={
