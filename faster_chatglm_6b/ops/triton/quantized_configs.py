@@ -30,7 +30,7 @@ class QuantizedFamily:
     tables: dict[tuple[int, int], dict[tuple[int, int], Quantized]] = field(default_factory=dict)
 
 
-_DEFAULT = {1: Quantized(1, 8, 4), 2: Quantized(1, 8, 2), 4: Quantized(1, 4, 1), 8: Quantized(2, 2, 1)}
+_DEFAULT = {1: Quantized(1, 8, 4), 2: Quantized(1, 8, 2), 4: Quantized(1, 4, 1), 8: Quantized(1, 4, 1)}
 _HIDDEN, _INNER = 4096, 16384
 _HOPPER = QuantizedFamily(
     {

@@ -140,7 +140,7 @@ def quantized_matmul_kernel(
     row_scale *= unit(BITS, BFLOAT, INTERPRETED)
     wait_for_predecessor(PDL)
     sums = ()
-    for tile in tl.static_range(TILES):
+    for _ in tl.static_range(TILES):
         sums = sums + (tl.zeros([128 * ROW_WARPS * COLUMN_WARPS], tl.float32),)
     if TILES == 1:
         for step in tl.static_range(STEPS):
