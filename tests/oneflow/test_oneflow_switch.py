@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,11 @@ from faster_chatglm_6b.oneflow_compat import ENVIRONMENT, mock, polyfills
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "golden" / "ckpt" / "tiny"
+
+
+HAS_TORCH = Path(sysconfig.get_path("purelib"), "torch").is_dir()
+WITHOUT_TORCH = pytest.mark.skipif(HAS_TORCH, reason="torch is installed here, and auto takes it")
+WITH_TORCH = pytest.mark.skipif(not HAS_TORCH, reason="needs torch 1.13.1 beside OneFlow, installed by hand")
 
 
 def run(source: str, *paths: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -31,6 +37,7 @@ def run(source: str, *paths: Path, **environment: str) -> subprocess.CompletedPr
             "PYTHONIOENCODING": "utf-8",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
+            "FASTER_CHATGLM_6B_BACKEND": "oneflow",
             **environment,
         },
     )
@@ -64,7 +71,7 @@ print(json.dumps([values, linear.use_fused_matmul_bias, "transformers" in sys.mo
     assert values["ONEFLOW_KERNEL_ENABLE_FUSED_LINEAR"] == "0" and not is_fused
 
 
-@pytest.mark.parametrize("backend", ["oneflow", "auto"])
+@pytest.mark.parametrize("backend", ["oneflow", pytest.param("auto", marks=WITHOUT_TORCH)])
 def test_transformers_imported_first(backend):
     source = "import transformers, faster_chatglm_6b"
     done = run(source, FASTER_CHATGLM_6B_BACKEND=backend)
@@ -74,10 +81,11 @@ def test_transformers_imported_first(backend):
 
 
 def test_real_torch_imported_first(fake_torch):
-    done = run("import torch, faster_chatglm_6b", fake_torch, FASTER_CHATGLM_6B_BACKEND="oneflow")
+    done = run("import torch, faster_chatglm_6b", fake_torch)
     assert done.returncode == 1
     assert "ImportError: torch was imported before faster_chatglm_6b and is bound to PyTorch" in done.stderr
-    done = run("import torch, faster_chatglm_6b as f; print(f.status().backend_reason)", fake_torch)
+    source = "import torch, faster_chatglm_6b as f; print(f.status().backend_reason)"
+    done = run(source, fake_torch, FASTER_CHATGLM_6B_BACKEND="auto")
     assert done.stdout.strip().endswith("but torch was imported before and is bound to PyTorch")
 
 
@@ -112,7 +120,6 @@ found.append(torch.Tensor.__module__.split(".")[0])
 print(json.dumps(found))
 """,
         fake_torch,
-        FASTER_CHATGLM_6B_BACKEND="oneflow",
     )
     safe_open_module = answer(done)[5]
     assert not safe_open_module.startswith("faster_chatglm_6b")
@@ -121,12 +128,84 @@ print(json.dumps(found))
     assert found == ["1.13.1", "torch", False, False, True, "oneflow", True, True, "1.13.1", "oneflow"]
 
 
+@WITHOUT_TORCH
+def test_auto_without_torch():
+    done = run("import faster_chatglm_6b as f; print(f.status().backend_reason)", FASTER_CHATGLM_6B_BACKEND="auto")
+    assert done.stdout.splitlines()[-1] == "auto: OneFlow is installed and PyTorch is not"
+
+
+@WITH_TORCH
+def test_real_torch_and_transformers_after_disable():
+    """A model of transformers' own runs on PyTorch, ours before and after it on OneFlow."""
+    done = run(
+        f"""
+import json
+import faster_chatglm_6b
+from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration as Model
+import torch
+model, ids = Model.from_pretrained({str(TINY)!r}).float(), torch.tensor([[5, 143, 321, 324]])
+first = model.generate(ids, do_sample=False, max_new_tokens=4).tolist()
+with faster_chatglm_6b.disabled():
+    import torch
+    from transformers import BertConfig, BertModel
+    bert = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    found = type(bert(torch.tensor([[1, 2]])).last_hidden_state).__module__
+print(json.dumps([found, first == model.generate(ids, do_sample=False, max_new_tokens=4).tolist()]))
+"""
+    )
+    assert answer(done) == ["torch", True]
+
+
+@WITH_TORCH
+def test_auto_with_torch_and_an_old_transformers_says_what_to_choose():
+    done = run(
+        "import faster_chatglm_6b as f; from transformers import AutoConfig;"
+        f"AutoConfig.from_pretrained({str(ROOT / 'examples' / 'tiny_chatglm')!r}, trust_remote_code=True)",
+        FASTER_CHATGLM_6B_BACKEND="auto",
+    )
+    assert done.returncode == 1 and "set FASTER_CHATGLM_6B_BACKEND=oneflow" in done.stderr
+
+
 def test_switched_off_by_the_environment():
     done = run(
         "import sys, faster_chatglm_6b; print('oneflow' in sys.modules, faster_chatglm_6b.status().enabled)",
         FASTER_CHATGLM_6B_DISABLE="1",
     )
     assert done.stdout.splitlines()[-1] == "False False"
+
+
+def test_reloading_stays_on_oneflow():
+    done = run(
+        """
+import importlib, json
+import faster_chatglm_6b
+importlib.reload(faster_chatglm_6b)
+first = faster_chatglm_6b.status().backend
+import torch, transformers
+importlib.reload(faster_chatglm_6b)
+print(json.dumps([first, faster_chatglm_6b.status().backend, torch.Tensor.__module__.split(".")[0]]))
+"""
+    )
+    assert answer(done) == ["oneflow"] * 3
+
+
+def test_after_the_users_own_mock():
+    done = run(
+        """
+import json
+import faster_chatglm_6b.oneflow_compat.libraries as libraries
+libraries.preload_cuda_libraries()
+import oneflow.mock_torch
+oneflow.mock_torch.enable()
+import torch
+import faster_chatglm_6b
+faster_chatglm_6b.disable()
+import torch
+print(json.dumps([faster_chatglm_6b.status().backend, torch.Tensor.__module__.split(".")[0]]))
+""",
+        FASTER_CHATGLM_6B_DISABLE="1",
+    )
+    assert answer(done) == ["oneflow", "oneflow"]
 
 
 def test_the_auto_classes_and_no_code_of_the_checkpoint(tmp_path):
@@ -156,12 +235,18 @@ def test_the_demo_with_the_tiny_checkpoint():
         capture_output=True,
         encoding="utf-8",
         timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONIOENCODING": "utf-8",
+            "HF_HUB_OFFLINE": "1",
+            "FASTER_CHATGLM_6B_BACKEND": "oneflow",
+        },
     )
     assert done.returncode == 0, done.stderr
     assert "Answer:   你好！我是 faster_chatglm_6b 的小小演示模型。有什么可以帮你的吗？" in done.stdout
     assert "Answer:   Hello! I am a tiny demo model of faster_chatglm_6b. How can I help you?" in done.stdout
-    assert "oneflow (auto: OneFlow is installed and PyTorch is not)" in done.stdout
+    assert "backend        oneflow (" in done.stdout
 
 
 def test_a_mock_with_lazy_is_used_as_it_is():
