@@ -81,7 +81,7 @@ def choose_backend(environment: Mapping[str, str] = os.environ) -> Backend:
             f"set it to one of {', '.join(BACKENDS)}, or unset it."
         )
     has_oneflow = _is_installed("oneflow")
-    has_torch = _is_installed("torch") and not oneflow_compat.is_oneflow(sys.modules.get("torch"))
+    has_torch = _is_installed("torch") and not _oneflow_stands_in()
     if wanted == "oneflow":
         if not has_oneflow:
             raise ImportError(
@@ -117,7 +117,7 @@ def _oneflow(reason: str) -> Backend:
 
 def _what_was_bound_before() -> str | None:
     """What to tell a user whose modules are bound to real torch already; None where none is."""
-    if oneflow_compat.is_oneflow(sys.modules.get("torch")):
+    if _oneflow_stands_in():
         return None
     for package in ("torch", "transformers"):
         if sys.modules.get(package) is not None:
@@ -127,6 +127,11 @@ def _what_was_bound_before() -> str | None:
                 f"{BACKEND_VARIABLE}=torch."
             )
     return None
+
+
+def _oneflow_stands_in() -> bool:
+    """Whether "torch" is OneFlow already: the package is reloaded, or the user switched OneFlow's mock on."""
+    return oneflow_compat.is_enabled() or oneflow_compat.is_oneflow(sys.modules.get("torch"))
 
 
 def _transformers_problem() -> str | None:
@@ -168,6 +173,12 @@ def require_transformers() -> None:
         if problem is not None:
             raise ImportError(problem)
         return
+    found = installed_version("transformers")
+    if found is not None and is_supported_on_oneflow(found) and _is_installed("oneflow"):
+        raise ImportError(
+            f"PyTorch runs the models here ({_current.reason}) and needs transformers {OLDEST_TRANSFORMERS} or newer, but "
+            f"{found} is installed, which suits OneFlow; set {BACKEND_VARIABLE}=oneflow, or upgrade transformers."
+        )
     _require("transformers", OLDEST_TRANSFORMERS)
 
 

@@ -55,8 +55,11 @@ def _takes_beta(native: Any) -> bool:
     one = torch.ones(1, 1)
     try:
         native.fused_matmul_bias(one, one, torch.ones(1), _add_to_output=one, alpha=1.0, beta=2.0)
-    except Exception:
+    except TypeError:
         return False
+    except Exception:
+        # It knows the argument and lacks a kernel for the CPU.
+        return True
     return True
 
 
