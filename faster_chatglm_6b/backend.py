@@ -176,8 +176,8 @@ def require_transformers() -> None:
     found = installed_version("transformers")
     if found is not None and is_supported_on_oneflow(found) and _is_installed("oneflow"):
         raise ImportError(
-            f"PyTorch runs the models here ({_current.reason}) and needs transformers {OLDEST_TRANSFORMERS} or newer, but "
-            f"{found} is installed, which suits OneFlow; set {BACKEND_VARIABLE}=oneflow, or upgrade transformers."
+            f"PyTorch runs the models here ({_current.reason}) and needs transformers {OLDEST_TRANSFORMERS} or newer, "
+            f"but {found} is installed, which suits OneFlow; set {BACKEND_VARIABLE}=oneflow, or upgrade transformers."
         )
     _require("transformers", OLDEST_TRANSFORMERS)
 

@@ -128,6 +128,13 @@ def test_oneflow_with_a_transformers_that_it_cannot_carry(version, installed, ve
             backend.choose_backend(environment)
 
 
+def test_torch_with_a_transformers_for_oneflow(installed, versions):
+    installed("torch", "oneflow")
+    versions(transformers="4.27.1")
+    with pytest.raises(ImportError, match="4.27.1 is installed, which suits OneFlow; set .*=oneflow, or upgrade"):
+        backend.require_transformers()
+
+
 def test_the_floors_of_torch_do_not_bind_oneflow(versions, monkeypatch):
     versions(transformers="4.27.1", oneflow="0.9.0")
     monkeypatch.setattr(backend, "_current", backend.Backend("oneflow", "because"))
