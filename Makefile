@@ -21,9 +21,9 @@ READY_DEV := $(VENV)/.ready-dev-$(TRANSFORMERS)
 .PHONY: help demo test test-gpu test-oneflow lint bench clean
 
 help: ## list the targets and the variables
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  TRANSFORMERS=$(TRANSFORMERS)  ARGS='options passed on to the program'"
+	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  TRANSFORMERS=$(TRANSFORMERS)  PYTHON310=$(PYTHON310)  ARGS='options passed on to the program'"
 
 demo: $(READY) ## install on first use, then chat with the tiny checkpoint
 	@$(PY) examples/demo.py --tiny $(ARGS)
