@@ -14,11 +14,6 @@ _MOST_IDLE_BYTES = 2 << 30
 _MOST_SESSIONS = 4
 
 
-def weights_key(model: Any) -> tuple:
-    """Where the weights lie: captured graphs hold these addresses."""
-    return tuple((parameter.data_ptr(), parameter.dtype, parameter.device) for parameter in model.parameters())
-
-
 class DecodeEngine:
     """One request at a time; others wait, and a thread that would wait for itself is told so.
 
@@ -77,13 +72,15 @@ class DecodeEngine:
             session.wait()
         self._sessions.clear()
 
-    def session(self, model: Any, batch: int, tokens: int) -> Session:
+    def session(self, model: Any, key: tuple, batch: int, tokens: int) -> Session:
         """A session for ``batch`` sequences of up to ``tokens`` ids; call between ``acquire`` and ``leave``.
+
+        Args:
+            key: where the weights lie, from ``check_model``; with other ones everything is made anew.
 
         Raises:
             CannotServe: there is not enough memory for its cache.
         """
-        key = weights_key(model)
         if key != self._key:
             self._drop()
             self._key = key

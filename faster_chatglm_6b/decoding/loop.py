@@ -27,7 +27,6 @@ class CapturedRun:
     """
 
     def __init__(self, model: Any, request: Request):
-        check_model(model)
         self._model, self._request, self._engine = model, request, engine_of(model)
         batch, length = request.input_ids.shape
         self._limit = max(request.max_length - length, 1)
@@ -35,8 +34,10 @@ class CapturedRun:
         self._eos_ids = torch.tensor(request.eos_ids, dtype=torch.int64)
         self._engine.acquire()
         try:
+            # Checked with the engine in hand: nobody else generates now, who could be the one to change the model.
+            key = check_model(model)
             with self._on_device():
-                self._session = self._engine.session(model, batch, length + self._limit)
+                self._session = self._engine.session(model, key, batch, length + self._limit)
         except BaseException:
             self._engine.leave()
             raise

@@ -1,46 +1,77 @@
 """Which models the captured loop can run: it calls kernels on the weights and never the modules themselves."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
+from ..quantization import QuantizedLinear
 from .sampling import CannotServe
 
 
-def check_model(model: Any) -> None:
-    """Raise CannotServe, with the reason, for a model whose step would not be what its modules compute."""
+def check_model(model: Any) -> tuple:
+    """Where the model's weights lie, for ``DecodeEngine.session``: captured graphs hold these addresses.
+
+    It runs before every request, so it walks over the modules once and builds no names unless something is wrong.
+
+    Raises:
+        CannotServe: a model whose step would not be what its modules compute; the message says why.
+    """
     from ..ops.cuda import kernels_refusal
 
-    weight = model.lm_head.weight
-    reason = kernels_refusal(weight.device, weight.dtype)
+    weight = model.transformer.word_embeddings.weight
+    device, dtype = weight.device, weight.dtype
+    reason = kernels_refusal(device, dtype)
     if reason is not None:
         raise CannotServe(reason)
     if model.training:
         raise CannotServe("the model is in training mode; call model.eval()")
-    if _autocast(weight.device.type):
+    if torch.is_autocast_enabled(device.type):
         raise CannotServe("autocast is on")
-    _check_modules(model)
-    for name, parameter in model.named_parameters():
-        if parameter.device != weight.device or parameter.dtype != weight.dtype:
-            raise CannotServe(
-                f"{name} is {parameter.dtype} on {parameter.device}, lm_head {weight.dtype} on {weight.device}"
-            )
-        if not parameter.is_contiguous():
-            raise CannotServe(f"{name} is not contiguous")
+    _check_forward(model)
+    if model.transformer.word_embeddings.max_norm is not None:
+        raise CannotServe("the embedding has a max_norm")
+    expected = _expected_types()
+    addresses = []
+    for module in _modules(model):
+        if (module is not model and type(module) not in expected) or _is_hooked(module):
+            raise CannotServe(_what_is_wrong(model, module))
+        # Integers and their scales, of whatever float, have kernels of their own.
+        any_dtype = ("weight", "weight_scale") if isinstance(module, QuantizedLinear) else ()
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if (
+                parameter.device != device
+                or (parameter.dtype != dtype and name not in any_dtype)
+                or not parameter.is_contiguous()
+            ):
+                raise CannotServe(
+                    f"a weight of {_name(model, module)} is {parameter.dtype} on {parameter.device} with strides "
+                    f"{list(parameter.stride())}; all must be contiguous and {dtype} on {device} like the embedding's"
+                )
+            addresses.append(parameter.data_ptr())
+    if not addresses:
+        raise CannotServe("the weights are no parameters")
+    return device, dtype, *addresses
 
 
-def _autocast(device_type: str) -> bool:
-    return torch.is_autocast_enabled(device_type)
+def _modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and all below it, by their places: a shared one comes more than once."""
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _modules(child)
 
 
-def _check_modules(model: Any) -> None:
-    """Every module must be the one that the step stands for, with nothing hooked into it."""
+def _expected_types() -> set[type]:
     from .. import layers, modeling_chatglm
 
-    expected = {
+    return {
         layers.Linear,
+        QuantizedLinear,
         layers.LayerNorm,
         nn.Embedding,
         nn.ModuleList,
@@ -49,17 +80,27 @@ def _check_modules(model: Any) -> None:
         modeling_chatglm.GLMBlock,
         modeling_chatglm.ChatGLMModel,
     }
-    if type(model).forward is not modeling_chatglm.ChatGLMForConditionalGeneration.forward:
+
+
+def _check_forward(model: Any) -> None:
+    from ..modeling_chatglm import ChatGLMForConditionalGeneration
+
+    if type(model).forward is not ChatGLMForConditionalGeneration.forward:
         raise CannotServe(f"{type(model).__name__} has a forward of its own")
     if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
         raise CannotServe("a forward hook is registered for all modules")
-    for name, module in model.named_modules():
-        if module is not model and type(module) not in expected:
-            raise CannotServe(f"{name} is a {type(module).__module__}.{type(module).__name__}")
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-            raise CannotServe(f"{name or 'the model'} has a forward hook or a replaced forward")
-    if next(model.parameters(), None) is None:
-        raise CannotServe("the weights are no parameters")
-    embedding = model.transformer.word_embeddings
-    if embedding.max_norm is not None:
-        raise CannotServe("the embedding has a max_norm")
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _name(model: Any, wanted: nn.Module) -> str:
+    return next((name for name, module in model.named_modules() if module is wanted), "") or "the model"
+
+
+def _what_is_wrong(model: Any, module: nn.Module) -> str:
+    name = _name(model, module)
+    if _is_hooked(module):
+        return f"{name} has a forward hook or a replaced forward"
+    return f"{name} is a {type(module).__module__}.{type(module).__name__}"

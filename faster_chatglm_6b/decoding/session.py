@@ -31,7 +31,14 @@ def capacity_for(tokens: int) -> int:
 def cache_bytes(model: Any, batch: int, capacity: int) -> int:
     """Bytes of the keys and values of such a session."""
     config = model.config
-    return 2 * config.num_layers * batch * capacity * config.hidden_size * model.lm_head.weight.element_size()
+    return (
+        2
+        * config.num_layers
+        * batch
+        * capacity
+        * config.hidden_size
+        * model.transformer.word_embeddings.weight.element_size()
+    )
 
 
 class Session:

@@ -6,13 +6,14 @@ import torch
 
 from ..prompt_layout import PromptLayout
 from .kv_cache import KVCache
+from .products import normed_product, product
 
 
 class DecodeStep:
     """The buffers of a decode step and the kernels that fill them: five launches per layer, or fewer.
 
     Weights are read from the model at every run and never held here, so that weights that the model gives up are freed.
-    A captured graph holds their addresses; see ``engine.weights_key``.
+    A captured graph holds their addresses; see ``refusal.check_model``.
 
     Args:
         model: a ``ChatGLMForConditionalGeneration`` that ``refusal.check_model`` accepts.
@@ -80,26 +81,12 @@ class DecodeStep:
                 workspace=workspace,
                 out=self._context,
             )
-            product = {"residual": normed, "beta": RESIDUAL_ALPHA, "out": hidden, "workspace": workspace}
-            kernels.fused_matmul_bias(self._context, attention.dense.weight, attention.dense.bias, **product)
+            product(attention.dense, self._context, normed, RESIDUAL_ALPHA, hidden, workspace)
             self._normed_product(layer.post_attention_layernorm, mlp.dense_h_to_4h, self._inner, gelu=True)
-            kernels.fused_matmul_bias(self._inner, mlp.dense_4h_to_h.weight, mlp.dense_4h_to_h.bias, **product)
+            product(mlp.dense_4h_to_h, self._inner, normed, RESIDUAL_ALPHA, hidden, workspace)
         self._normed_product(network.final_layernorm, model.lm_head, self._logits)
         return self._logits
 
     def _normed_product(self, norm: Any, linear: Any, out: torch.Tensor, gelu: bool = False) -> None:
         """out = linear(norm(hidden)), and the normalised rows for the residual behind it."""
-        from ..ops import triton as kernels
-
-        kernels.layer_norm_matmul_bias(
-            self._hidden,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            linear.weight,
-            linear.bias,
-            gelu=gelu,
-            normed_out=self._normed,
-            out=out,
-            workspace=self.workspace,
-        )
+        normed_product(norm, linear, self._hidden, gelu, self._normed, out, self.workspace)

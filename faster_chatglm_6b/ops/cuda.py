@@ -15,6 +15,8 @@ from ..decoding.kv_cache import KVCache
 from . import Operators, reference, reference_operators
 
 OLDEST_CAPABILITY = (8, 0)
+# Prompts have more rows; for them cuBLAS is as fast on the device and cheaper to launch.
+_MOST_GEMV_ROWS = 4
 SWITCH = "FASTER_CHATGLM_6B_KERNELS"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -70,31 +72,32 @@ def choose(device: torch.device, dtype: torch.dtype) -> Operators:
 
 
 def fused_operators(device: torch.device) -> Operators:
-    """The table of the fused operators; needs Triton."""
+    """The table of the fused operators; needs Triton.
+
+    It serves prompts and the plain path, where the host's time to launch counts most (a Triton launch costs about
+    twice a PyTorch call): PyTorch's own kernel is taken where one does the whole operator. The captured loop calls the
+    Triton kernels itself.
+    """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         reason = f"compute capability {capability[0]}.{capability[1]}"
     else:
         reason = "Triton's interpreter"
-    fused = (
-        fast_gelu,
-        fused_apply_rotary_emb,
-        fused_attention_concat_past_key_value,
-        fused_fast_gelu_mul,
-        fused_matmul_bias,
-        skip_layer_norm,
-    )
+    fused = (fused_apply_rotary_emb, fused_attention_concat_past_key_value, fused_fast_gelu_mul)
     choices = {function.__name__: ("triton", reason) for function in fused}
-    choices["fused_matmul_bias"] = ("triton", f"{reason}; cuBLAS for more than 64 rows")
-    choices["fused_multi_head_attention_inference_v2"] = (
-        "torch scaled_dot_product_attention",
-        f"{reason}; Triton in the captured decode loop",
-    )
-    choices["fused_linear_with_groupwise_quantized_weight"] = ("reference", "no fused kernel in this version")
+    captured = f"{reason}; Triton in the captured decode loop"
+    choices |= {
+        "fast_gelu": ("torch gelu", captured),
+        "skip_layer_norm": ("torch layer_norm", f"{captured}, and where there is a skip"),
+        "fused_matmul_bias": (f"cuBLAS; triton up to {_MOST_GEMV_ROWS} rows", captured),
+        "fused_multi_head_attention_inference_v2": ("torch scaled_dot_product_attention", captured),
+        "fused_linear_with_groupwise_quantized_weight": ("triton", f"{reason}; dequantised for cuBLAS above 64 rows"),
+    }
     return Operators(
-        **{function.__name__: function for function in fused},
+        **{function.__name__: function for function in (*fused, fused_matmul_bias, skip_layer_norm)},
+        fast_gelu=reference.fast_gelu,
         fused_multi_head_attention_inference_v2=fused_multi_head_attention_inference_v2,
-        fused_linear_with_groupwise_quantized_weight=reference.fused_linear_with_groupwise_quantized_weight,
+        fused_linear_with_groupwise_quantized_weight=fused_linear_with_groupwise_quantized_weight,
         choices=choices,
     )
 
@@ -112,20 +115,15 @@ def _on_its_device(function: Callable) -> Callable:
     return launch
 
 
-def _fit(*tensors: torch.Tensor | None) -> bool:
-    """Whether the tensors that are given share the first one's device and dtype, of those that the kernels take."""
-    first = tensors[0]
-    return first.dtype in DTYPES and all(
-        t is None or (t.dtype == first.dtype and t.device == first.device) for t in tensors[1:]
-    )
-
-
-@_on_its_device
-def fast_gelu(x: torch.Tensor) -> torch.Tensor:
-    """See ``reference.fast_gelu``."""
-    from . import triton as kernels
-
-    return kernels.fast_gelu(x) if _fit(x) and x.is_contiguous() else reference.fast_gelu(x)
+def _fit(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether the tensors that are given share the first one's device and dtype, and the kernels take that."""
+    device, dtype = first.device, first.dtype
+    if dtype not in DTYPES:
+        return False
+    for tensor in others:
+        if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
+            return False
+    return True
 
 
 @_on_its_device
@@ -183,9 +181,36 @@ def fused_matmul_bias(
     """See ``reference.fused_matmul_bias``."""
     from . import triton as kernels
 
-    if _fit(x, weight, bias, _add_to_output) and weight.is_contiguous():
+    if not _fit(x, weight, bias, _add_to_output):
+        return reference.fused_matmul_bias(x, weight, bias, _add_to_output, beta)
+    if x.numel() <= _MOST_GEMV_ROWS * x.shape[-1] and weight.is_contiguous():
         return kernels.fused_matmul_bias(x, weight, bias, _add_to_output, beta)
-    return reference.fused_matmul_bias(x, weight, bias, _add_to_output, beta)
+    out = functional.linear(x, weight, bias)
+    return out if _add_to_output is None else out.add_(_add_to_output, alpha=beta)
+
+
+@_on_its_device
+def fused_linear_with_groupwise_quantized_weight(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    *,
+    b: torch.Tensor | None = None,
+    num_bits: int = 8,
+    group_size: int = -1,
+    _add_to_output: torch.Tensor | None = None,
+    beta: float = 1.0,
+) -> torch.Tensor:
+    """See ``reference.fused_linear_with_groupwise_quantized_weight``."""
+    from . import triton as kernels
+
+    if _fit(x, b, _add_to_output) and w.device == x.device and w.is_contiguous() and w_scale.is_contiguous():
+        return kernels.fused_linear_with_groupwise_quantized_weight(
+            x, w, w_scale, b, num_bits, group_size, _add_to_output, beta
+        )
+    return reference.fused_linear_with_groupwise_quantized_weight(
+        x, w, w_scale, b=b, num_bits=num_bits, group_size=group_size, _add_to_output=_add_to_output, beta=beta
+    )
 
 
 @_on_its_device
@@ -201,9 +226,9 @@ def skip_layer_norm(
     """See ``reference.skip_layer_norm``."""
     from . import triton as kernels
 
-    if _fit(x, gamma, beta, skip):
-        return kernels.skip_layer_norm(x, gamma, beta, skip, epsilon, alpha)
-    return reference.skip_layer_norm(x, gamma=gamma, beta=beta, skip=skip, epsilon=epsilon, alpha=alpha)
+    if skip is None or not _fit(x, gamma, beta, skip):
+        return reference.skip_layer_norm(x, gamma=gamma, beta=beta, skip=skip, epsilon=epsilon, alpha=alpha)
+    return kernels.skip_layer_norm(x, gamma, beta, skip, epsilon, alpha)
 
 
 def fused_multi_head_attention_inference_v2(

@@ -38,8 +38,12 @@ def run_all() -> dict[str, str | None]:
 
     torch.set_num_threads(1)
     # The interpreter runs program after program: few large blocks take seconds where a GPU's small ones take minutes.
+    attention = configs.Attention(512, 4, 1)
     large = replace(
-        configs.FAMILIES[8, 6], gemv_default=configs.Gemv(256, 512, 4), attention=configs.Attention(256, 4, 1)
+        configs.FAMILIES[8, 6],
+        gemv_default=configs.Gemv(256, 512, 4),
+        attention=attention,
+        attention_short=attention,
     )
     configs._CONSUMER = large
     model = ChatGLMForConditionalGeneration.from_pretrained(GOLDEN / "ckpt" / "tiny").float().eval()
