@@ -2,6 +2,7 @@
 
     python examples/benchmark.py --sample --batch 8          # random weights of the real shape, nothing to download
     python examples/benchmark.py --model_name THUDM/chatglm-6b
+    python examples/benchmark.py --bits 4 --head-bits 8      # quantised after loading
     python examples/benchmark.py --suite --json images/data/benchmark_h200.json
 
 Times are wall-clock times of the public calls, the device drained before and after. ms_per_step is the median time of
@@ -175,11 +176,12 @@ def measure(model: torch.nn.Module, args: argparse.Namespace, ceiling: float, cl
     step = seconds / steps
     moved = bytes_per_step(model, args.batch, args.prompt_tokens, args.new_tokens)
     rate = moved / step / 1e9
+    config = model.config
     values = (
         args.backend,
-        "fp16",
-        None,
-        "fp16",
+        f"int{config.quantization_bit}" if config.quantization_bit else "fp16",
+        config.quantization_group_size,
+        f"int{config.quantization_head_bits}" if config.quantization_head_bits else "fp16",
         args.batch,
         args.prompt_tokens,
         args.new_tokens,
@@ -236,7 +238,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model_name", help="a checkpoint; without one the weights are random")
     parser.add_argument("--random-weights", action="store_true", help="random weights of the real shape (the default)")
     parser.add_argument("--backend", choices=("ours", "torch"), default="ours", help="torch: no kernels, plain loop")
-    parser.add_argument("--bits", type=int, choices=(16,), default=16)
+    parser.add_argument("--bits", type=int, choices=(16, 8, 4), default=16, help="quantise the layers first")
+    parser.add_argument("--group-size", type=int, help="columns per scale, for example 128; default: whole rows")
+    parser.add_argument("--head-bits", type=int, choices=(8,), help="quantise the output head too")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt-tokens", type=int, default=20)
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -252,6 +256,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.prompt_tokens < 3 or args.new_tokens < 1 or args.iters < 1:
         parser.error("a prompt has at least 3 tokens, and there is at least one new token and one iteration")
+    if args.bits == 16 and (args.group_size or args.head_bits):
+        parser.error("--group-size and --head-bits need --bits 8 or --bits 4")
     return args
 
 
@@ -271,6 +277,9 @@ def main(args: argparse.Namespace) -> None:
     ceiling, clock = read_ceiling(), clocks()
     torch.cuda.empty_cache()
     model = build_model(args.model_name)
+    if args.bits != 16:
+        model.quantize(args.bits, args.group_size, args.head_bits)
+        torch.cuda.empty_cache()
     append(args.json, [measure(model, args, ceiling, clock)])
     if args.profile:
         profile(model, args)
