@@ -6,6 +6,7 @@ VENV ?= .venv
 TRANSFORMERS ?= 5.23.0
 ARGS ?=
 
+comma := ,
 CPU_TORCH := 2.13.0+cpu
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -14,6 +15,8 @@ PYTHON310 ?= $(shell for python in python3.10 $(or $(PYENV_ROOT),$(HOME)/.pyenv)
 	$$python -c "" 2>/dev/null && echo $$python && break; done)
 VENV_ONEFLOW ?= .venv-oneflow
 ONEFLOW_PY := $(VENV_ONEFLOW)/bin/python
+# The web demo's tests run beside transformers 5: Gradio and transformers 4 ask for different releases of huggingface_hub.
+EXTRAS := dev$(if $(filter 5.%,$(TRANSFORMERS)),$(comma)web)
 READY := $(VENV)/.ready-$(TRANSFORMERS)
 READY_DEV := $(VENV)/.ready-dev-$(TRANSFORMERS)
 
@@ -68,7 +71,7 @@ $(READY) $(READY_DEV): pyproject.toml setup.py
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@rm -f $(VENV)/.ready-*
 	@$(install_torch)
-	@$(PIP) install -q -e '.$(if $(findstring .ready-dev,$@),[dev])' 'transformers==$(TRANSFORMERS)'
+	@$(PIP) install -q -e '.$(if $(findstring .ready-dev,$@),[$(EXTRAS)])' 'transformers==$(TRANSFORMERS)'
 	@touch $(VENV)/.ready-$(TRANSFORMERS) $@
 
 # No torch in here. --no-deps: the package's own list asks for it.
