@@ -102,4 +102,24 @@ def appended_cache(device, dtype):
             raise AssertionError("a full cache took more")
 
 
-EVERYWHERE = (pointwise_and_products, rotary_positions, attention, appended_cache)
+def quantized_products(device, dtype):
+    """Integer weights with and without groups, contiguous or not, and a dtype without a kernel."""
+    table = fused_operators(device)
+    for kind in (dtype, torch.float64):
+        x, bias, residual = (_random(device, kind, *shape) for shape in ((3, 64), (7,), (3, 7)))
+        for bits, groups in ((8, 1), (8, 4), (4, 1), (4, 4)):
+            weight = torch.randint(-128, 128, (7, 8 * bits), generator=torch.Generator().manual_seed(bits))
+            weight = weight.to(device, torch.int8)
+            scale = _random(device, kind, 7, groups).abs() / 2**bits
+            settings = {"b": bias, "num_bits": bits, "group_size": 64 // groups if groups > 1 else -1, "beta": 1.5}
+            expected = reference.fused_linear_with_groupwise_quantized_weight(
+                x, weight, scale, _add_to_output=residual, **settings
+            )
+            for w in (weight, weight.t().contiguous().t()):
+                actual = table.fused_linear_with_groupwise_quantized_weight(
+                    x, w, scale, _add_to_output=residual, **settings
+                )
+                _close(actual, expected, kind)
+
+
+EVERYWHERE = (pointwise_and_products, quantized_products, rotary_positions, attention, appended_cache)
