@@ -1,0 +1,125 @@
+"""The web demo in a process of its own, and a browser's view of it, for test_web_demo.py."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, expect
+
+ROOT = Path(__file__).resolve().parents[1]
+# Without a sandbox (it needs rights that containers lack), and without anything that would call home.
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+SOON = 60_000  # milliseconds until something that must happen is given up
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def serving(folder: Path, *arguments: str) -> Iterator[str]:
+    """The address at which the demo answers, once it does."""
+    port = free_port()
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "web_demo.py"),
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+        *arguments,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"HF_HOME": str(folder), "GRADIO_TEMP_DIR": str(folder), "NO_PROXY": "127.0.0.1"}
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        address = f"http://127.0.0.1:{port}/"
+        _wait_until_it_answers(address, server, folder / "log")
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _wait_until_it_answers(address: str, server: subprocess.Popen, log: Path) -> None:
+    for _ in range(1200):
+        assert server.poll() is None, log.read_text(encoding="utf-8")
+        try:
+            urllib.request.urlopen(address, timeout=10).close()
+            return
+        except urllib.error.HTTPError:  # such as 401: it asks for a login
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"no answer at {address}: {log.read_text(encoding='utf-8')}")
+
+
+class Visitor:
+    """One user with a browser profile of his own."""
+
+    def __init__(self, browser: Browser, address: str):
+        self.page: Page = browser.new_context(viewport={"width": 1100, "height": 800}).new_page()
+        self.requested: list[str] = []
+        self.dialogs: list[str] = []
+        self.page.on("request", lambda request: self.requested.append(request.url))
+        self.page.on("dialog", lambda dialog: (self.dialogs.append(dialog.message), dialog.dismiss()))
+        self.page.goto(address)
+        self.button("Send").wait_for(timeout=SOON)
+
+    def button(self, name: str):
+        return self.page.get_by_role("button", name=f"{name} /")
+
+    @property
+    def box(self):
+        return self.page.get_by_role("textbox").first
+
+    @property
+    def questions(self):
+        return self.page.get_by_test_id("user")
+
+    @property
+    def answers(self):
+        return self.page.get_by_test_id("bot")
+
+    def slide(self, label: str, value: float) -> None:
+        """Type a value beside a slider."""
+        settings = self.button("Settings")
+        number = self.page.get_by_role("spinbutton", name=re.compile(label))
+        if not number.is_visible():
+            settings.click()
+        number.fill(str(value))
+        number.press("Tab")
+
+    def say(self, text: str) -> None:
+        self.box.fill(text)
+        self.button("Send").click()
+
+    def ask(self, text: str, answer: str) -> None:
+        """Say something and see this answer to it."""
+        before = self.answers.count()
+        self.say(text)
+        expect(self.answers).to_have_count(before + 1, timeout=SOON)
+        expect(self.answers.last).to_have_text(answer, use_inner_text=True, timeout=SOON)
+        expect(self.page.locator(".generating, .pending")).to_have_count(0, timeout=SOON)
+
+    def growing(self, beyond: int) -> str:
+        """The last answer once it is longer than so many characters."""
+        for _ in range(SOON // 50):
+            if self.answers.count() and len(text := self.answers.last.inner_text()) > beyond:
+                return text
+            self.page.wait_for_timeout(50)
+        raise AssertionError(f"the answer did not grow beyond {beyond} characters")
