@@ -48,10 +48,9 @@ def build_model(name: str | None) -> torch.nn.Module:
     finally:
         torch.set_default_dtype(before)
     generator = torch.Generator("cuda").manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.02, generator=generator)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, 0, 0.02, generator=generator)
     model.lm_head.weight = model.transformer.word_embeddings.weight
     return model.eval()
 

@@ -44,7 +44,6 @@ def held_out_batches(tokenizer: Any, dialogues: int, size: int = 32) -> Iterator
         yield prepare(samples[start : start + size], tokenizer.pad_token_id, torch.device("cpu"))
 
 
-@torch.no_grad()
 def evaluate(model: Any, batches: list[dict[str, torch.Tensor]]) -> tuple[float, list[torch.Tensor]]:
     """Perplexity of the answers, and per batch the preferred token [B, L - 1] at answer tokens, -1 elsewhere."""
     loss, tokens, preferred = 0.0, 0, []
@@ -66,7 +65,7 @@ def measure(dialogues: int) -> list[tuple[str, float, float]]:
     rows, reference = [], None
     for name, settings in VARIANTS:
         model = AutoModel.from_pretrained(str(TINY), trust_remote_code=True)
-        model = (model.quantize(**settings) if settings else model).float().eval()
+        model = (model.quantize(**settings) if settings else model).float().eval().requires_grad_(False)
         perplexity, preferred = evaluate(model, batches)
         reference = reference or preferred
         changed = [(a != b).any(dim=1) for a, b in zip(preferred, reference, strict=True)]
