@@ -1,6 +1,7 @@
 """What the demos share: their options, a checkpoint's tokenizer and model, and how an answer is drawn."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def load_or_exit(arguments: argparse.Namespace) -> tuple[Any, Any]:
     Raises:
         SystemExit: 1, after a sentence on what to do, where the weights cannot be had or do not fit the options.
     """
-    name = str(TINY) if arguments.tiny else arguments.model
+    name = os.path.relpath(TINY) if arguments.tiny else arguments.model
     hub_logging.set_verbosity_error()  # not a warning per attempt where there is no network: it is said once, below
     try:
         return _load(name, arguments.bits, device_of(arguments))
