@@ -119,13 +119,9 @@ def build(model, tokenizer) -> gr.Blocks:
             api_visibility="private",
         )
         stop.click(None, cancels=sent)
-        gr.on(
-            [clear.click, chat.clear],
-            lambda: ([], []),
-            outputs=[chat, history],
-            cancels=sent,
-            queue=False,
-            api_visibility="private",
+        # One after the other, through the queue: the cancelled answer's last step must not come in after the clearing.
+        gr.on([clear.click, chat.clear], None, cancels=sent).then(
+            lambda: ([], []), outputs=[chat, history], api_visibility="private"
         )
     return page
 
