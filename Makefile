@@ -32,7 +32,7 @@ demo: $(READY) ## install on first use, then chat with the tiny checkpoint
 	@$(PY) examples/demo.py --tiny $(ARGS)
 
 test: $(READY_DEV) ## install on first use, then run the tests that need no GPU
-	$(PY) -m pytest -m "not gpu" $(ARGS)
+	$(PY) -m pytest -n auto --dist loadfile -m "not gpu" $(ARGS)
 
 test-gpu: $(READY_DEV) ## run the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu $(ARGS)
