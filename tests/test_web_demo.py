@@ -131,7 +131,7 @@ def test_an_answer_grows_and_stops_and_is_remembered(browser, babbler, tmp_path)
     second = visitor.growing(len(first))
     assert second.startswith(first[:10])
     visitor.button("Stop").click()
-    expect(visitor.page.locator(".generating, .pending")).to_have_count(0, timeout=SOON)
+    visitor.settle()
     stopped = visitor.answers.last.inner_text()
     visitor.page.wait_for_timeout(1500)
     assert visitor.answers.last.inner_text() == stopped
@@ -153,7 +153,7 @@ def test_max_length_ends_an_answer(browser, babbler):
     visitor.slide("Maximum length", 64)
     visitor.say("hello")
     visitor.growing(0)
-    expect(visitor.page.locator(".generating, .pending")).to_have_count(0, timeout=SOON)
+    visitor.settle()
     visitor.say("hello " * 100)
     expect(visitor.page.get_by_text("leaves no room for an answer")).to_be_visible(timeout=SOON)
     assert visitor.answers.count() == 1
@@ -182,7 +182,7 @@ def test_histories_are_separate(browser, toy):
     ben.say("My name is Ben.")
     for visitor in (anna, ben):
         expect(visitor.answers).to_have_count(1, timeout=SOON)
-        expect(visitor.page.locator(".generating, .pending")).to_have_count(0, timeout=SOON)
+        visitor.settle()
     for visitor, name, other in ((anna, "Anna", "Ben"), (ben, "Ben", "Anna")):
         visitor.say("What is my name?")
         expect(visitor.answers).to_have_count(2, timeout=SOON)

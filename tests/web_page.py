@@ -101,8 +101,13 @@ class Visitor:
         number = self.page.get_by_role("spinbutton", name=re.compile(label))
         if not number.is_visible():
             settings.click()
-        number.fill(str(value))
-        number.press("Tab")
+        for _ in range(20):  # a page that is still being set up may put the old value back
+            number.fill(str(value))
+            number.press("Tab")
+            self.page.wait_for_timeout(300)
+            if float(number.input_value()) == value:
+                return
+        raise AssertionError(f"{label} does not take {value}")
 
     def say(self, text: str) -> None:
         self.box.fill(text)
@@ -114,7 +119,18 @@ class Visitor:
         self.say(text)
         expect(self.answers).to_have_count(before + 1, timeout=SOON)
         expect(self.answers.last).to_have_text(answer, use_inner_text=True, timeout=SOON)
-        expect(self.page.locator(".generating, .pending")).to_have_count(0, timeout=SOON)
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until the answer has been complete for a while."""
+        seen, since = None, 0
+        for _ in range(SOON // 100):
+            text = self.answers.last.inner_text()
+            seen, since = text, since + 1 if text == seen else 0
+            if since == 15:
+                return
+            self.page.wait_for_timeout(100)
+        raise AssertionError("the answer did not end")
 
     def growing(self, beyond: int) -> str:
         """The last answer once it is longer than so many characters."""
