@@ -63,6 +63,11 @@ define install_torch
 	fi
 endef
 
+# The kernels' tests need a Triton; CUDA builds of torch bring the one that suits them.
+define install_interpreter
+	$(PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)' || $(PIP) install -q -e '.[interpreter]'
+endef
+
 # The stamps of one environment replace each other: only the version of transformers that was installed last is ready.
 $(READY) $(READY_DEV): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
@@ -72,6 +77,7 @@ $(READY) $(READY_DEV): pyproject.toml setup.py
 	@rm -f $(VENV)/.ready-*
 	@$(install_torch)
 	@$(PIP) install -q -e '.$(if $(findstring .ready-dev,$@),[$(EXTRAS)])' 'transformers==$(TRANSFORMERS)'
+	@$(if $(findstring .ready-dev,$@),$(install_interpreter))
 	@touch $(VENV)/.ready-$(TRANSFORMERS) $@
 
 # No torch in here. --no-deps: the package's own list asks for it.
