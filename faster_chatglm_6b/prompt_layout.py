@@ -5,7 +5,7 @@ both directions; from ``<sop>`` on each row sees the context and what came befor
 rows carry the position of ``[gMASK]`` (or of ``[MASK]`` where there is none) and count block positions 1, 2, 3...
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -133,17 +133,6 @@ class PromptLayout:
         if self.hidden_slots is not None:
             hidden[:, :, : self.hidden_slots.shape[1]] |= self.hidden_slots[:, None]
         return hidden.unsqueeze(1)
-
-    def expand(self, repeats: int) -> "PromptLayout":
-        """The layout of a batch in which each row stands ``repeats`` times in a row."""
-        return replace(
-            self,
-            **{
-                name: value.repeat_interleave(repeats, dim=0)
-                for name, value in vars(self).items()
-                if isinstance(value, torch.Tensor)
-            },
-        )
 
 
 def _check_ids(input_ids: torch.Tensor, config: ChatGLMConfig) -> None:

@@ -60,8 +60,8 @@ class QuantizedLinear(Linear):
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size = bits, group_size
         scale_shape = (out_features,) if group_size < 0 else (out_features, in_features // group_size)
-        self.weight = _frozen(torch.empty(out_features, in_features * bits // 8, dtype=torch.int8, device=device))
-        self.weight_scale = _frozen(torch.empty(scale_shape, dtype=torch.float16, device=device))
+        self.weight = frozen(torch.empty(out_features, in_features * bits // 8, dtype=torch.int8, device=device))
+        self.weight_scale = frozen(torch.empty(scale_shape, dtype=torch.float16, device=device))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float16, device=device)) if bias else None
 
     @classmethod
@@ -69,7 +69,7 @@ class QuantizedLinear(Linear):
         """The quantised form of a float layer, on its device."""
         layer = cls(linear.in_features, linear.out_features, False, bits, group_size, device=linear.weight.device)
         integers, scale = quantize_weight(linear.weight.detach(), bits, group_size)
-        layer.weight, layer.weight_scale, layer.bias = _frozen(integers), _frozen(scale), linear.bias
+        layer.weight, layer.weight_scale, layer.bias = frozen(integers), frozen(scale), linear.bias
         return layer
 
     def forward(
@@ -106,8 +106,8 @@ class QuantizedEmbedding(nn.Embedding):
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim, self.bits = num_embeddings, embedding_dim, bits
         self.padding_idx = None
-        self.weight = _frozen(torch.empty(num_embeddings, embedding_dim * bits // 8, dtype=torch.int8))
-        self.weight_scale = _frozen(torch.empty(num_embeddings, dtype=torch.float16))
+        self.weight = frozen(torch.empty(num_embeddings, embedding_dim * bits // 8, dtype=torch.int8))
+        self.weight_scale = frozen(torch.empty(num_embeddings, dtype=torch.float16))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Rows [..., hidden] of int64 ids [...], in the scales' dtype."""
@@ -116,7 +116,8 @@ class QuantizedEmbedding(nn.Embedding):
         return rows.to(self.weight_scale.dtype) * self.weight_scale[input_ids][..., None]
 
 
-def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+def frozen(tensor: torch.Tensor) -> nn.Parameter:
+    """A parameter that is not trained, as stock stores integers and scales."""
     return nn.Parameter(tensor, requires_grad=False)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.utils import cached_file
 
 from .configuration_chatglm import ChatGLMConfig
-from .quantization import QuantizedLinear, _frozen, quantize_weight
+from .quantization import QuantizedLinear, frozen, quantize_weight
 
 _QUANTIZATION_SETTINGS = ("quantization_bit", "quantization_group_size", "quantization_head_bits")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -123,7 +123,7 @@ def _put(
         shape = (owner.out_features, owner.in_features)
         if tuple(tensor.shape) == shape:
             integers, scale = quantize_weight(tensor, owner.bits, owner.group_size)
-            owner.weight, owner.weight_scale = _frozen(integers), _frozen(scale.to(dtype or scale.dtype))
+            owner.weight, owner.weight_scale = frozen(integers), frozen(scale.to(dtype or scale.dtype))
             return
     else:
         shape = tuple(owner._parameters[parameter_name].shape)

@@ -14,8 +14,6 @@ from .quantized_mma import multiply, unit, unpack
 
 _logger = logging.getLogger(__name__)
 MOST_ROWS = 64
-# Steps of one warp; the loop over them is written out.
-MOST_STEPS = 64
 
 
 @triton.jit
