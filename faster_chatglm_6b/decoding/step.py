@@ -63,6 +63,9 @@ class DecodeStep:
         from ..ops import triton as kernels
 
         network, workspace = model.transformer, self.workspace
+        # A graph holds exactly this step, and one graph ends before the next starts: nothing but the projection that
+        # attention waits for is written while it runs. Steps that run as they are may overlap the one before.
+        stable_state = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
         hidden, normed = self._hidden, self._normed
         kernels.embedding(tokens, network.word_embeddings.weight, out=hidden)
         for index, layer in enumerate(network.layers):
@@ -78,6 +81,7 @@ class DecodeStep:
                 self.cos,
                 self.sin,
                 max_length=most_keys,
+                stable_state=stable_state,
                 workspace=workspace,
                 out=self._context,
             )
