@@ -196,7 +196,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         device, dtype = hidden_states.device, hidden_states.dtype
         attended = cache
         if self.config.pre_seq_len:
-            hidden, context_length = None if hidden is None else self.prefix_encoder.show(hidden), None
+            hidden = None if hidden is None else self.prefix_encoder.show(hidden)
+            context_length = None if context_length is None else context_length + self.config.pre_seq_len
             if past_length == 0:
                 attended = self.prefix_encoder.placed_in(cache, hidden_states.shape[0], dtype)
         ops = operators_for(device, dtype, self.config.head_size, differentiable=torch.is_grad_enabled())

@@ -73,7 +73,8 @@ class DecodeEngine:
         self._sessions.clear()
 
     def session(self, model: Any, key: tuple, batch: int, tokens: int) -> Session:
-        """A session for ``batch`` sequences of up to ``tokens`` ids; call between ``acquire`` and ``leave``.
+        """A session for ``batch`` sequences of up to ``tokens`` cached ids and prefix keys; call between ``acquire``
+        and ``leave``.
 
         Args:
             key: where the weights lie, from ``check_model``; with other ones everything is made anew.

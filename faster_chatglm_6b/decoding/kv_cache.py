@@ -44,6 +44,11 @@ class KVCache:
         """Start with an empty cache; the memory stays."""
         self._lengths = [0] * len(self._lengths)
 
+    def move_head(self, row: int, length: int, slot: int) -> None:
+        """Move the first ``length`` keys and values of one sequence to the slots from ``slot`` on, in every layer."""
+        head = self.storage[:, :, row, :, :length].clone()
+        self.storage[:, :, row, :, slot : slot + length].copy_(head)
+
     def grow(self, layer_idx: int, rows: int) -> tuple[int, torch.Tensor, torch.Tensor]:
         """Make room for ``rows`` more tokens in a layer.
 

@@ -37,7 +37,8 @@ class CapturedRun:
             # Checked with the engine in hand: nobody else generates now, who could be the one to change the model.
             key = check_model(model)
             with self._on_device():
-                self._session = self._engine.session(model, key, batch, length + self._limit)
+                keys = (model.config.pre_seq_len or 0) + length + self._limit
+                self._session = self._engine.session(model, key, batch, keys)
         except BaseException:
             self._engine.leave()
             raise

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
+from ..prefix_encoder import PrefixEncoder
 from ..quantization import QuantizedLinear
 from .sampling import CannotServe
 
@@ -59,10 +60,11 @@ def check_model(model: Any) -> tuple:
 
 
 def _modules(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and all below it, by their places: a shared one comes more than once."""
+    """The module and all below it, by their places: a shared one comes more than once. Without a P-Tuning prefix, which
+    the prompt runs as the module that it is."""
     yield module
     for child in module._modules.values():
-        if child is not None:
+        if child is not None and not isinstance(child, PrefixEncoder):
             yield from _modules(child)
 
 

@@ -54,6 +54,7 @@ class Session:
         self.device = model.lm_head.weight.device
         self.batch, self.capacity = batch, capacity
         self.bytes = cache_bytes(model, batch, capacity)
+        self._prefix = model.config.pre_seq_len or 0
         self.step = DecodeStep(model, batch, capacity)
         self.sampler = Sampler(batch, self.step.vocab_size, self.device)
         with torch.inference_mode(False):
@@ -87,7 +88,8 @@ class Session:
     def begin(self, model: Any, request: Request, seed: torch.Tensor) -> None:
         """Start a request: place its prompt, run it through the model, and choose the first token."""
         self._follow()
-        self._plan, self._length, self._launched = request.plan, request.input_ids.shape[1], 0
+        self._plan, self._launched = request.plan, 0
+        self._prompt_keys = self._prefix + request.input_ids.shape[1]
         self._reset(request, seed)
         # Chosen once for the whole prompt and not by every layer's operator.
         with attention_kernels():
@@ -99,17 +101,18 @@ class Session:
                 logits_to_keep=1,
                 return_dict=True,
             )
+        self.step.close_gaps(request.layout, self._prefix)
         self._finish_step(outputs.logits[:, -1].contiguous())
         self._mark()
 
     def _reset(self, request: Request, seed: torch.Tensor) -> None:
-        state, length = self.state, self._length
-        self.step.place(request.layout)
+        state, length = self.state, request.input_ids.shape[1]
+        self.step.place(request.layout, self._prefix)
         self.sampler.configure(request.plan)
         state.ids[:, :length].copy_(request.history())
         state.ids_length.fill_(length)
         # The first token comes from the prompt's last logits: it advances the counter to the prompt's own length.
-        state.cache_length.fill_(length - 1)
+        state.cache_length.fill_(self._prompt_keys - 1)
         state.step.zero_()
         state.finished.zero_()
         state.seed.copy_(seed)
@@ -126,7 +129,7 @@ class Session:
     def advance(self, model: Any) -> None:
         """Compute one more token of every sequence, or queue it."""
         self._follow()
-        keys = self._length + self._launched
+        keys = self._prompt_keys + self._launched
         most_keys = _SHORTEST_KEYS
         while most_keys < keys:
             most_keys *= 4

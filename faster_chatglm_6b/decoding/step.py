@@ -42,12 +42,22 @@ class DecodeStep:
                 torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(3)
             )
 
-    def place(self, layout: PromptLayout) -> None:
-        """Start with prompts of this layout."""
+    def place(self, layout: PromptLayout, prefix_length: int = 0) -> None:
+        """Start with prompts of this layout, behind a P-Tuning prefix of so many keys."""
         self.cache.reset()
         self._first_key.copy_(layout.first_slot)
-        self._sop_index.copy_(layout.sop_slot)
+        self._sop_index.copy_(layout.sop_slot + prefix_length)
         self._position.copy_(layout.mask_position)
+
+    def close_gaps(self, layout: PromptLayout, prefix_length: int) -> None:
+        """Move each row's prefix from the head of the cache over its padding, so that the keys it sees lie together.
+
+        Keys of a prefix carry no position, and attention does not ask in which order it meets them.
+        """
+        if prefix_length:
+            for row, first_slot in enumerate(layout.first_slot.tolist()):
+                if first_slot:
+                    self.cache.move_head(row, prefix_length, first_slot)
 
     def run(self, model: Any, tokens: torch.Tensor, length: torch.Tensor, most_keys: int) -> torch.Tensor:
         """Feed one token per sequence behind ``length`` cached ones.

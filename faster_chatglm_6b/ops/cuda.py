@@ -242,8 +242,8 @@ def fused_multi_head_attention_inference_v2(
 ) -> torch.Tensor:
     """See ``reference.fused_multi_head_attention_inference_v2``.
 
-    A generation prompt ends in its ``<sop>``, the only row that is not context: the context's rows see one another
-    without any mask, and the last row sees all, so that two unmasked calls do without a bias.
+    A generation prompt ends in its ``<sop>``, the only row that is not context: the context's rows see one another (and
+    a P-Tuning prefix) without any mask, and the last row sees all, so that two unmasked calls do without a bias.
     """
     with attention_kernels():
         return _attend(query, key, value, attn_bias, prefix_length, scale)
@@ -265,8 +265,9 @@ def _attend(
     scale: float | None,
 ) -> torch.Tensor:
     batch, heads, rows, size = query.shape
+    keys = key.shape[2]
     attend = functools.partial(functional.scaled_dot_product_attention, scale=scale)
-    if prefix_length != rows - 1 or key.shape[2] != rows or prefix_length < 1:
+    if prefix_length != keys - 1 or rows < 2:
         return attend(query, key, value, attn_mask=attn_bias).transpose(1, 2).reshape(batch, rows, heads * size)
     out = query.new_empty(batch, rows, heads, size)
     context = attend(query[:, :, :-1], key[:, :, :-1], value[:, :, :-1])

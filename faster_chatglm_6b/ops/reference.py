@@ -110,8 +110,9 @@ def fused_multi_head_attention_inference_v2(
         query: [B, H, M, K].
         key, value: [B, H, T, K].
         attn_bias: floating [B or 1, 1, M, T], added to the scaled scores; None: every key is seen.
-        prefix_length: for implementations that need no bias: when given, ``attn_bias`` says no more than this: each of
-            the first ``prefix_length`` keys is seen by every row, every other key by its own row and the later ones.
+        prefix_length: for implementations that need no bias: when given, the rows are those of the last M keys, and
+            ``attn_bias`` says no more than this: each of the first ``prefix_length`` keys is seen by every row, every
+            other key by its own row and the later ones.
         scale: default 1 / sqrt(K).
 
     Returns:

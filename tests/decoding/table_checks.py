@@ -61,7 +61,8 @@ def rotary_positions(device, dtype):
 
 
 def attention(device, dtype):
-    """A generation prompt without a bias, a padded one with a row that sees nothing, and one query row; never NaN."""
+    """A generation prompt without a bias, alone and behind a prefix, a padded one with a row that sees
+    nothing, and one query row; never NaN."""
     table = fused_operators(device)
     for rows in (1, 2, 9, 33):
         query, key, value = (_random(device, dtype, 2, 3, rows, 16) + i for i in range(3))
@@ -75,6 +76,10 @@ def attention(device, dtype):
         for prefix in (rows - 1, None):
             output = table.fused_multi_head_attention_inference_v2(**arguments, attn_bias=hidden, prefix_length=prefix)
             _close(output, expected, dtype)
+        if rows > 1:
+            later = {"query": query[:, :, 1:], "key": key, "value": value, "attn_bias": hidden[:, :, 1:]}
+            output = table.fused_multi_head_attention_inference_v2(**later, prefix_length=rows - 1)
+            _close(output, reference.fused_multi_head_attention_inference_v2(**later), dtype)
         nothing = hidden.expand(2, 1, rows, rows).clone()
         nothing[1] = lowest
         output = table.fused_multi_head_attention_inference_v2(**arguments, attn_bias=nothing)

@@ -15,6 +15,7 @@ import lifecycle_checks  # noqa: E402
 import loop_checks  # noqa: E402
 import table_checks  # noqa: E402
 from loop_checks import check_equal, expect, padded, plain_path, prompt  # noqa: E402
+from near_ties import assert_equal_up_to_near_ties  # noqa: E402
 
 from faster_chatglm_6b.decoding import loop, session  # noqa: E402
 
@@ -72,29 +73,12 @@ def test_300_prompts_in_float32(single):
         check_equal(single, input_ids=prompt(single, 3 + seed % 40, seed), max_new_tokens=6)
 
 
-def margin(model, ids):
-    """Difference of the two best logits behind ids, on the plain path."""
-    with torch.no_grad():
-        best = model(torch.tensor([ids], device=model.device)).logits[0, -1].float().topk(2).values
-    return float(best[0] - best[1])
-
-
-def assert_equal_up_to_near_ties(model, ours, theirs, length):
-    different = 0
-    for one, other in zip(ours, theirs, strict=True):
-        step = next((i for i in range(length, len(one)) if one[i] != other[i]), None)
-        if step is not None:
-            different += 1
-            assert margin(model, one[:step]) < NEAR_TIE, (one, other)
-    return different
-
-
 def test_300_prompts_in_float16(half):
     different = 0
     for seed in range(300):
         ids = prompt(half, 3 + seed % 40, seed)
         ours, theirs = loop_checks.both(half, input_ids=ids, **EXACT)
-        different += assert_equal_up_to_near_ties(half, ours, theirs, ids.shape[1])
+        different += assert_equal_up_to_near_ties(half, ours, theirs, ids.shape[1], NEAR_TIE)
     print(f"{different} of 300 runs differ at a near-tie of less than {NEAR_TIE}")
     assert different < 30
 
@@ -109,7 +93,7 @@ def test_row_of_a_batch_equals_the_single_run(single, half, batch):
         for row in range(0, batch, 1 + batch // 8):
             ids = prompt(model, lengths[row], row)
             alone = model.generate(ids, **EXACT).tolist()
-            assert_equal_up_to_near_ties(model, [ids[0].tolist() + output[row]], alone, lengths[row])
+            assert_equal_up_to_near_ties(model, [ids[0].tolist() + output[row]], alone, lengths[row], NEAR_TIE)
 
 
 def test_many_end_ways(half):
@@ -255,7 +239,7 @@ def test_moved_weights(tiny_dir):
     first = check_equal(model, input_ids=ids, max_new_tokens=6)
     model.half()
     ours, theirs = loop_checks.both(model, input_ids=ids, **EXACT)
-    assert_equal_up_to_near_ties(model, ours, theirs, 10)
+    assert_equal_up_to_near_ties(model, ours, theirs, 10, NEAR_TIE)
     model.cpu()
     with expect(plain=1):
         model.generate(ids.cpu(), **EXACT)
