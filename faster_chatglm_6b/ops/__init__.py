@@ -82,5 +82,6 @@ def _choose(device: torch.device, dtype: torch.dtype, head_size: int) -> Operato
     from . import cpu, cuda
 
     if device.type == "cpu":
-        return cpu.choose()
+        refusal = cuda.switch_refusal()
+        return cpu.choose() if refusal is None else reference_operators(refusal)
     return cuda.choose(device, dtype)

@@ -21,6 +21,13 @@ SWITCH = "FASTER_CHATGLM_6B_KERNELS"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+def switch_refusal() -> str | None:
+    """Why the user wants the definitions alone, on any device; None where the switch is not set to off."""
+    if os.environ.get(SWITCH, "").lower() in ("off", "0"):
+        return f"{SWITCH}={os.environ[SWITCH]}"
+    return None
+
+
 @functools.cache
 def kernels_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot serve this device and dtype; None where they can.
@@ -28,8 +35,8 @@ def kernels_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     A CPU passes in Triton's interpreter only (``TRITON_INTERPRET=1``), which is for tests. Users turn the kernels off,
     and the captured loop with them, with ``FASTER_CHATGLM_6B_KERNELS=off``.
     """
-    if os.environ.get(SWITCH, "").lower() in ("off", "0"):
-        return f"{SWITCH}={os.environ[SWITCH]}"
+    if switch_refusal() is not None:
+        return switch_refusal()
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if device.type not in ("cpu", "cuda") or (device.type == "cpu" and not interpreted):
         return f"there are no fused kernels for {device.type}; PyTorch's own serve it"
