@@ -1,287 +1,227 @@
-"""How fast ChatGLM-6B decodes on this GPU, next to what reading its weights costs on it.
+"""How fast ChatGLM-6B answers here, next to plain PyTorch and to what reading its weights costs.
 
-    python examples/benchmark.py --sample --batch 8          # random weights of the real shape, nothing to download
-    python examples/benchmark.py --model_name THUDM/chatglm-6b
-    python examples/benchmark.py --bits 4 --head-bits 8      # quantised after loading
-    python examples/benchmark.py --suite --json images/data/benchmark_h200.json
+    python examples/benchmark.py                             # random weights of the real shape, nothing to download
+    python examples/benchmark.py --no-fast                   # the same in plain PyTorch
+    python examples/benchmark.py --model_name THUDM/chatglm-6b --quant
+    python examples/benchmark.py --bits 4 --group-size 128 --head-bits 8 --batch 8 --sample
+    python examples/benchmark.py --table --json FILE         # both backends, quantised or not; --quick for a short one
+    python examples/benchmark.py --suite --json FILE         # contexts, batches, memory and promises
+    python examples/benchmark.py --model_name examples/tiny_chatglm --new_tokens 32     # without a GPU
 
-Times are wall-clock times of the public calls, the device drained before and after. ms_per_step is the median time of
-``model.generate`` for all new tokens minus the median for one (the prompt and its first token), divided by the other
-tokens: what one more token costs a caller. With ``--new-tokens 1`` it is the time of the whole call, which is how long
-the prompt takes. bytes_per_step are the weights and the keys and values that a step must read; their share of the read
-ceiling, a read-only stream of 8 GiB timed in the same process, tells how much is left to gain.
+One run prints how long its iterations took in all and on average, and one row of the table: tok/s, GB/s and the share
+of the read ceiling are those of one more token, without the prompt (see _measuring.py). ``--json FILE`` appends its
+record.
+
+"Torch" is the stock model's way of computing: every operator by its definition in PyTorch calls, a cache that is
+concatenated at every step, transformers' own loop, and quantised weights turned back into floats at every product. It
+runs our definitions of the operators and not the checkpoint's own code, whose ``generate`` fails on transformers 4.42
+and later. Where the two differ, the baseline is mostly the lighter one: PyTorch's own GELU, no mask in a step without
+padding, tables of sines that are kept, scores that are not scaled twice. It is the heavier one where int8 and int4
+weights become floats, in two and in seven PyTorch calls: the stock code has a CUDA kernel for that, though none for
+GPUs beyond compute capability 8.6.
 """
 
 import argparse
-import contextlib
-import datetime
 import json
 import os
-import statistics
-import subprocess
+import re
 import sys
-import time
 from pathlib import Path
+from typing import Any, NoReturn
 
-import torch
-
-KEYS = (
-    "backend weights group_size head batch prompt_tokens new_tokens mode ms_per_step tokens_per_s bytes_per_step "
-    "gb_per_s read_ceiling_gb_per_s share peak_memory_gb gpu clocks torch triton date command"
-).split()
-SAMPLING = {"do_sample": True, "top_p": 0.7, "temperature": 0.95}
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT = "请写一段关于人工智能的文字，不少于800字。"
+BACKENDS = ("ours", "torch")
 
 
-def build_model(name: str | None) -> torch.nn.Module:
-    """The checkpoint ``name`` in float16 on the GPU, or random weights of the 6B shape, made there in seconds."""
-    from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
-    from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+class Parser(argparse.ArgumentParser):
+    """Takes ``--new_tokens`` for ``--new-tokens``, and says what is wrong in one sentence."""
 
-    if name is not None:
-        return ChatGLMForConditionalGeneration.from_pretrained(name, torch_dtype=torch.float16).cuda().eval()
-    config = ChatGLMConfig(**CONFIG_6B)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float16)
-    try:
-        with torch.device("cuda"):
-            model = ChatGLMForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
-    generator = torch.Generator("cuda").manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, 0, 0.02, generator=generator)
-    model.lm_head.weight = model.transformer.word_embeddings.weight
-    return model.eval()
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        given = sys.argv[1:] if args is None else args
+        spelled = [re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in given]
+        return super().parse_args(spelled, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
-# THUDM/chatglm-6b's config.json.
-CONFIG_6B = {
-    "vocab_size": 130528,
-    "hidden_size": 4096,
-    "num_layers": 28,
-    "num_attention_heads": 32,
-    "inner_hidden_size": 16384,
-    "max_sequence_length": 2048,
-    "bos_token_id": 130004,
-    "eos_token_id": 130005,
-    "mask_token_id": 130000,
-    "gmask_token_id": 130001,
-    "pad_token_id": 3,
-    "position_encoding_2d": True,
-}
+def count(text: str) -> int:
+    """A number of at least 1, for an option."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} was given, but it must be 1 or more")
+    return value
 
 
-def make_prompt(model: torch.nn.Module, batch: int, tokens: int) -> torch.Tensor:
-    """Random ids [batch, tokens] that end in [gMASK] <sop>; no tokenizer is needed."""
-    config = model.config
-    text = torch.randint(20, 20000, (batch, tokens - 2), generator=torch.Generator().manual_seed(tokens))
-    end = torch.tensor([[config.gmask_token_id, config.bos_token_id]]).expand(batch, 2)
-    return torch.cat((text, end), dim=1).cuda()
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Everything that can be asked for; options that depend on others have no default here."""
+    choice = argparse.BooleanOptionalAction
+    model = parser.add_argument_group("what is measured")
+    model.add_argument("--model-name", "--model", metavar="NAME", help="hub id or directory of a checkpoint")
+    tiny = os.path.relpath(ROOT / "examples" / "tiny_chatglm")
+    model.add_argument("--tiny", dest="model_name", action="store_const", const=tiny, help="the toy checkpoint")
+    model.add_argument("--random-weights", action="store_true", help="random weights of the 6B shape (the default)")
+    model.add_argument("--backend", choices=BACKENDS, help="torch: plain PyTorch, see above (default: ours)")
+    model.add_argument("--fast", action=choice, help="the same choice: --no-fast is --backend torch")
+    model.add_argument("--bits", type=int, choices=(16, 8, 4), help="quantise the layers first")
+    model.add_argument("--quant", action=choice, help="quantise to 8 bits, or to --bits")
+    model.add_argument("--group-size", type=count, help="columns per scale, for example 128 (default: whole rows)")
+    model.add_argument("--head-bits", type=int, choices=(8,), help="quantise the output head too")
+    work = parser.add_argument_group("the work")
+    work.add_argument("--prompt", metavar="TEXT", help=f"needs a checkpoint (its default: {PROMPT})")
+    work.add_argument("--prompt-tokens", type=count, help="random tokens instead (default without a checkpoint: 20)")
+    work.add_argument("--new-tokens", type=count, default=128, help="new tokens per iteration (%(default)s)")
+    work.add_argument("--batch", type=count, default=1, help="prompts at once (%(default)s)")
+    mode = work.add_mutually_exclusive_group()
+    mode.add_argument("--sample", dest="mode", action="store_const", const="sample", help="as chat samples")
+    mode.add_argument("--stream", dest="mode", action="store_const", const="stream", help="as stream_chat samples")
+    work.add_argument("--iters", type=count, help="measured iterations (20; 5 with --suite)")
+    work.add_argument("--warmup-iters", type=count, help="iterations before them (1; 2 with --suite)")
+    whole = parser.add_argument_group("whole experiments")
+    whole.add_argument("--table", action="store_true", help="both backends, quantisation off, 8 and 4, in 5 runs each")
+    whole.add_argument("--runs", type=count, help="runs of each row of the table, each in a process of its own")
+    whole.add_argument("--suite", action="store_true", help="contexts, batches, memory and times after loading")
+    whole.add_argument("--quick", action="store_true", help="--table or --suite with 3 iterations in 1 run")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", metavar="FILE", help="append the records to FILE; with --table: write FILE anew")
+    output.add_argument("--profile", action="store_true", help="print the kernels that the time goes to")
+    output.add_argument("--run-to", metavar="FILE", help=argparse.SUPPRESS)  # how --table hears from its processes
+    parser.set_defaults(mode="greedy")
 
 
-def read_ceiling() -> float:
-    """GB/s of a read-only stream of 8 GiB, the best of 20."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def read(source, sink, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):
-        start = tl.program_id(0).to(tl.int64) * BLOCK * ROUNDS
-        total = tl.zeros([BLOCK], tl.int32)
-        for i in range(ROUNDS):
-            total += tl.load(source + start + i * BLOCK + tl.arange(0, BLOCK), eviction_policy="evict_first")
-        # Never true, but the compiler cannot know.
-        if tl.sum(total) == 123456789:
-            tl.store(sink, 1)
-
-    data = torch.zeros(2 << 30, dtype=torch.int32, device="cuda")
-    sink = torch.zeros(1, dtype=torch.int32, device="cuda")
-    grid = (data.numel() // (4096 * 8),)
-    times = []
-    for _ in range(22):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        read[grid](data, sink, BLOCK=4096, ROUNDS=8, num_warps=8)
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return data.numel() * 4 / min(times[2:]) / 1e6
-
-
-def clocks() -> str:
-    """SM and memory clock right after work was queued, as nvidia-smi reads them."""
-    x = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
-    for _ in range(300):
-        x @ x
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader"]
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        out = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip().splitlines()
-        if out:
-            return out[0]
-    return "unknown"
-
-
-def bytes_per_step(model: torch.nn.Module, batch: int, prompt_tokens: int, new_tokens: int) -> int:
-    """What a step must read on average: every layer, the head, and the keys and values so far."""
-    layers = sum(p.numel() * p.element_size() for p in model.transformer.layers.parameters())
-    head = model.lm_head.weight.numel() * model.lm_head.weight.element_size()
-    config = model.config
-    context = prompt_tokens + new_tokens / 2
-    return int(layers + head + 2 * config.num_layers * config.hidden_size * 2 * batch * context)
-
-
-def timed(call) -> float:
-    """Seconds of one call, the device drained before and after."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def run_once(model: torch.nn.Module, ids: torch.Tensor, mode: str, new_tokens: int) -> None:
-    """Generate ``new_tokens``; random weights must not end the answer early, so there is no end token."""
-    from transformers import LogitsProcessorList
-
-    from faster_chatglm_6b.chat import InvalidScoreLogitsProcessor
-
-    settings = {"max_new_tokens": new_tokens, "eos_token_id": None, "pad_token_id": 3}
-    if mode == "greedy":
-        model.generate(ids, do_sample=False, **settings)
-        return
-    # What chat and stream_chat ask for.
-    settings |= SAMPLING | {"logits_processor": LogitsProcessorList([InvalidScoreLogitsProcessor()])}
-    if mode == "sample":
-        model.generate(ids, **settings)
-        return
-    for token in model.stream_tokens(ids, **settings):
-        token.tolist()
-
-
-def measure(model: torch.nn.Module, args: argparse.Namespace, ceiling: float, clock: str) -> dict:
-    """One record, with the keys KEYS."""
-    import triton
-
-    ids = make_prompt(model, args.batch, args.prompt_tokens)
-    for _ in range(args.warmup_iters):
-        run_once(model, ids, args.mode, args.new_tokens)
-    torch.cuda.reset_peak_memory_stats()
-    whole = [timed(lambda: run_once(model, ids, args.mode, args.new_tokens)) for _ in range(args.iters)]
-    seconds, steps = statistics.median(whole), 1
-    if args.new_tokens > 1:
-        first = [timed(lambda: run_once(model, ids, args.mode, 1)) for _ in range(args.iters + 2)]
-        seconds, steps = seconds - statistics.median(first[1:]), args.new_tokens - 1
-    step = seconds / steps
-    moved = bytes_per_step(model, args.batch, args.prompt_tokens, args.new_tokens)
-    rate = moved / step / 1e9
-    config = model.config
-    values = (
-        args.backend,
-        f"int{config.quantization_bit}" if config.quantization_bit else "fp16",
-        config.quantization_group_size,
-        f"int{config.quantization_head_bits}" if config.quantization_head_bits else "fp16",
-        args.batch,
-        args.prompt_tokens,
-        args.new_tokens,
-        args.mode,
-        round(step * 1e3, 4),
-        round(args.batch / step, 1),
-        moved,
-        round(rate, 1),
-        round(ceiling, 1),
-        round(rate / ceiling, 4),
-        round(torch.cuda.max_memory_reserved() / 1e9, 2),
-        torch.cuda.get_device_name(),
-        clock,
-        torch.__version__,
-        triton.__version__,
-        datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        " ".join(["python", *sys.argv]),
-    )
-    record = dict(zip(KEYS, values, strict=True))
-    print(
-        f"{args.backend:5} {args.mode:6} batch {args.batch:<3} prompt {args.prompt_tokens:<5} new {args.new_tokens:<4} "
-        f"{step * 1e3:8.3f} ms/token {args.batch / step:9.1f} tokens/s {rate:7.0f} GB/s of {ceiling:.0f}: "
-        f"{rate / ceiling:.3f}  peak {record['peak_memory_gb']} GB",
-        flush=True,
-    )
-    return record
-
-
-def append(path: str | None, records: list[dict]) -> None:
-    """Add records to a JSON list in a file, one line each."""
-    if path is None:
-        return
-    file = Path(path)
-    known = json.loads(file.read_text()) if file.exists() else []
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in known + records)
-    file.write_text(f"[\n{lines}\n]\n")
-
-
-def profile(model: torch.nn.Module, args: argparse.Namespace) -> None:
-    """Print which kernels the steps' time goes to."""
-    from torch.profiler import ProfilerActivity
-
-    ids = make_prompt(model, args.batch, args.prompt_tokens)
-    run_once(model, ids, args.mode, args.new_tokens)
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run_once(model, ids, args.mode, args.new_tokens)
-        torch.cuda.synchronize()
-    print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=20, max_name_column_width=48))
+def contradiction(args: argparse.Namespace) -> str | None:
+    """One sentence on options that cannot go together; None where all can."""
+    if args.fast is not None and args.backend not in (None, BACKENDS[not args.fast]):
+        given = "--fast" if args.fast else "--no-fast"
+        return f"{given} means --backend {BACKENDS[not args.fast]}, but --backend {args.backend} was given; keep one."
+    if args.quant is False and args.bits not in (None, 16):
+        return f"--no-quant was given with --bits {args.bits}; keep one of the two."
+    if args.quant and args.bits == 16:
+        return "--quant was given with --bits 16, which is no quantisation; keep one of the two."
+    if args.random_weights and args.model_name:
+        return f"--random-weights was given with --model_name {args.model_name}; keep one of the two."
+    if args.prompt is not None and args.prompt_tokens is not None:
+        return "--prompt was given with --prompt-tokens, which stands for random tokens; keep one of the two."
+    if args.prompt is not None and (not args.model_name or args.suite):
+        return "--prompt needs a tokenizer, and random weights have none; name a checkpoint with --model_name."
+    if args.prompt_tokens is not None and args.prompt_tokens < 3:
+        return f"--prompt-tokens {args.prompt_tokens} was given, but a prompt has at least 3 tokens."
+    if args.table and args.suite:
+        return "--table was given with --suite; run one after the other."
+    if args.quick and not (args.table or args.suite):
+        return "--quick shortens --table and --suite; give one of them, or fewer --iters."
+    if args.runs is not None and not args.table:
+        return "--runs belongs to --table; give it too, or more --iters."
+    decided = {"--backend": args.backend, "--fast": args.fast, "--bits": args.bits, "--quant": args.quant}
+    given = [name for name, value in {**decided, "--head-bits": args.head_bits}.items() if value is not None]
+    if args.table and given:
+        return f"--table measures both backends, quantised and not; leave {given[0]} out."
+    if args.table and args.profile:
+        return "--profile looks at one run; leave --table out."
+    if args.suite and any(value is not None for value in (args.bits, args.quant, args.group_size, args.head_bits)):
+        return "--suite measures float16 weights; leave the options of quantisation out."
+    if (args.group_size or args.head_bits) and not (args.table or args.quant or args.bits in (8, 4)):
+        return "--group-size and --head-bits need --bits 8 or --bits 4."
+    return None
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model_name", help="a checkpoint; without one the weights are random")
-    parser.add_argument("--random-weights", action="store_true", help="random weights of the real shape (the default)")
-    parser.add_argument("--backend", choices=("ours", "torch"), default="ours", help="torch: no kernels, plain loop")
-    parser.add_argument("--bits", type=int, choices=(16, 8, 4), default=16, help="quantise the layers first")
-    parser.add_argument("--group-size", type=int, help="columns per scale, for example 128; default: whole rows")
-    parser.add_argument("--head-bits", type=int, choices=(8,), help="quantise the output head too")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--prompt-tokens", type=int, default=20)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--iters", type=int, default=5)
-    parser.add_argument("--warmup-iters", type=int, default=2)
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--sample", dest="mode", action="store_const", const="sample", help="as chat samples")
-    mode.add_argument("--stream", dest="mode", action="store_const", const="stream", help="as stream_chat samples")
-    parser.add_argument("--json", metavar="FILE", help="append the records to this file")
-    parser.add_argument("--profile", action="store_true", help="print the kernels that the time goes to")
-    parser.add_argument("--suite", action="store_true", help="every row of the README's table")
-    parser.set_defaults(mode="greedy")
+    """The options, those that depend on others filled in; exits with one sentence where they contradict."""
+    description, details = __doc__.split("\n\n", 1)
+    parser = Parser(description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
     args = parser.parse_args(argv)
-    if args.prompt_tokens < 3 or args.new_tokens < 1 or args.iters < 1:
-        parser.error("a prompt has at least 3 tokens, and there is at least one new token and one iteration")
-    if args.bits == 16 and (args.group_size or args.head_bits):
-        parser.error("--group-size and --head-bits need --bits 8 or --bits 4")
+    wrong = contradiction(args)
+    if wrong:
+        parser.error(wrong)
+    args.backend = args.backend or BACKENDS[args.fast is False]
+    args.bits = args.bits or (8 if args.quant else 16)
+    args.runs = args.runs or (1 if args.quick else 5)
+    args.iters = args.iters or (3 if args.quick else 5 if args.suite else 20)
+    args.warmup_iters = args.warmup_iters or (2 if args.suite and not args.quick else 1)
+    if args.prompt_tokens is None and (args.suite or not args.model_name):
+        args.prompt_tokens = 20
     return args
+
+
+def check_machine(args: argparse.Namespace) -> None:
+    """Raise SystemExit, with one sentence, where there is no GPU for what was asked."""
+    import torch
+
+    if torch.cuda.is_available() or (args.model_name and not args.suite):
+        return
+    needy = "--suite needs" if args.suite else "the 6B shape with random weights needs"
+    raise SystemExit(
+        f"There is no CUDA device, which {needy}; on a CPU, measure a checkpoint, for example --model_name "
+        "examples/tiny_chatglm."
+    )
+
+
+def check_path(args: argparse.Namespace) -> None:
+    """Make sure that the plain baseline was plain, and say so where ours was not fast."""
+    import faster_chatglm_6b
+
+    status = faster_chatglm_6b.status()
+    if args.backend == "torch":
+        operators = {name for choices in status.operators.values() for name, _ in choices.values()}
+        if status.captured_generations or operators != {"reference"}:
+            raise SystemExit(f"The plain baseline was not plain, which is a fault of this benchmark: {status}")
+    elif status.plain_generations:
+        print(f"Ours ran without its captured loop: {'; '.join(status.plain_generations)}.", file=sys.stderr)
+
+
+def single(args: argparse.Namespace) -> None:
+    """One model, one kind of work: the closing line, the row, and the record."""
+    import benchmark_table
+    from _machine import look
+    from _measuring import append, encode_prompt, known_records, load, make_prompt, measure, profile, token_times
+
+    if args.json:
+        known_records(Path(args.json))
+    machine = look()
+    model, tokenizer = load(args.model_name)
+    if args.bits != 16:
+        try:
+            model.quantize(args.bits, args.group_size, args.head_bits)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
+    if args.prompt_tokens is None:
+        ids = encode_prompt(model, tokenizer, args.prompt or PROMPT, args.batch)
+    else:
+        ids = make_prompt(model, args.batch, args.prompt_tokens)
+    run = measure(model, ids, args, machine)
+    check_path(args)
+    total = sum(run.seconds)
+    print(f"Finish {args.iters} iters in {total:.3f} seconds, average {total / args.iters:.3f} s/it\n")
+    print(benchmark_table.HEADER)
+    print(benchmark_table.markdown_row(benchmark_table.row_of([total], [run.record], args.iters)))
+    append(args.json, [run.record])
+    if args.run_to:
+        times = token_times(model, ids, args.new_tokens) if args.bits == 16 else None
+        result = {"duration_s": total, "record": run.record, "token_times": times}
+        Path(args.run_to).write_text(json.dumps(result), encoding="utf-8")
+    if args.profile:
+        profile(model, ids, args.mode, args.new_tokens)
 
 
 def main(args: argparse.Namespace) -> None:
     """Run what the arguments ask for."""
-    if not torch.cuda.is_available():
-        raise SystemExit("There is no CUDA device, and this benchmark measures GPUs; run it on a machine with one.")
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(ROOT))
+    check_machine(args)
     if args.backend == "torch":
-        # Read when the first model runs: the definitions in plain PyTorch, and transformers' own loop.
+        # Read when the first model runs.
         os.environ["FASTER_CHATGLM_6B_KERNELS"] = "off"
     if args.suite:
         import benchmark_suite
 
         benchmark_suite.run(args)
-        return
-    ceiling, clock = read_ceiling(), clocks()
-    torch.cuda.empty_cache()
-    model = build_model(args.model_name)
-    if args.bits != 16:
-        model.quantize(args.bits, args.group_size, args.head_bits)
-        torch.cuda.empty_cache()
-    append(args.json, [measure(model, args, ceiling, clock)])
-    if args.profile:
-        profile(model, args)
+    elif args.table:
+        import benchmark_table
+
+        benchmark_table.run(args)
+    else:
+        single(args)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ goes to FILE with ``_checks`` in its name.
 """
 
 import argparse
-import copy
 import json
 import os
 import subprocess
@@ -14,8 +13,10 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
-import benchmark
+import _machine
+import _measuring
 import torch
 
 # (name, batch, prompt tokens, new tokens, mode)
@@ -33,10 +34,10 @@ FIRST = "--first-generate"
 
 def first_generate() -> None:
     """In a process of its own: seconds of the first calls after loading, as JSON on the last line."""
-    model = benchmark.build_model(None)
-    ids = benchmark.make_prompt(model, 1, 20)
+    model = _measuring.build_model(None)
+    ids = _measuring.make_prompt(model, 1, 20)
     times = {
-        mode: benchmark.timed(lambda mode=mode: benchmark.run_once(model, ids, mode, 16))
+        mode: _measuring.timed(lambda mode=mode: _measuring.run_once(model, ids, mode, 16))
         for mode in ("greedy", "sample")
     }
     print(json.dumps(times))
@@ -55,8 +56,8 @@ def in_new_process(cache: str) -> dict[str, float]:
 
 def synchronisations(model: torch.nn.Module, tokens: int = 50) -> int:
     """Host synchronisations that torch counts while ``tokens`` tokens are streamed."""
-    ids = benchmark.make_prompt(model, 1, 20)
-    stream = model.stream_tokens(ids, max_new_tokens=tokens + 20, eos_token_id=None, **benchmark.SAMPLING)
+    ids = _measuring.make_prompt(model, 1, 20)
+    stream = model.stream_tokens(ids, max_new_tokens=tokens + 20, eos_token_id=None, **_measuring.SAMPLING)
     for _ in range(10):
         next(stream)
     torch.cuda.set_sync_debug_mode("warn")
@@ -76,7 +77,7 @@ def memory_at_2048(model: torch.nn.Module) -> tuple[float, float]:
     model.release_cache()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    ids = benchmark.make_prompt(model, 1, 2000)
+    ids = _measuring.make_prompt(model, 1, 2000)
     model.generate(ids, do_sample=False, max_new_tokens=48, eos_token_id=None, pad_token_id=3)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     config = model.config
@@ -84,6 +85,24 @@ def memory_at_2048(model: torch.nn.Module) -> tuple[float, float]:
     peak = torch.cuda.max_memory_reserved()
     model.release_cache()
     return peak / 1e9, (weights + cache) / 1e9
+
+
+def measure(
+    model: torch.nn.Module,
+    machine: _machine.Machine,
+    args: argparse.Namespace,
+    batch: int,
+    prompt: int,
+    new: int,
+    mode: str,
+) -> dict[str, Any]:
+    """The record of one of RUNS, printed; what generation kept on the GPU is freed after it."""
+    work = argparse.Namespace(**vars(args) | {"new_tokens": new, "mode": mode})
+    record = _measuring.measure(model, _measuring.make_prompt(model, batch, prompt), work, machine).record
+    print(_measuring.describe(record), flush=True)
+    model.release_cache()
+    torch.cuda.empty_cache()
+    return record
 
 
 def run(args: argparse.Namespace) -> None:
@@ -94,20 +113,14 @@ def run(args: argparse.Namespace) -> None:
         checks.append({"what": what, "measured": round(value, 4), "must": must, "met": bool(good)})
         print(f"{'ok  ' if good else 'MISS'} {what}: {value:.4g} (must be {must})", flush=True)
 
-    ceiling, clock = benchmark.read_ceiling(), benchmark.clocks()
-    print(f"read ceiling {ceiling:.0f} GB/s, clocks {clock}, {torch.cuda.get_device_name()}", flush=True)
-    torch.cuda.empty_cache()
-    model = benchmark.build_model(args.model_name)
-    for name, batch, prompt, new, mode in RUNS:
-        one = copy.copy(args)
-        one.batch, one.prompt_tokens, one.new_tokens, one.mode = batch, prompt, new, mode
-        records[name] = benchmark.measure(model, one, ceiling, clock)
-        model.release_cache()
-        torch.cuda.empty_cache()
-    again = copy.copy(args)
-    again.batch, again.prompt_tokens, again.new_tokens, again.mode = RUNS[0][1:]
-    records["greedy again"] = benchmark.measure(model, again, ceiling, clock)
-    benchmark.append(args.json, list(records.values()))
+    machine = _machine.look()
+    if machine.read_ceiling is None:
+        raise SystemExit("The read ceiling is measured with Triton, which is not installed: `pip install triton`.")
+    print(f"read ceiling {machine.read_ceiling:.0f} GB/s, clocks {machine.clocks}, {machine.name}", flush=True)
+    model = _measuring.build_model(args.model_name)
+    for name, *work in (*RUNS, ("greedy again", *RUNS[0][1:])):
+        records[name] = measure(model, machine, args, *work)
+    _measuring.append(args.json, list(records.values()))
     step = {name: record["ms_per_step"] for name, record in records.items()}
     greedy = step["greedy"]
     check(
@@ -137,12 +150,10 @@ def run(args: argparse.Namespace) -> None:
         path = Path(args.json)
         path.with_name(f"{path.stem}_checks.json").write_text(json.dumps(checks, indent=1) + "\n")
     if args.profile:
-        for name in ("greedy", "stream", "batch 8", "batch 32"):
-            one = copy.copy(args)
-            one.batch, one.prompt_tokens, one.new_tokens, one.mode = next(r for r in RUNS if r[0] == name)[1:]
-            one.new_tokens = 32
-            print(name)
-            benchmark.profile(model, one)
+        for name, batch, prompt, _, mode in RUNS:
+            if name in ("greedy", "stream", "batch 8", "batch 32"):
+                print(name)
+                _measuring.profile(model, _measuring.make_prompt(model, batch, prompt), mode, 32)
 
 
 if __name__ == "__main__" and sys.argv[1:] == [FIRST]:

@@ -19,7 +19,7 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmark import read_ceiling  # noqa: E402
+from _machine import read_ceiling  # noqa: E402
 
 from faster_chatglm_6b.ops import triton as kernels  # noqa: E402
 from faster_chatglm_6b.ops.triton import quantized_configs  # noqa: E402

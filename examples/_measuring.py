@@ -1,0 +1,281 @@
+"""How the benchmark makes a model and a prompt, times its calls, and what it records of them.
+
+Times are wall-clock times of the public calls, the device drained before and after. ms_per_step is the median time of
+``model.generate`` for all new tokens minus the median for one (the prompt and its first token), divided by the other
+tokens: what one more token costs a caller. With one new token it is the time of the whole call, which is how long the
+prompt takes. bytes_per_step are the weights and the keys and values that a step must read; their share of the read
+ceiling, a read-only stream of 8 GiB timed in the same process, tells how much is left to gain.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from _machine import Machine, synchronize
+from tqdm import tqdm
+
+KEYS = (
+    "backend weights group_size head batch prompt_tokens new_tokens mode ms_per_step tokens_per_s bytes_per_step "
+    "gb_per_s read_ceiling_gb_per_s share peak_memory_gb gpu clocks torch triton date command"
+).split()
+SAMPLING = {"do_sample": True, "top_p": 0.7, "temperature": 0.95}
+# THUDM/chatglm-6b's config.json.
+CONFIG_6B = {
+    "vocab_size": 130528,
+    "hidden_size": 4096,
+    "num_layers": 28,
+    "num_attention_heads": 32,
+    "inner_hidden_size": 16384,
+    "max_sequence_length": 2048,
+    "bos_token_id": 130004,
+    "eos_token_id": 130005,
+    "mask_token_id": 130000,
+    "gmask_token_id": 130001,
+    "pad_token_id": 3,
+    "position_encoding_2d": True,
+}
+
+
+class Run(NamedTuple):
+    """One measurement: the seconds of every iteration, and its record with the keys KEYS."""
+
+    seconds: list[float]
+    record: dict[str, Any]
+
+
+def build_model(name: str | None) -> torch.nn.Module:
+    """The model of ``load``, where no tokenizer is needed."""
+    return load(name)[0]
+
+
+def load(name: str | None) -> tuple[torch.nn.Module, Any]:
+    """Model and tokenizer of a checkpoint: float16 on the GPU, float32 on a CPU.
+
+    Without a name: random weights of the 6B shape, made on the GPU in seconds, and no tokenizer.
+
+    Raises:
+        SystemExit: after a sentence on what to do, where the checkpoint cannot be had.
+    """
+    if name is not None:
+        from _loading import load_or_exit
+
+        tokenizer, model = load_or_exit(argparse.Namespace(model=name, tiny=False, bits=None, device=None))
+        return model.eval(), tokenizer
+    from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
+    from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.device("cuda"):
+            model = ChatGLMForConditionalGeneration(ChatGLMConfig(**CONFIG_6B))
+    finally:
+        torch.set_default_dtype(before)
+    generator = torch.Generator("cuda").manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, 0, 0.02, generator=generator)
+    model.lm_head.weight = model.transformer.word_embeddings.weight
+    return model.eval(), None
+
+
+def make_prompt(model: torch.nn.Module, batch: int, tokens: int) -> torch.Tensor:
+    """Random ids [batch, tokens] that end in [gMASK] <sop>; no tokenizer is needed."""
+    config = model.config
+    words = min(20000, config.mask_token_id)
+    text = torch.randint(20, words, (batch, tokens - 2), generator=torch.Generator().manual_seed(tokens))
+    end = torch.tensor([[config.gmask_token_id, config.bos_token_id]]).expand(batch, 2)
+    return torch.cat((text, end), dim=1).to(model.device)
+
+
+def encode_prompt(model: torch.nn.Module, tokenizer: Any, text: str, batch: int) -> torch.Tensor:
+    """Ids [batch, length] of a text as ``chat`` would ask it, the same in every row."""
+    ids = [*tokenizer.encode_text(text), tokenizer.gmask_token_id, tokenizer.bos_token_id]
+    return torch.tensor([ids], device=model.device).expand(batch, -1).contiguous()
+
+
+def bytes_per_step(model: torch.nn.Module, batch: int, prompt_tokens: int, new_tokens: int) -> int:
+    """What a step must read on average: every layer, the head, and the keys and values so far."""
+    layers = sum(p.numel() * p.element_size() for p in model.transformer.layers.parameters())
+    head = model.lm_head.weight.numel() * model.lm_head.weight.element_size()
+    config = model.config
+    context = prompt_tokens + new_tokens / 2
+    of_a_key = model.transformer.word_embeddings.weight.element_size()
+    return int(layers + head + 2 * config.num_layers * config.hidden_size * of_a_key * batch * context)
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds of one call, the device drained before and after."""
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def run_once(model: torch.nn.Module, ids: torch.Tensor, mode: str, new_tokens: int) -> None:
+    """Generate ``new_tokens``; random weights must not end the answer early, so there is no end token."""
+    from transformers import LogitsProcessorList
+
+    from faster_chatglm_6b.chat import InvalidScoreLogitsProcessor
+
+    settings = {"max_new_tokens": new_tokens, "eos_token_id": None, "pad_token_id": 3}
+    if mode == "greedy":
+        model.generate(ids, do_sample=False, **settings)
+        return
+    # What chat and stream_chat ask for.
+    settings |= SAMPLING | {"logits_processor": LogitsProcessorList([InvalidScoreLogitsProcessor()])}
+    if mode == "sample":
+        model.generate(ids, **settings)
+        return
+    for token in model.stream_tokens(ids, **settings):
+        token.tolist()
+
+
+def token_times(model: torch.nn.Module, ids: torch.Tensor, new_tokens: int) -> list[float]:
+    """Seconds from the call of ``generate`` to the arrival of each token at a streamer, greedy; increasing."""
+    from transformers.generation.streamers import BaseStreamer
+
+    class Clock(BaseStreamer):
+        def __init__(self) -> None:
+            self.arrivals: list[float] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            value.tolist()
+            self.arrivals.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    clock = Clock()
+    synchronize()
+    start = time.perf_counter()
+    model.generate(ids, do_sample=False, max_new_tokens=new_tokens, eos_token_id=None, pad_token_id=3, streamer=clock)
+    # The first thing that generate gives a streamer is the prompt.
+    return [round(arrival - start, 5) for arrival in clock.arrivals[1:]]
+
+
+def measure(model: torch.nn.Module, ids: torch.Tensor, args: argparse.Namespace, machine: Machine) -> Run:
+    """Time ``args.iters`` generations from the prompts ``ids`` [batch, length] after ``args.warmup_iters`` others."""
+    batch, prompt_tokens = ids.shape
+    on_gpu = machine.device == "cuda"
+    for _ in range(args.warmup_iters):
+        run_once(model, ids, args.mode, args.new_tokens)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    # disable=None: no bar where the output goes to a file.
+    rounds = tqdm(range(args.iters), desc=f"{args.backend} {weights_of(model)}", unit="it", leave=False, disable=None)
+    whole = [timed(lambda: run_once(model, ids, args.mode, args.new_tokens)) for _ in rounds]
+    seconds, steps = statistics.median(whole), 1
+    if args.new_tokens > 1:
+        first = [timed(lambda: run_once(model, ids, args.mode, 1)) for _ in range(args.iters + 2)]
+        seconds, steps = seconds - statistics.median(first[1:]), args.new_tokens - 1
+    step = seconds / steps
+    moved = bytes_per_step(model, batch, prompt_tokens, args.new_tokens)
+    rate, ceiling = moved / step / 1e9, machine.read_ceiling
+    values = (
+        args.backend,
+        weights_of(model),
+        model.config.quantization_group_size,
+        f"int{model.config.quantization_head_bits}" if model.config.quantization_head_bits else _float_name(model),
+        batch,
+        prompt_tokens,
+        args.new_tokens,
+        args.mode,
+        round(step * 1e3, 4),
+        round(batch / step, 1),
+        moved,
+        round(rate, 1),
+        ceiling and round(ceiling, 1),
+        ceiling and round(rate / ceiling, 4),
+        round(torch.cuda.max_memory_reserved() / 1e9, 2) if on_gpu else None,
+        machine.name,
+        machine.clocks,
+        torch.__version__,
+        _triton_version(),
+        datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        " ".join(["python", *sys.argv]),
+    )
+    return Run(whole, dict(zip(KEYS, values, strict=True)))
+
+
+def weights_of(model: torch.nn.Module) -> str:
+    """ "fp16", "fp32", "int8" or "int4": what the layers' weights are."""
+    bits = model.config.quantization_bit
+    return f"int{bits}" if bits else _float_name(model)
+
+
+def _float_name(model: torch.nn.Module) -> str:
+    return {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(model.transformer.word_embeddings.weight.dtype, "fp32")
+
+
+def _triton_version() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    return triton.__version__
+
+
+def describe(record: dict[str, Any]) -> str:
+    """One line of what a record says."""
+    ceiling = record["read_ceiling_gb_per_s"]
+    return (
+        f"{record['backend']:5} {record['weights']} {record['mode']:6} batch {record['batch']:<3} "
+        f"prompt {record['prompt_tokens']:<5} new {record['new_tokens']:<4} {record['ms_per_step']:8.3f} ms/token "
+        f"{record['tokens_per_s']:9.1f} tokens/s {record['gb_per_s']:7.0f} GB/s"
+        + (f" of {ceiling:.0f}: {record['share']:.3f}  peak {record['peak_memory_gb']} GB" if ceiling else "")
+    )
+
+
+def append(path: str | None, records: list[dict[str, Any]]) -> None:
+    """Add records to a JSON list in a file, one line each.
+
+    Raises:
+        SystemExit: the file holds something else.
+    """
+    if path is None:
+        return
+    file = Path(path)
+    known = known_records(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in known + records)
+    file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def known_records(file: Path) -> list[dict[str, Any]]:
+    """The records that a file holds; none where it does not exist.
+
+    Raises:
+        SystemExit: it holds something else.
+    """
+    if not file.exists():
+        return []
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        known = None
+    if not isinstance(known, list):
+        raise SystemExit(f"{file} holds no list of records, and nothing can be added to it; name another file.")
+    return known
+
+
+def profile(model: torch.nn.Module, ids: torch.Tensor, mode: str, new_tokens: int) -> None:
+    """Print which kernels the steps' time goes to."""
+    from torch.profiler import ProfilerActivity
+
+    run_once(model, ids, mode, new_tokens)
+    device = "CUDA" if model.device.type == "cuda" else "CPU"
+    with torch.profiler.profile(activities=[getattr(ProfilerActivity, device)]) as profiler:
+        run_once(model, ids, mode, new_tokens)
+        synchronize()
+    averages = profiler.key_averages()
+    print(averages.table(sort_by=f"{device.lower()}_time_total", row_limit=20, max_name_column_width=48))
