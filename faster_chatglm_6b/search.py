@@ -6,6 +6,7 @@ import torch
 
 from . import _status
 from .decoding.loop import engine_of, generate_ids, generate_tokens
+from .decoding.memory import memory_explained
 from .streaming import no_single_next_token, streaming
 
 
@@ -17,7 +18,8 @@ class SearchMixin:
         if streaming.get():
             raise no_single_next_token()
         _status.record_generation("plain", "beam search")
-        return super()._beam_search(*args, **kwargs)
+        with memory_explained(self, args[0], kwargs["generation_config"]):
+            return super()._beam_search(*args, **kwargs)
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' assisted decoding, where the caller does not ask for a stream."""
@@ -29,7 +31,8 @@ class SearchMixin:
                 "prompt_lookup_num_tokens and assistant_model out."
             )
         _status.record_generation("plain", "assisted decoding")
-        return super()._assisted_decoding(*args, **kwargs)
+        with memory_explained(self, args[0], kwargs["generation_config"]):
+            return super()._assisted_decoding(*args, **kwargs)
 
     def _sample(
         self,
@@ -60,7 +63,8 @@ class SearchMixin:
                 **model_kwargs,
             )
 
-        return generate_ids(*arguments, _with_sync(model_kwargs, synced_gpus), plain)
+        with memory_explained(self, input_ids, generation_config):
+            return generate_ids(*arguments, _with_sync(model_kwargs, synced_gpus), plain)
 
     def release_cache(self) -> None:
         """Free the GPU memory that generation keeps between calls: key-value cache, buffers and captured graphs.

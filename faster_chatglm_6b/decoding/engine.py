@@ -21,7 +21,8 @@ class DecodeEngine:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Held by the running request. Taken with a bare ``with``, in which no interrupt can fall between the two.
+        self.lock = threading.Lock()
         self._owner: int | None = None
         self._key: tuple | None = None
         self._sessions: OrderedDict[int, Session] = OrderedDict()
@@ -33,48 +34,45 @@ class DecodeEngine:
     def __reduce__(self) -> tuple:
         return DecodeEngine, ()
 
-    def acquire(self) -> None:
-        """Wait until no other request runs on the model.
+    def refuse_own_thread(self) -> None:
+        """Call before waiting for the lock.
 
         Raises:
-            CannotServe: this thread itself has one open, a stream that is neither finished nor closed.
+            CannotServe: this thread itself has a request open, a stream that is neither finished nor closed.
         """
-        if self._owner == threading.get_ident():
+        if self.lock.locked() and self._owner == threading.get_ident():
             raise CannotServe("another stream of this thread is open on the model")
-        self._lock.acquire()
-        self._owner = threading.get_ident()
 
     def touch(self) -> None:
         """Note that the calling thread goes on with the request: a generator may be moved on by any thread."""
         self._owner = threading.get_ident()
 
-    def leave(self) -> None:
-        """End the request."""
-        try:
-            if self._release_when_free:
-                self._drop()
-        finally:
-            self._owner = None
-            self._lock.release()
+    def end(self) -> None:
+        """End the request; call with the lock held."""
+        self._owner = None
+        if self._release_when_free:
+            self._drop()
+
+    def give_up_sessions(self) -> None:
+        """Make everything anew after this request: a step was left half done, or memory ran out."""
+        self._release_when_free = True
 
     def release(self) -> None:
         """Give up all caches and graphs, now or when the running request ends."""
         self._release_when_free = True
-        if self._lock.acquire(blocking=False):
+        if self.lock.acquire(blocking=False):
             try:
                 self._drop()
             finally:
-                self._lock.release()
+                self.lock.release()
 
     def _drop(self) -> None:
+        while self._sessions:
+            self._forget(next(iter(self._sessions)))
         self._release_when_free = False
-        for session in self._sessions.values():
-            session.wait()
-        self._sessions.clear()
 
     def session(self, model: Any, key: tuple, batch: int, tokens: int) -> Session:
-        """A session for ``batch`` sequences of up to ``tokens`` cached ids and prefix keys; call between ``acquire``
-        and ``leave``.
+        """A session for ``batch`` sequences of up to ``tokens`` cached ids and prefix keys; call with the lock held.
 
         Args:
             key: where the weights lie, from ``check_model``; with other ones everything is made anew.
@@ -99,13 +97,23 @@ class DecodeEngine:
             or needed + sum(s.bytes for s in self._sessions.values()) > _MOST_IDLE_BYTES
         ):
             self._forget(next(iter(self._sessions)))
-        try:
-            session = self._sessions[batch] = Session(model, batch, capacity)
-        except torch.cuda.OutOfMemoryError as error:
+        session = self._try_to_make(model, batch, capacity)
+        if session is None and self._sessions:
+            self._drop()
+            session = self._try_to_make(model, batch, capacity)
+        if session is None:
             raise CannotServe(
                 f"there is not enough GPU memory for a cache of {batch} x {capacity} tokens ({needed / 2**30:.1f} GiB)"
-            ) from error
+            )
+        self._sessions[batch] = session
         return session
+
+    @staticmethod
+    def _try_to_make(model: Any, batch: int, capacity: int) -> Session | None:
+        try:
+            return Session(model, batch, capacity)
+        except torch.cuda.OutOfMemoryError:
+            return None
 
     def _forget(self, batch: int) -> None:
         session = self._sessions.pop(batch, None)

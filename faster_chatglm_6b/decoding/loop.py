@@ -9,6 +9,7 @@ import torch
 
 from .. import _status
 from .engine import DecodeEngine
+from .memory import is_out_of_memory, memory_explained, reclaim
 from .plain import plain_tokens
 from .refusal import check_model
 from .request import Request
@@ -16,38 +17,30 @@ from .sampling import CannotServe
 from .session import LOOKAHEAD
 
 
-class CapturedRun:
-    """One request on the model's engine, from the first token to the last.
+def captured_tokens(model: Any, request: Request | str, streamer: Any = None) -> Iterator[torch.Tensor]:
+    """Yield the next tokens, int64 [B] on the CPU, the pad id for sequences that ended before.
 
-    The constructor waits for the requests of other threads; ``tokens`` must be iterated, which lets go of the engine at
-    its end, however that comes.
+    It waits for the requests of other threads first, and lets go of the model at its end, however that comes.
+
+    Args:
+        request: what to serve, or why it cannot be.
 
     Raises:
-        CannotServe: the model cannot be run by the captured loop, is in use by this very thread, or lacks memory.
+        CannotServe: before the first token: the request, or the model, is none for the captured loop, the model is in
+        use by this very thread, or there is not enough memory.
     """
-
-    def __init__(self, model: Any, request: Request):
-        self._model, self._request, self._engine = model, request, engine_of(model)
-        batch, length = request.input_ids.shape
-        self._limit = max(request.max_length - length, 1)
-        self._finished = torch.zeros(batch, dtype=torch.bool)
-        self._eos_ids = torch.tensor(request.eos_ids, dtype=torch.int64)
-        self._engine.acquire()
+    if isinstance(request, str):
+        raise CannotServe(request)
+    engine = engine_of(model)
+    engine.refuse_own_thread()
+    with engine.lock:
         try:
-            # Checked with the engine in hand: nobody else generates now, who could be the one to change the model.
-            key = check_model(model)
-            with self._on_device():
-                keys = (model.config.pre_seq_len or 0) + length + self._limit
-                self._session = self._engine.session(model, key, batch, keys)
-        except BaseException:
-            self._engine.leave()
-            raise
-
-    def tokens(self, streamer: Any = None) -> Iterator[torch.Tensor]:
-        """Yield the next tokens, int64 [B] on the CPU, the pad id for sequences that ended before."""
-        try:
+            engine.touch()
+            run = CapturedRun(model, request, engine)
             for index in itertools.count():
-                token, is_last = self._next(index)
+                token, is_last = run.next(index)
+                if index == 0:
+                    _status.record_generation("captured", "sampling" if request.do_sample else "greedy search")
                 if streamer is not None:
                     streamer.put(token)
                 yield token
@@ -56,7 +49,27 @@ class CapturedRun:
             if streamer is not None:
                 streamer.end()
         finally:
-            self._engine.leave()
+            engine.end()
+
+
+class CapturedRun:
+    """One request on the model's engine, whose lock the caller holds.
+
+    Raises:
+        CannotServe: the model cannot be run by the captured loop, or lacks memory.
+    """
+
+    def __init__(self, model: Any, request: Request, engine: DecodeEngine):
+        self._model, self._request, self._engine = model, request, engine
+        batch, length = request.input_ids.shape
+        self._limit = max(request.max_length - length, 1)
+        self._finished = torch.zeros(batch, dtype=torch.bool)
+        self._eos_ids = torch.tensor(request.eos_ids, dtype=torch.int64)
+        # Checked with the engine in hand: nobody else generates now, who could be the one to change the model.
+        key = check_model(model)
+        with self._on_device():
+            keys = (model.config.pre_seq_len or 0) + length + self._limit
+            self._session = engine.session(model, key, batch, keys)
 
     def _on_device(self) -> contextlib.AbstractContextManager:
         device = self._model.lm_head.weight.device
@@ -64,15 +77,16 @@ class CapturedRun:
 
     # Entered anew for each token: a generator that held it over a yield would switch the caller's autograd off.
     @torch.no_grad()
-    def _next(self, index: int) -> tuple[torch.Tensor, bool]:
-        """Token ``index`` and whether it is the last. Later ones are queued first, so that the device never waits."""
+    def next(self, index: int) -> tuple[torch.Tensor, bool]:
+        """Token ``index`` and whether it is the last. Later ones are queued first, so that the device never waits.
+
+        Raises:
+            CannotServe: there is not enough memory to begin.
+        """
         self._engine.touch()
         request, session = self._request, self._session
         with self._on_device():
-            if index == 0:
-                session.begin(self._model, request, request.seed())
-            while session.launched < min(index + 1 + LOOKAHEAD, self._limit):
-                session.advance(self._model)
+            self._queue(index)
             token = session.read(index)
             if request.has_end:
                 token = token.masked_fill(self._finished, request.pad_id)
@@ -80,6 +94,25 @@ class CapturedRun:
             if len(request.others):
                 self._ask_others(index, token)
         return token, index + 1 >= self._limit or bool(self._finished.all())
+
+    def _queue(self, index: int) -> None:
+        """Queue token ``index`` and some of those behind it."""
+        request, session = self._request, self._session
+        try:
+            if index == 0:
+                session.begin(self._model, request, request.seed())
+            while session.launched < min(index + 1 + LOOKAHEAD, self._limit):
+                session.advance(self._model)
+        except BaseException as error:
+            # Whatever came in between, an interrupt perhaps: nobody goes on with half a step.
+            self._engine.give_up_sessions()
+            if index or not is_out_of_memory(error):
+                raise
+            reclaim(self._model, error)
+            batch, length = request.input_ids.shape
+            raise CannotServe(f"there is not enough GPU memory for a prompt of {batch} x {length} tokens") from None
+        if session.capture_failed:
+            self._engine.give_up_sessions()
 
     def _ask_others(self, index: int, token: torch.Tensor) -> None:
         """Evaluate the criteria that have no kernel on the ids up to token ``index``."""
@@ -110,19 +143,6 @@ def _request_or_reason(
         return str(reason)
 
 
-def _open(model: Any, request: Request | str) -> CapturedRun | None:
-    """The run that serves the request, or None where the plain path must; counted in ``status()``."""
-    try:
-        if isinstance(request, str):
-            raise CannotServe(request)
-        run = CapturedRun(model, request)
-    except CannotServe as reason:
-        _status.record_generation("plain", str(reason))
-        return None
-    _status.record_generation("captured", "sampling" if request.do_sample else "greedy search")
-    return run
-
-
 def generate_ids(
     model: Any,
     input_ids: torch.Tensor,
@@ -139,14 +159,16 @@ def generate_ids(
         plain: transformers' own loop, called with nothing where the captured one cannot serve the request.
     """
     arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
-    run = _open(model, _request_or_reason(model, *arguments, model_kwargs))
-    if run is not None:
-        tokens = list(run.tokens(streamer))
-    elif model_kwargs.get("generator") is not None:
+    try:
+        tokens = list(captured_tokens(model, _request_or_reason(model, *arguments, model_kwargs), streamer))
+    except CannotServe as reason:
+        _status.record_generation("plain", str(reason))
+        tokens = None
+    if tokens is None:
         # transformers' loop knows no generator.
+        if model_kwargs.get("generator") is None:
+            return plain()
         tokens = list(plain_tokens(model, *arguments, streamer, model_kwargs))
-    else:
-        return plain()
     return torch.cat((input_ids, torch.stack(tokens, dim=1).to(input_ids.device)), dim=1)
 
 
@@ -168,10 +190,12 @@ def generate_tokens(
     request = _request_or_reason(model, *arguments, model_kwargs)
 
     def stream() -> Iterator[torch.Tensor]:
-        run = _open(model, request)
-        if run is not None:
-            yield from run.tokens(streamer)
-        else:
+        with memory_explained(model, input_ids, generation_config):
+            try:
+                yield from captured_tokens(model, request, streamer)
+                return
+            except CannotServe as reason:
+                _status.record_generation("plain", str(reason))
             yield from plain_tokens(model, *arguments, streamer, model_kwargs)
 
     return stream()

@@ -1,14 +1,18 @@
 """The device state of the requests of one batch size: buffers, and one captured graph per kind of step."""
 
+import logging
 from collections import OrderedDict
 from typing import Any
 
 import torch
 
 from ..ops.cuda import attention_kernels
+from .memory import cache_bytes, is_out_of_memory
 from .request import Request
 from .sampling import MOST_END_TOKENS, Sampler
 from .step import DecodeStep
+
+_log = logging.getLogger("faster_chatglm_6b")
 
 # Steps that may be queued on the device before the host has read their tokens; the ring has room for more.
 LOOKAHEAD = 3
@@ -26,19 +30,6 @@ def capacity_for(tokens: int) -> int:
     while capacity < tokens:
         capacity += min(capacity, _DOUBLED_UP_TO // 2)
     return capacity
-
-
-def cache_bytes(model: Any, batch: int, capacity: int) -> int:
-    """Bytes of the keys and values of such a session."""
-    config = model.config
-    return (
-        2
-        * config.num_layers
-        * batch
-        * capacity
-        * config.hidden_size
-        * model.transformer.word_embeddings.weight.element_size()
-    )
 
 
 class Session:
@@ -73,6 +64,9 @@ class Session:
                 pad_id=0,
             )
         self._graphs: OrderedDict[tuple, torch.cuda.CUDAGraph] = OrderedDict()
+        self._stream: torch.cuda.Stream | None = None
+        # Whether a step that ran once is captured, and whether memory was too short for that.
+        self.captures, self.capture_failed = self.on_gpu, False
         if self.on_gpu:
             self._pool = torch.cuda.graph_pool_handle()
             self._capture_stream = torch.cuda.Stream(self.device)
@@ -141,10 +135,8 @@ class Session:
             graph.replay()
         else:
             self._run(model, most_keys)
-            if self.on_gpu:
-                self._graphs[key] = self._capture(model, most_keys)
-                if len(self._graphs) > _MOST_GRAPHS:
-                    self._graphs.popitem(last=False)
+            if self.captures and not self.capture_failed:
+                self._keep_graph(key, model, most_keys)
         self._mark()
 
     def _run(self, model: Any, most_keys: int) -> None:
@@ -152,6 +144,19 @@ class Session:
 
     def _finish_step(self, logits: torch.Tensor) -> None:
         self.sampler.run(self._plan, logits, self.state, self.step.workspace)
+
+    def _keep_graph(self, key: tuple, model: Any, most_keys: int) -> None:
+        """Capture the step; where memory is short for that, later steps run as this one did, only slower."""
+        try:
+            self._graphs[key] = self._capture(model, most_keys)
+        except (RuntimeError, MemoryError) as error:
+            # The end of a capture that failed has an error of its own.
+            if not (is_out_of_memory(error) or is_out_of_memory(error.__context__)):
+                raise
+            self.capture_failed = True
+            _log.warning("Too little GPU memory to capture a decode step; this answer's tokens take longer.")
+        if len(self._graphs) > _MOST_GRAPHS:
+            self._graphs.popitem(last=False)
 
     def _capture(self, model: Any, most_keys: int) -> torch.cuda.CUDAGraph:
         """Record the step without running it.
@@ -197,5 +202,5 @@ class Session:
 
     def wait(self) -> None:
         """Wait for everything that is queued, before the buffers are given up."""
-        if self.on_gpu and self._last is not None:
-            self._last.synchronize()
+        if self._stream is not None:
+            self._stream.synchronize()

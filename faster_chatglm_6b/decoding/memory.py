@@ -1,0 +1,181 @@
+"""How much memory a generation takes, and the error that says so where it was not there."""
+
+import contextlib
+import os
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+# How allocators other than CUDA's, and CUDA's own calls, say that memory ran out.
+_WORDS = (
+    "CUDA error: out of memory",
+    "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator",
+    "MPS backend out of memory",
+)
+# Activations of a layer that live at once, in multiples of the hidden size, with an MLP four times as wide.
+_LIVE_WIDTHS = 12
+# Bytes per id of the vocabulary and sequence: scores in float32 and what a full sort for top-p makes of them.
+_SCORE_BYTES = 64
+# cuBLAS' workspace, the scratch memory of the prompt's kernels and of the captured step, the rotary tables.
+_FIXED_BYTES = 192 << 20
+_FIXED_BYTES_PER_SEQUENCE = 3 << 20
+
+
+def cache_bytes(model: Any, batch: int, capacity: int) -> int:
+    """Bytes of the keys and values of ``batch`` sequences of ``capacity`` tokens."""
+    config = model.config
+    return (
+        2
+        * config.num_layers
+        * batch
+        * capacity
+        * config.hidden_size
+        * model.transformer.word_embeddings.weight.element_size()
+    )
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether the exception says that memory, of whatever device, ran out."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+
+
+def workspace_bytes(model: Any, batch: int, prompt: int) -> int:
+    """Most bytes that a generation takes beside the weights and the cache; an estimate where it is not on a GPU.
+
+    Args:
+        batch: sequences. prompt: tokens of the longest prompt, with its padding.
+    """
+    config = model.config
+    size = _element_size(model)
+    activations = batch * prompt * max(_LIVE_WIDTHS * config.hidden_size, 3 * config.inner_hidden_size) * size
+    mask = batch * prompt * prompt * (size + 1) if batch > 1 else 0
+    scores = batch * config.vocab_size * _SCORE_BYTES
+    if model.device.type != "cuda":
+        # The operators' definitions hold the scores of every pair of tokens and their softmax.
+        return activations + mask + scores + 2 * batch * config.num_attention_heads * prompt * prompt * 4
+    return activations + mask + scores + _FIXED_BYTES + batch * _FIXED_BYTES_PER_SEQUENCE
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that this process could still take on the device; None where that cannot be told."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+        if fraction is not None:
+            free = max(min(free, int(fraction(device) * total) - reserved), 0)
+        return free + reserved - torch.cuda.memory_allocated(device)
+    if device.type == "cpu":
+        return _free_cpu_bytes()
+    return None
+
+
+def _free_cpu_bytes() -> int | None:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            with open("/proc/self/statm", encoding="ascii") as file:
+                free = min(free, limit - int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE"))
+        return max(free, 0)
+    except (OSError, ImportError, StopIteration):
+        return None
+
+
+@contextlib.contextmanager
+def memory_explained(model: Any, input_ids: torch.Tensor, generation_config: Any) -> Iterator[None]:
+    """Where memory runs out inside, return what the failed generation held and say what was asked for and would fit.
+
+    Args:
+        input_ids: int64 [B, L], one row for every sequence or beam. generation_config: transformers', prepared.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: on a CPU too; it is a ``RuntimeError``.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reclaim(model, error)
+        raise torch.cuda.OutOfMemoryError(
+            _sentence(model, *input_ids.shape, int(generation_config.max_length))
+        ) from error
+
+
+def reclaim(model: Any, error: BaseException) -> None:
+    """Free what generation keeps, and what the frames of the failed one hold: a traceback would keep it for as long as
+    somebody looks at it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__context__
+    model.release_cache()
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _sentence(model: Any, batch: int, prompt: int, total: int) -> str:
+    cache, workspace = cache_bytes(model, batch, total), workspace_bytes(model, batch, prompt)
+    asked = f"{batch} sequence{'s' if batch > 1 else ''} of up to {total} tokens ({prompt} of them the prompt)"
+    asked += " need" if batch > 1 else " needs"
+    needed = f"{_shown(cache)} for keys and values and up to {_shown(workspace)} to compute with"
+    free = free_bytes(model.device)
+    if free is None:
+        return f"Out of memory on {model.device}: {asked} {needed} beside the weights; ask for less of them."
+    return (
+        f"Out of memory on {model.device}: {asked} {needed} beside the weights, and {_shown(free)} are free; "
+        f"{_what_fits(model, batch, prompt, total, free)}."
+    )
+
+
+def _what_fits(model: Any, batch: int, prompt: int, total: int, free: int) -> str:
+    tokens = most_tokens(model, batch, prompt, free)
+    if tokens >= total:
+        return "that would do, so something else took memory in between: try again, or ask for less"
+    sequences = most_sequences(model, prompt, total, free)
+    fits = []
+    if tokens > prompt:
+        fits.append(f"{tokens} tokens each (max_length)")
+    if batch > 1 and sequences:
+        fits.append(f"{sequences} sequence{'s' if sequences > 1 else ''} (batch times num_beams) of {total}")
+    if not fits:
+        return "not even one such prompt fits with its answer: shorten it, lower max_length or free memory"
+    return f"about {' or '.join(fits)} would fit"
+
+
+def most_tokens(model: Any, batch: int, prompt: int, free: int) -> int:
+    """Tokens per sequence, prompt included, for which ``free`` bytes are enough."""
+    room = free - workspace_bytes(model, batch, prompt)
+    return max(room // _bytes_per_token(model, batch), 0)
+
+
+def most_sequences(model: Any, prompt: int, total: int, free: int) -> int:
+    """Sequences of ``total`` tokens for which ``free`` bytes are enough."""
+    one, two = (workspace_bytes(model, n, prompt) + n * total * _bytes_per_token(model, 1) for n in (1, 2))
+    return 0 if free < one else 1 + (free - one) // (two - one)
+
+
+def _bytes_per_token(model: Any, batch: int) -> int:
+    """Of a cache that grows by copying, one layer after the other, as the plain path's does."""
+    return cache_bytes(model, batch, 1) * (model.config.num_layers + 1) // model.config.num_layers
+
+
+def _element_size(model: Any) -> int:
+    return model.transformer.word_embeddings.weight.element_size()
+
+
+def _shown(size: int) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 2**10:.1f} KiB"

@@ -1,0 +1,196 @@
+"""What the captured loop does where memory runs out or something else interrupts it, for the interpreter and the GPU.
+
+Each check takes a tiny golden model on its device, breaks one thing and raises AssertionError unless the model answers
+rightly afterwards.
+"""
+
+import contextlib
+import threading
+from unittest import mock
+
+import torch
+from loop_checks import Recorder, expect, prompt
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+import faster_chatglm_6b
+from faster_chatglm_6b.decoding import engine, loop
+from faster_chatglm_6b.decoding.session import Session
+
+EXACT = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
+
+
+class Injected(Exception):
+    """Raised by a test in the middle of something."""
+
+
+def out_of_memory(*arguments, **kwargs):
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB.")
+
+
+def failing_at(method, call, error):
+    """The method of ``Session``, whose ``call``-th call, counted from 1, does its work and then raises."""
+    original, calls = getattr(Session, method), []
+
+    def fail(*arguments, **kwargs):
+        result = original(*arguments, **kwargs)
+        calls.append(1)
+        if len(calls) == call:
+            if callable(error):
+                error()
+            raise error
+        return result
+
+    return mock.patch.object(Session, method, fail)
+
+
+@contextlib.contextmanager
+def raises(kind):
+    """Exactly this error comes out; it is yielded in a list."""
+    caught = []
+    try:
+        yield caught
+    except kind as error:
+        caught.append(error)
+    else:
+        raise AssertionError(f"{kind.__name__} was lost")
+
+
+def is_usable(model, ids, expected):
+    """Nobody holds the model, from another thread or this one, and it answers through the captured loop."""
+    outputs, short = [], {**EXACT, "max_new_tokens": 1}
+    with expect(captured=2):
+        worker = threading.Thread(target=lambda: outputs.append(model.generate(ids, **EXACT).tolist()))
+        worker.start()
+        worker.join(timeout=120)
+        first = model.generate(ids, **short).tolist()
+    assert outputs == [expected] and first == [expected[0][: ids.shape[1] + 1]]
+
+
+def start(model):
+    ids = prompt(model, 6, seed=3)
+    model.release_cache()
+    return ids, model.generate(ids, **EXACT).tolist()
+
+
+def new_reason(before):
+    after = faster_chatglm_6b.status().plain_generations
+    return [why for why, count in after.items() if count != before.get(why, 0)]
+
+
+def interrupt_inside_the_loop(model):
+    """KeyboardInterrupt in the prompt, in a step and while waiting for a token; half a step is never gone on with."""
+    ids, expected = start(model)
+    for method, call in (("begin", 1), ("advance", 2), ("_mark", 2), ("read", 2)):
+        with failing_at(method, call, KeyboardInterrupt()), raises(KeyboardInterrupt):
+            model.generate(ids, **EXACT)
+        assert bool(loop.engine_of(model)._sessions) == (method == "read")
+    stream = model.stream_tokens(ids, **EXACT)
+    with failing_at("advance", 2, KeyboardInterrupt()), raises(KeyboardInterrupt):
+        list(stream)
+    is_usable(model, ids, expected)
+
+
+def exception_in_the_callers_code(model):
+    """A streamer, a stopping criterion, the code around a stream; the next request goes on as if nothing was."""
+    ids, expected = start(model)
+
+    class Streamer(Recorder):
+        def put(self, value):
+            super().put(value)
+            if len(self.values) == 3:
+                raise Injected
+
+    class Criterion(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            if input_ids.shape[1] == ids.shape[1] + 2:
+                raise Injected
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    for settings in (
+        {"streamer": Streamer()},
+        {"stopping_criteria": StoppingCriteriaList([Criterion()])},
+    ):
+        with raises(Injected) as caught:
+            model.generate(ids, **EXACT, **settings)
+        del caught
+    with raises(Injected):
+        for _ in model.stream_tokens(ids, **EXACT):
+            raise Injected
+    is_usable(model, ids, expected)
+
+
+def out_of_memory_for_the_cache(model):
+    """What other batch sizes keep is given up first; then the plain path answers, with the reason in status()."""
+    ids, expected = start(model)
+    made, make = [], engine.Session
+
+    def short_once(*arguments):
+        made.append(arguments)
+        return out_of_memory() if len(made) == 1 else make(*arguments)
+
+    with mock.patch.object(engine, "Session", short_once), expect(captured=1):
+        model.generate(ids.repeat(2, 1), **EXACT)
+    assert len(made) == 2 and list(loop.engine_of(model)._sessions) == [2]
+    before = faster_chatglm_6b.status().plain_generations
+    with mock.patch.object(engine, "Session", out_of_memory), expect(plain=1):
+        assert model.generate(ids, **EXACT).tolist() == expected
+    (reason,) = new_reason(before)
+    assert "not enough GPU memory for a cache of 1 x 256 tokens" in reason
+    is_usable(model, ids, expected)
+
+
+def out_of_memory_in_the_prompt(model):
+    """The cache is given up and the plain path answers, from generate and from a stream."""
+    ids, expected = start(model)
+    before = faster_chatglm_6b.status().plain_generations
+    with failing_at("begin", 1, out_of_memory), expect(plain=1):
+        assert model.generate(ids, **EXACT).tolist() == expected
+    assert not loop.engine_of(model)._sessions
+    with failing_at("begin", 1, out_of_memory), expect(plain=1):
+        assert [int(token) for token in model.stream_tokens(ids, **EXACT)] == expected[0][ids.shape[1] :]
+    (reason,) = new_reason(before)
+    assert "not enough GPU memory for a prompt of 1 x 6 tokens" in reason
+    is_usable(model, ids, expected)
+
+
+def out_of_memory_in_capture(model):
+    """The answer goes on uncaptured; the next request starts anew."""
+    ids, expected = start(model)
+    model.release_cache()
+    kept = []
+
+    def make(*arguments):
+        kept.append(Session(*arguments))
+        kept[-1].captures = True
+        return kept[-1]
+
+    with mock.patch.object(engine, "Session", make), mock.patch.object(Session, "_capture", out_of_memory):
+        with expect(captured=1):
+            assert model.generate(ids, **EXACT).tolist() == expected
+    assert len(kept) == 1 and kept[0].capture_failed and not kept[0]._graphs
+    assert not loop.engine_of(model)._sessions
+    kept.clear()
+    is_usable(model, ids, expected)
+
+
+def out_of_memory_in_the_middle(model):
+    """With tokens out already there is no other path: the error says what was asked for, and nothing is kept."""
+    ids, expected = start(model)
+    with failing_at("advance", 4, out_of_memory), raises(torch.cuda.OutOfMemoryError) as caught:
+        model.generate(ids, **EXACT)
+    assert f"1 sequence of up to {6 + 5} tokens (6 of them the prompt)" in str(caught[0]), caught
+    assert not loop.engine_of(model)._sessions
+    stream = model.stream_tokens(ids, **EXACT)
+    with failing_at("advance", 4, out_of_memory), raises(torch.cuda.OutOfMemoryError):
+        list(stream)
+    is_usable(model, ids, expected)
+
+
+EVERYWHERE = (
+    interrupt_inside_the_loop,
+    exception_in_the_callers_code,
+    out_of_memory_for_the_cache,
+    out_of_memory_in_the_prompt,
+    out_of_memory_in_capture,
+    out_of_memory_in_the_middle,
+)
