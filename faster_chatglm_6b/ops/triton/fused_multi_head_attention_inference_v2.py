@@ -138,7 +138,8 @@ def decode_attention_kernel(
             if split == 0:
                 k_new = (k_own * c + k_partner * s).to(out.dtype.element_ty)
                 target = cache + slot_new.to(tl.int64) * stride_t + columns
-                fits = valid & (slot_new < capacity)
+                # To Triton 3.9's interpreter a broadcast scalar is an integer: the comparison makes the mask one again.
+                fits = (valid & (slot_new < capacity)) != 0
                 tl.store(key_cache + target, k_new, mask=fits)
                 tl.store(value_cache + target, v_new, mask=fits)
                 highest = tl.sum(q * k_new.to(tl.float32), 0)

@@ -86,7 +86,9 @@ def min_length_kernel(
     entry = tl.arange(0, EOS_BLOCK)
     wait_for_predecessor(PDL)
     token = tl.load(eos_ids + entry, mask=entry < eos_count, other=-1)
-    banned = (token >= 0) & (token < vocab) & (tl.load(ids_length) < tl.load(minimum))
+    is_short = tl.load(ids_length) < tl.load(minimum)
+    # To Triton 3.9's interpreter a broadcast scalar is an integer: the comparison makes the mask one again.
+    banned = ((token >= 0) & (token < vocab) & is_short) != 0
     tl.store(scores + row * vocab + token, float("-inf"), mask=banned)
 
 
