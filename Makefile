@@ -21,7 +21,7 @@ READY := $(VENV)/.ready-$(TRANSFORMERS)
 READY_DEV := $(VENV)/.ready-dev-$(TRANSFORMERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-oneflow lint bench clean
+.PHONY: help demo test test-long test-gpu test-oneflow lint bench clean
 
 help: ## list the targets and the variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -32,10 +32,13 @@ demo: $(READY) ## install on first use, then chat with the tiny checkpoint
 	@$(PY) examples/demo.py --tiny $(ARGS)
 
 test: $(READY_DEV) ## install on first use, then run the tests that need no GPU
-	$(PY) -m pytest -n auto --dist loadfile -m "not gpu" $(ARGS)
+	$(PY) -m pytest -n auto --dist loadfile -m "not gpu and not long" $(ARGS)
+
+test-long: $(READY_DEV) ## run the property tests with many random examples, and the tests marked long
+	$(PY) -m pytest -n auto --dist loadfile -m "(hypothesis or long) and not gpu" --hypothesis-profile=long $(ARGS)
 
 test-gpu: $(READY_DEV) ## run the tests that need an NVIDIA GPU
-	$(PY) -m pytest -m gpu $(ARGS)
+	$(PY) -m pytest -m "gpu and not long" $(ARGS)
 
 test-oneflow: $(VENV_ONEFLOW)/.ready ## run the tests on OneFlow instead of PyTorch, on the CPU (Python 3.10)
 	$(ONEFLOW_PY) -m pytest --confcutdir=tests/oneflow tests/oneflow $(ARGS)

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import property_profiles  # noqa: F401 before the hypothesis plugin looks for the profile that was asked for
 import pytest
 import torch
 from safetensors.torch import load_file

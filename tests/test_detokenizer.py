@@ -3,8 +3,9 @@
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_profiles import examples
 from tokenizer_data import load_golden, load_tokenizer, text_of
 
 from faster_chatglm_6b import detokenizer
@@ -149,13 +150,13 @@ def test_random_ids(stock):
         check(tokenizer, ids, cuts)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(short=200, long=20_000)
 @given(text=st.text(st.sampled_from(" .,?!'ntmsver<|>bla_k280你é😀\n\t"), max_size=40))
 def test_texts_full_of_markers_and_spacing(tiny, text):
     check(tiny, tiny.encode_text(text))
 
 
-@settings(max_examples=200, deadline=None)
+@examples(short=200, long=20_000)
 @given(content=st.binary(max_size=24))
 def test_any_bytes(tiny, content):
     check(tiny, byte_ids(tiny, content))
