@@ -1,12 +1,14 @@
-"""``chat``, ``stream_chat`` and ``process_response``, with the arguments and results of the checkpoint's own code."""
+"""``chat``, ``stream_chat`` and ``process_response``, with the arguments and results of the checkpoint's own code, and
+``chat_batch``, which it lacks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from .detokenizer import IncrementalDetokenizer
+from .generation import no_room
 from .prompts import build_prompt, process_response
 from .tokenization_chatglm import ChatGLMTokenizer
 
@@ -73,6 +75,65 @@ class ChatMixin:
         response = process_response(tokenizer.decode(output_ids[0, input_ids.shape[1] :].tolist()))
         return response, [*history, (query, response)]
 
+    def chat_batch(
+        self,
+        tokenizer: ChatGLMTokenizer,
+        queries: Sequence[str],
+        histories: Sequence[History | None] | None = None,
+        max_length: int = 2048,
+        num_beams: int = 1,
+        do_sample: bool = True,
+        top_p: float = 0.7,
+        temperature: float = 0.95,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs: Any,
+    ) -> tuple[list[str], list[History]]:
+        """Answer one turn of several conversations at once; a step costs little more than that of one.
+
+        Without sampling each answer is the one that ``chat`` gives to its query alone.
+
+        Args:
+            queries: the users' texts, one per conversation.
+            histories: the earlier rounds of each conversation (None: it has none); not changed.
+            max_length: limit of prompt and answer together in each conversation, in tokens, as in ``chat``.
+            tokenizer, num_beams, do_sample, top_p, temperature, logits_processor, kwargs: as in ``chat``.
+
+        Returns:
+            the responses and the histories with this round appended, in the order of the queries.
+
+        Raises:
+            ValueError: as in ``chat`` for one of the queries, no list of queries, as many histories as there are no
+                queries, or ``min_length``, which would count the padding.
+        """
+        _check_batch(queries, histories, kwargs)
+        histories = [list(history or []) for history in histories or [None] * len(queries)]
+        prompts = [self._chat_ids(tokenizer, *turn) for turn in zip(queries, histories, strict=True)]
+        lengths = [len(ids) for ids in prompts]
+        longest = max(lengths)
+        settings = _chat_settings(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
+        # Answers that end early are filled up with it, and decoding leaves it out.
+        settings["pad_token_id"] = tokenizer.pad_token_id
+        room = [None] * len(prompts)
+        if "max_length" in settings:
+            room = [settings["max_length"] - length for length in lengths]
+            if min(room) <= 0:
+                raise no_room(longest, settings["max_length"])
+            settings["max_length"] = longest + max(room)
+        padded = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
+        mask = [[0] * (longest - length) + [1] * length for length in lengths]
+        output_ids = self.generate(
+            torch.tensor(padded, device=self.device),
+            attention_mask=torch.tensor(mask, device=self.device),
+            num_beams=num_beams,
+            **settings,
+        )
+        # The first of several returned sequences, as chat takes it.
+        answers = output_ids[:: len(output_ids) // len(prompts), longest:].tolist()
+        limited = [answer[:limit] for answer, limit in zip(answers, room, strict=True)]
+        responses = [process_response(tokenizer.decode(answer)) for answer in limited]
+        turns = zip(queries, histories, responses, strict=True)
+        return responses, [[*history, (query, response)] for query, history, response in turns]
+
     def stream_chat(
         self,
         tokenizer: ChatGLMTokenizer,
@@ -114,11 +175,14 @@ class ChatMixin:
 
     def _chat_input_ids(self, tokenizer: ChatGLMTokenizer, query: str, history: History) -> torch.Tensor:
         """Ids [1, length] of a turn's prompt, on the model's device."""
+        return torch.tensor([self._chat_ids(tokenizer, query, history)], device=self.device)
+
+    def _chat_ids(self, tokenizer: ChatGLMTokenizer, query: str, history: History) -> list[int]:
         if not isinstance(query, str) or not query.strip():
             raise ValueError(f"The query is {query!r}, but chat needs a text that is not empty.")
         self._check_tokenizer(tokenizer)
         ids = tokenizer.encode_text(build_prompt(query, history))
-        return torch.tensor([[*ids, tokenizer.gmask_token_id, tokenizer.bos_token_id]], device=self.device)
+        return [*ids, tokenizer.gmask_token_id, tokenizer.bos_token_id]
 
     def _check_tokenizer(self, tokenizer: ChatGLMTokenizer) -> None:
         if not isinstance(tokenizer, ChatGLMTokenizer):
@@ -152,3 +216,21 @@ def _chat_settings(
     if do_sample:
         settings |= {"top_p": top_p, "temperature": temperature}
     return settings
+
+
+def _check_batch(queries: Sequence[str], histories: Sequence[History | None] | None, kwargs: dict[str, Any]) -> None:
+    if isinstance(queries, str) or not isinstance(queries, Sequence) or not queries:
+        raise ValueError(
+            f"The queries are {queries!r}, but chat_batch needs one text or more in a list; call chat() for one text."
+        )
+    if histories is not None and (not isinstance(histories, Sequence) or len(histories) != len(queries)):
+        given = len(histories) if isinstance(histories, Sequence) else repr(histories)
+        raise ValueError(
+            f"There are {len(queries)} queries, but the histories are {given}; pass one list of rounds, or None, for "
+            "each query."
+        )
+    if kwargs.get("min_length"):
+        raise ValueError(
+            f"min_length is {kwargs['min_length']}, but in a batch it would count the padding too; pass "
+            "min_new_tokens, which counts the answer alone."
+        )

@@ -166,16 +166,21 @@ class PrefixGenerationMixin(SearchMixin):
             if kwargs.get("max_length") is None and max_length == type(generation_config)().max_length:
                 max_length = None
         if max_length is not None and max_new_tokens is None and length >= max_length:
-            raise ValueError(
-                f"The prompt has {length} tokens and max_length is {max_length}, which leaves no room for an answer; "
-                "raise max_length, shorten the query or drop the oldest rounds of the history."
-            )
+            raise no_room(length, max_length)
         for source in (kwargs.get("prefill_chunk_size"), getattr(generation_config, "prefill_chunk_size", None)):
             if source is not None:
                 raise ValueError(
                     f"prefill_chunk_size is {source}, but a ChatGLM prompt is attended in both directions and cannot "
                     "be prefilled in chunks; leave it out."
                 )
+
+
+def no_room(length: int, max_length: int) -> ValueError:
+    """What is raised where a prompt of ``length`` tokens fills ``max_length``."""
+    return ValueError(
+        f"The prompt has {length} tokens and max_length is {max_length}, which leaves no room for an answer; "
+        "raise max_length, shorten the query or drop the oldest rounds of the history."
+    )
 
 
 def _continued(prompt_position_ids: torch.Tensor, start: int, stop: int) -> torch.Tensor:

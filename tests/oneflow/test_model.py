@@ -161,6 +161,13 @@ def test_chat_and_stream_chat(tiny_model, tiny_tokenizer, golden_json):
     assert checked > 20
 
 
+def test_chat_batch_equals_chat(tiny_model, tiny_tokenizer):
+    queries, settings = ["你好", "再见", "今天天气怎么样？"], {"do_sample": False, "max_new_tokens": 6}
+    alone = [tiny_model.chat(tiny_tokenizer, query, **settings) for query in queries]
+    responses, histories = tiny_model.chat_batch(tiny_tokenizer, queries, **settings)
+    assert list(zip(responses, histories, strict=True)) == alone
+
+
 def test_stream_generate_fills_ended_rows_with_pads(tiny_model, tiny_tokenizer, golden_json):
     golden = golden_json("chat")
     inputs = tiny_tokenizer(golden["stream_generate_batch"]["texts"], return_tensors="pt", padding=True)
