@@ -1,4 +1,4 @@
-"""How many examples a property test tries: few and always the same in ``make test``, many new ones in ``make test-long``.
+"""Examples of a property test: few and always the same in ``make test``, many new ones in ``make test-long``.
 
 hypothesis' own option --hypothesis-profile=long chooses.
 """
