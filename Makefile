@@ -16,12 +16,12 @@ PYTHON310 ?= $(shell for python in python3.10 $(or $(PYENV_ROOT),$(HOME)/.pyenv)
 VENV_ONEFLOW ?= .venv-oneflow
 ONEFLOW_PY := $(VENV_ONEFLOW)/bin/python
 # The web demo's tests run beside transformers 5: Gradio and transformers 4 ask for different releases of huggingface_hub.
-EXTRAS := dev$(if $(filter 5.%,$(TRANSFORMERS)),$(comma)web)
+EXTRAS := dev$(comma)pictures$(if $(filter 5.%,$(TRANSFORMERS)),$(comma)web)
 READY := $(VENV)/.ready-$(TRANSFORMERS)
 READY_DEV := $(VENV)/.ready-dev-$(TRANSFORMERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-gpu test-oneflow lint bench clean
+.PHONY: help demo test test-long test-gpu test-oneflow lint bench pictures clean
 
 help: ## list the targets and the variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,9 @@ lint: $(READY_DEV) ## check style and format with ruff
 
 bench: $(READY) ## measure decoding (NVIDIA GPU; ARGS="--help" lists the options)
 	$(PY) examples/benchmark.py $(ARGS)
+
+pictures: $(READY_DEV) ## draw the README's pictures and write its tables anew from images/data (needs a Chinese font)
+	@status=0; for script in images/make_*.py; do $(PY) $$script $(ARGS) || status=1; done; exit $$status
 
 clean: ## remove the environments and everything that was generated
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

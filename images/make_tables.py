@@ -1,0 +1,171 @@
+"""Writes what was measured into README.md and README.zh.md, between the marks <!-- NAME: ... --> and <!-- end -->."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from records import (
+    DATA,
+    ELSEWHERE,
+    SUITE,
+    TABLE,
+    Record,
+    by_precision,
+    floor,
+    has,
+    one_per_run,
+    precision,
+    read,
+    table_rows,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = {"en": "README.md", "zh": "README.zh.md"}
+# What the generated parts say, by language, and the names of the suite's checks in Chinese.
+WORDS = json.loads((Path(__file__).parent / "words.json").read_text("utf-8"))
+CHECKS_FILE = "benchmark_h200_checks.json"
+_BLOCK = re.compile(r"(<!-- (\w+): [^\n]* -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+sys.path.append(str(ROOT / "examples"))
+
+
+def picture(language: str, data: Path) -> str:
+    """The animation where the times for it were measured, else the bars."""
+    words = WORDS[language]
+    if has(TABLE, data):
+        return f"![{words['gif']}](images/demo.gif)"
+    name = "ms_per_token.png" if language == "en" else "ms_per_token.zh.png"
+    return f"![{words['bars']}](images/{name})"
+
+
+def headline(language: str, data: Path) -> str:
+    """One sentence: ms per token by precision."""
+    words, ours = WORDS[language], by_precision(data)
+    shown = [name for name in ("fp16", "int8", "int4") if name in ours]
+    times = words["and"].join(words["time"].format(precision=name, **ours[name]) for name in shown)
+    return words["headline"].format(times=times, **ours["fp16"])
+
+
+def speed(language: str, data: Path) -> str:
+    """Conditions, the suite's records, and what a table row cannot say."""
+    words = WORDS[language]
+    runs = list(one_per_run(read(SUITE, data)).values())
+    first = runs[0]
+    ceilings = sorted({run["read_ceiling_gb_per_s"] for run in runs})
+    ceiling = "–".join(f"{value:.0f}" for value in dict.fromkeys((ceilings[0], ceilings[-1])))
+    lines = [words["conditions"].format(**first, ceiling=ceiling), "", words["speed_header"], "|---|---|---|---|---|"]
+    for run in runs:
+        if run["new_tokens"] > 1:
+            what = _what(run, words)
+            numbers = f"{run['ms_per_step']:.2f} | {run['tokens_per_s']:.0f} | {run['share']:.2f}"
+            lines.append(f"| {precision(run)} | {what} | {numbers} |")
+    lines.append("")
+    for run in runs:
+        if run["new_tokens"] == 1:
+            lines.append(words["prefill"].format(precision=precision(run), **run))
+    peaks = {precision(run): run["peak_memory_gb"] for run in reversed(runs) if run["batch"] == 1 and _is_short(run)}
+    listed = words["and"].join(f"{peak:.2f} GB ({name})" for name, peak in reversed(peaks.items()))
+    commands = words["and"].join(f"`{command}`" for command in dict.fromkeys(run["command"] for run in runs))
+    return "\n".join([*lines, words["memory"].format(peaks=listed), "", words["records"].format(commands=commands)])
+
+
+def _is_short(run: Record) -> bool:
+    return run["prompt_tokens"] == 20 and run["new_tokens"] > 1
+
+
+def _what(run: Record, words: dict[str, str]) -> str:
+    what = words[run["mode"]]
+    if run["batch"] > 1:
+        what += words["batch"].format(**run)
+    if run["prompt_tokens"] != 20:
+        what += words["context"].format(**run)
+    return what
+
+
+def experiment(language: str, data: Path) -> str:
+    """The benchmark's own table, as it prints it, and its conditions."""
+    if not has(TABLE, data):
+        return WORDS[language]["no_experiment"]
+    import benchmark_table
+
+    table = read(TABLE, data)
+    lines = benchmark_table.markdown(table).splitlines()
+    words = WORDS[language]
+    return "\n".join([words["experiment_header"], *lines[1:], "", words["experiment"].format(**table)])
+
+
+def comparison(language: str, data: Path) -> str:
+    """Ours, plain Torch, and what was measured of others on another card."""
+    words, elsewhere = WORDS[language], read(ELSEWHERE, data)
+    rows = [
+        (f"**faster_chatglm_6b** {name}", run, run["gpu"], run["share"], words["through"])
+        for name, run in by_precision(data).items()
+    ]
+    rows += [
+        (f"{words['torch']} {row['weights']}", row, row["gpu"], row["share"], words["baseline"])
+        for row in table_rows("torch", data)
+    ]
+    for record in elsewhere["records"]:
+        if record["batch"] == 1:
+            share = floor(record, elsewhere["read_ceiling_gb_per_s"]) / record["ms_per_step"]
+            name = words["stock"] if record["system"] == "stock" else record["system"]
+            rows.append((f"{name} {record['weights']}", record, "NVIDIA H100", share, _how(record, language)))
+    lines = [words["comparison_header"], "|---|---|---|---|---|"]
+    for name, record, gpu, share, how in rows:
+        time = "{}–{}".format(*record["ms_range"]) if "ms_range" in record else f"{record['ms_per_step']:.2f}"
+        lines.append(f"| {name} | {gpu.removeprefix('NVIDIA ')} | {time} | {share:.2f} | {how} |")
+    ceiling = elsewhere["read_ceiling_gb_per_s"]
+    scaled = words["and"].join(
+        words["scaled"].format(precision=name, ms=floor(run, ceiling) / run["share"])
+        for name, run in by_precision(data).items()
+        if name in ("fp16", "int8", "int4")
+    )
+    return "\n".join([*lines, "", words["estimate"].format(ceiling=ceiling, times=scaled)])
+
+
+def _how(record: Record, language: str) -> str:
+    return record["how" if language == "en" else f"how_{language}"]
+
+
+def aims(language: str, data: Path) -> str:
+    """What the suite checks, against what was asked for."""
+    words = WORDS[language]
+    lines = [words["aims_header"], "|---|---|---|---|"]
+    for check in read(CHECKS_FILE, data):
+        what = check["what"] if language == "en" else WORDS["checks_zh"].get(check["what"], check["what"])
+        met = words["met"] if check["met"] else words["missed"]
+        lines.append(f"| {what} | {check['measured']:.4g} | {check['must']} | {met} |")
+    return "\n".join(lines)
+
+
+BLOCKS: dict[str, Callable[[str, Path], str]] = {
+    function.__name__: function for function in (picture, headline, speed, experiment, comparison, aims)
+}
+
+
+def updated(text: str, language: str, data: Path = DATA) -> str:
+    """A README with its blocks written anew.
+
+    Raises:
+        KeyError: a block that no function here writes.
+    """
+    return _BLOCK.sub(lambda block: f"{block[1]}{BLOCKS[block[2]](language, data)}\n{block[4]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with the benchmark's records (%(default)s)")
+    parser.add_argument("--out", type=Path, default=ROOT, help="folder for the READMEs (%(default)s)")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for language, name in READMES.items():
+        text = updated((ROOT / name).read_text("utf-8"), language, options.data)
+        (options.out / name).write_text(text, "utf-8")
+        print(options.out / name)
+
+
+if __name__ == "__main__":
+    main()
