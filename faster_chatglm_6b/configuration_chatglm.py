@@ -4,14 +4,27 @@ from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
 
-_POSITIVE_INTEGERS = (
-    "vocab_size",
-    "hidden_size",
-    "num_layers",
-    "num_attention_heads",
-    "max_sequence_length",
-    "inner_hidden_size",
+from .model_size import check_size
+
+# Each size and the most that it may be: far more than any ChatGLM-6B has.
+_SIZES = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**16,
+    "num_layers": 2**10,
+    "num_attention_heads": 2**12,
+    "max_sequence_length": 2**24,
+    "inner_hidden_size": 2**18,
+}
+# Further sizes, which may be None.
+_OPTIONAL_SIZES = {"pre_seq_len": 2**16, "quantization_group_size": 2**18}
+_SWITCHES = (
+    "use_cache",
+    "position_encoding_2d",
+    "quantization_embeddings",
+    "prefix_projection",
+    "tie_word_embeddings",
 )
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _AUTO_MAP = {
     "AutoConfig": "configuration_chatglm.ChatGLMConfig",
     "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
@@ -40,7 +53,8 @@ class ChatGLMConfig(PretrainedConfig):
         tie_word_embeddings: the head is the embedding, as stock runs it.
 
     Raises:
-        ValueError: sizes that are missing, not positive integers or contradict each other.
+        ValueError: sizes that are missing, not positive integers, contradict each other or ask for terabytes; other
+        fields that are not of their kind.
     """
 
     model_type = "chatglm"
@@ -94,6 +108,7 @@ class ChatGLMConfig(PretrainedConfig):
         self.prefix_projection = prefix_projection
         # transformers 4.45's pipeline() loads a tokenizer only for a config that names its class.
         kwargs.setdefault("tokenizer_class", "ChatGLMTokenizer")
+        _check_dtype(kwargs)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         # Set after super().__init__: transformers 5 has no such fields on the base class, transformers 4 overwrites
         # them there.
@@ -111,7 +126,7 @@ class ChatGLMConfig(PretrainedConfig):
         Raises:
             ValueError: a size is missing.
         """
-        missing = [name for name in (*_POSITIVE_INTEGERS, *_TOKEN_IDS) if name not in config_dict]
+        missing = [name for name in (*_SIZES, *_TOKEN_IDS) if name not in config_dict]
         if missing:
             raise ValueError(
                 f"config.json lacks {', '.join(missing)}, which a ChatGLM-6B checkpoint must give; take config.json "
@@ -132,12 +147,16 @@ class ChatGLMConfig(PretrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     def _check(self) -> None:
-        for name in _POSITIVE_INTEGERS:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        for name, most in _SIZES.items():
+            _check_size(name, getattr(self, name), most)
+        for name, most in _OPTIONAL_SIZES.items():
+            if getattr(self, name) not in (None, 0):
+                _check_size(name, getattr(self, name), most)
+        for name in _SWITCHES:
+            if getattr(self, name) not in (True, False):
                 raise ValueError(
-                    f"config.json gives {name}={value!r}, but a positive integer is needed; "
-                    "take config.json from the checkpoint again."
+                    f"config.json gives {name}={getattr(self, name)!r}, but true or false is needed; take config.json "
+                    "from the checkpoint again."
                 )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -157,13 +176,43 @@ class ChatGLMConfig(PretrainedConfig):
                     f"config.json gives {name}={value!r}, but an id from 0 to {self.vocab_size - 1} (vocab_size - 1) "
                     "is needed; take config.json from the checkpoint again."
                 )
-        if self.quantization_bit not in (0, 4, 8, None):
+        if self.quantization_bit not in (0, 4, 8, None) or isinstance(self.quantization_bit, float):
             raise ValueError(
                 f"config.json gives quantization_bit={self.quantization_bit!r}, but only 0, 4 and 8 exist; "
                 "take config.json from the checkpoint again."
+            )
+        if self.quantization_head_bits not in (0, 8, None) or isinstance(self.quantization_head_bits, float):
+            raise ValueError(
+                f"config.json gives quantization_head_bits={self.quantization_head_bits!r}, but only 8 exists, and "
+                "null for a head that is not quantised; take config.json from the checkpoint again."
             )
         if not isinstance(self.layernorm_epsilon, (int, float)) or not 0 < self.layernorm_epsilon < 1:
             raise ValueError(
                 f"config.json gives layernorm_epsilon={self.layernorm_epsilon!r}, but a number between 0 and 1 is "
                 "needed; take config.json from the checkpoint again."
+            )
+        check_size(self)
+
+
+def _check_size(name: str, value: Any, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"config.json gives {name}={value!r}, but a positive integer is needed; "
+            "take config.json from the checkpoint again."
+        )
+    if value > most:
+        raise ValueError(
+            f"config.json gives {name}={value}, but more than {most} is refused; "
+            "take config.json from the checkpoint again."
+        )
+
+
+def _check_dtype(fields: dict[str, Any]) -> None:
+    """transformers would look the name up among everything that torch has."""
+    for name in ("dtype", "torch_dtype"):
+        value = fields.get(name)
+        if value is not None and str(value).rsplit(".", 1)[-1] not in (*_DTYPES, "auto"):
+            raise ValueError(
+                f"config.json gives {name}={value!r}, but one of {', '.join(_DTYPES)} is needed; "
+                "take config.json from the checkpoint again."
             )

@@ -1,6 +1,7 @@
 """``from_pretrained``: the checkpoint's own dtype, no remote code, and an error instead of a half-loaded model."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pickle import UnpicklingError
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from . import _status
 from .configuration_chatglm import ChatGLMConfig
 from .hook import checkpoint_code_blocked, is_checkpoint_code_blocked
+from .model_size import check_weight_files
 from .quantized_loading import load_quantized, quantizes_while_loading
 
 # How torch, safetensors and transformers say that a file cannot be read.
@@ -50,6 +52,7 @@ class CheckpointMixin:
         config = kwargs.get("config")
         if config is not None and not isinstance(config, ChatGLMConfig) and hasattr(config, "to_dict"):
             kwargs["config"] = ChatGLMConfig.from_dict(config.to_dict())
+        _check_weight_files(pretrained_model_name_or_path, kwargs)
         if quantizes_while_loading(pretrained_model_name_or_path, kwargs):
             with _clear_errors(pretrained_model_name_or_path):
                 model = load_quantized(cls, pretrained_model_name_or_path, kwargs)
@@ -98,6 +101,17 @@ class CheckpointMixin:
         """Nothing: registering would make ``save_pretrained`` copy this package's source into checkpoints."""
 
 
+def _check_weight_files(name: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse a directory whose files cannot hold the model that its config.json asks for, before one is built."""
+    folder = os.path.join(str(name), kwargs.get("subfolder") or "")
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        return
+    config = kwargs.get("config")
+    if not isinstance(config, ChatGLMConfig):
+        config = ChatGLMConfig.from_pretrained(folder)
+    check_weight_files(config, folder)
+
+
 @contextmanager
 def _clear_errors(name: Any) -> Iterator[None]:
     """Say in one sentence that a weight file is damaged or does not fit, where that is what went wrong."""
@@ -105,7 +119,7 @@ def _clear_errors(name: Any) -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
-        raise _damaged(name, error) from error
+        raise _unreadable(name, error) from error
     except AttributeError as error:
         if "'NoneType' object has no attribute 'get'" not in str(error):
             raise
@@ -116,7 +130,7 @@ def _clear_errors(name: Any) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         causes = (error, error.__cause__, error.__context__)
         if any(isinstance(cause, _DAMAGE) for cause in causes) or any(words in str(error) for words in _DAMAGE_WORDS):
-            raise _damaged(name, error) from error
+            raise _unreadable(name, error) from error
         if "size mismatch" in str(error) or "mismatched" in str(error):
             raise ValueError(
                 f"The weights of {name} have other shapes than its config.json says; take both from the same "
@@ -128,10 +142,22 @@ def _clear_errors(name: Any) -> Iterator[None]:
         torch.set_default_dtype(default_dtype)
 
 
-def _damaged(name: Any, error: Exception) -> OSError:
+def _unreadable(name: Any, error: BaseException) -> OSError:
+    cause: BaseException | None = error
+    while cause is not None:
+        # torch's reader that takes nothing but tensors names what else it met, and has not run it.
+        met = re.search(r"GLOBAL ([\w.]+)", str(cause)) if isinstance(cause, UnpicklingError) else None
+        if met:
+            return OSError(
+                f"A weight file of {name} holds a Python object besides tensors, {met[1]}, which is not run; use the "
+                "checkpoint's safetensors files, or take it from a source that you trust."
+            )
+        cause = cause.__cause__ or cause.__context__
+    # Without torch's advice to run what the file holds.
+    detail = str(error).splitlines()[0].split(" In PyTorch 2.6")[0] if str(error) else type(error).__name__
     return OSError(
         f"A weight file of {name} is truncated or corrupt and cannot be read; copy or download the checkpoint again. "
-        f"({error})"
+        f"({detail})"
     )
 
 

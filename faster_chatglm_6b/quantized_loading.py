@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Iterator
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -158,7 +159,7 @@ def _tensors_of_file(path: str) -> Iterator[tuple[str, torch.Tensor]]:
             for key in file.keys():  # noqa: SIM118 safe_open is no mapping
                 yield key, file.get_tensor(key)
     else:
-        yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+        yield from torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path)).items()
 
 
 def _as_linear(embedding: nn.Embedding) -> nn.Linear:
