@@ -18,8 +18,8 @@ WORDS = {
         "ours": "faster_chatglm_6b {precision}",
         "torch": "PyTorch, transformers' own loop, {precision}",
         "stock": "THUDM's own code {precision}",
-        "here": "measured on {gpu}, {ceiling:.2f} TB/s",
-        "elsewhere": "measured earlier, by other means, on another card: {gpu}, {ceiling:.2f} TB/s",
+        "here": "solid: measured on {gpu}, {ceiling:.2f} TB/s",
+        "elsewhere": "hatched: measured earlier, by other means, on another card: {gpu}, {ceiling:.2f} TB/s",
     },
     "zh": {
         "title": "每个 token 的毫秒数，批量 1，新生成 128 个 token，贪心（越小越好）",
@@ -29,8 +29,8 @@ WORDS = {
         "ours": "faster_chatglm_6b {precision}",
         "torch": "PyTorch，transformers 自己的循环，{precision}",
         "stock": "官方代码 {precision}",
-        "here": "在 {gpu} 上测得，读带宽 {ceiling:.2f} TB/s",
-        "elsewhere": "更早在另一块卡上用别的方法测得：{gpu}，读带宽 {ceiling:.2f} TB/s",
+        "here": "实色：在 {gpu} 上测得，读带宽 {ceiling:.2f} TB/s",
+        "elsewhere": "斜线：更早在另一块卡上用别的方法测得：{gpu}，读带宽 {ceiling:.2f} TB/s",
     },
 }
 

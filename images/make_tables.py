@@ -44,19 +44,22 @@ def picture(language: str, data: Path) -> str:
 def headline(language: str, data: Path) -> str:
     """One sentence: ms per token by precision."""
     words, ours = WORDS[language], by_precision(data)
-    shown = [name for name in ("fp16", "int8", "int4") if name in ours]
-    times = words["and"].join(words["time"].format(precision=name, **ours[name]) for name in shown)
-    return words["headline"].format(times=times, **ours["fp16"])
+    shown = {name: ours[name] for name in ("fp16", "int8", "int4") if name in ours}
+    times = words["and"].join(words["time"].format(precision=name, **run) for name, run in shown.items())
+    shares = words["and"].join(f"{run['share']:.0%}" for run in shown.values())
+    return words["headline"].format(times=times, shares=shares, **ours["fp16"])
 
 
 def speed(language: str, data: Path) -> str:
     """Conditions, the suite's records, and what a table row cannot say."""
     words = WORDS[language]
-    runs = list(one_per_run(read(SUITE, data)).values())
+    runs = [run for run in one_per_run(read(SUITE, data)).values() if run["backend"] == "ours"]
     first = runs[0]
     ceilings = sorted({run["read_ceiling_gb_per_s"] for run in runs})
     ceiling = "–".join(f"{value:.0f}" for value in dict.fromkeys((ceilings[0], ceilings[-1])))
-    lines = [words["conditions"].format(**first, ceiling=ceiling), "", words["speed_header"], "|---|---|---|---|---|"]
+    setting = {key: "; ".join(dict.fromkeys(run[key] for run in runs)) for key in ("clocks", "torch", "triton", "date")}
+    conditions = words["conditions"].format(**{**first, **setting}, ceiling=ceiling)
+    lines = [conditions, "", words["speed_header"], "|---|---|---|---|---|"]
     for run in runs:
         if run["new_tokens"] > 1:
             what = _what(run, words)
@@ -66,14 +69,16 @@ def speed(language: str, data: Path) -> str:
     for run in runs:
         if run["new_tokens"] == 1:
             lines.append(words["prefill"].format(precision=precision(run), **run))
-    peaks = {precision(run): run["peak_memory_gb"] for run in reversed(runs) if run["batch"] == 1 and _is_short(run)}
-    listed = words["and"].join(f"{peak:.2f} GB ({name})" for name, peak in reversed(peaks.items()))
-    commands = words["and"].join(f"`{command}`" for command in dict.fromkeys(run["command"] for run in runs))
-    return "\n".join([*lines, words["memory"].format(peaks=listed), "", words["records"].format(commands=commands)])
-
-
-def _is_short(run: Record) -> bool:
-    return run["prompt_tokens"] == 20 and run["new_tokens"] > 1
+    peaks: dict[str, float] = {}
+    for run in runs:
+        if run["batch"] == 1 and run["prompt_tokens"] == 20:
+            peaks.setdefault(precision(run), run["peak_memory_gb"])
+    listed = words["and"].join(f"{peak:.2f} GB ({name})" for name, peak in peaks.items())
+    commands = list(dict.fromkeys(f"`{run['command']}`" for run in runs))
+    made = words["records"].format(commands=words["and"].join(commands[:1] if len(commands) > 2 else commands))
+    if len(commands) > 2:
+        made += words["other_commands"].format(count=len(commands) - 1)
+    return "\n".join([*lines, words["memory"].format(peaks=listed), "", made])
 
 
 def _what(run: Record, words: dict[str, str]) -> str:
@@ -94,7 +99,14 @@ def experiment(language: str, data: Path) -> str:
     table = read(TABLE, data)
     lines = benchmark_table.markdown(table).splitlines()
     words = WORDS[language]
-    return "\n".join([words["experiment_header"], *lines[1:], "", words["experiment"].format(**table)])
+    return "\n".join(
+        [
+            words["experiment_header"],
+            *lines[1:],
+            "",
+            words["experiment"].format(**table | {"mode": words[table["mode"]]}),
+        ]
+    )
 
 
 def comparison(language: str, data: Path) -> str:
@@ -105,7 +117,7 @@ def comparison(language: str, data: Path) -> str:
         for name, run in by_precision(data).items()
     ]
     rows += [
-        (f"{words['torch']} {row['weights']}", row, row["gpu"], row["share"], words["baseline"])
+        (words["torch"].format(precision=row["weights"]), row, row["gpu"], row["share"], words["baseline"])
         for row in table_rows("torch", data)
     ]
     for record in elsewhere["records"]:

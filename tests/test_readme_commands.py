@@ -4,6 +4,7 @@ reason why it cannot be."""
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,16 @@ def test_the_test_of_a_command_exists_and_runs_its_program(command):
 def test_ci_runs_the_commands_that_install(command):
     lines = (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
     assert any(line.split("|")[0].strip() == command for line in lines)
+
+
+def test_the_benchmark_takes_the_options_that_are_named():
+    sys.path.append(str(ROOT / "examples"))
+    import benchmark
+
+    named = {command for name in NAMES for command in commands(name) if command.startswith(ON_A_GPU)}
+    assert named
+    for command in named:
+        benchmark.parse(shlex.split(command)[2:])  # ends the process where it does not understand
 
 
 def test_make_has_the_targets_that_are_named():
