@@ -66,6 +66,8 @@ def speed(language: str, data: Path) -> str:
             numbers = f"{run['ms_per_step']:.2f} | {run['tokens_per_s']:.0f} | {run['share']:.2f}"
             lines.append(f"| {precision(run)} | {what} | {numbers} |")
     lines.append("")
+    if not {"int8", "int4"} & {run["weights"] for run in runs}:
+        lines.append(words["no_integers"])
     for run in runs:
         if run["new_tokens"] == 1:
             lines.append(words["prefill"].format(precision=precision(run), **run))
