@@ -1,14 +1,14 @@
-"""When two computations in half precision may choose different tokens: where the two best logits are nearly equal."""
-
-import copy
+"""Where two computations that round differently may choose different tokens: the two best logits are nearly equal."""
 
 import torch
+
+from faster_chatglm_6b.decoding.loop import engine_of
 
 
 def margin(model, ids):
     """Difference of the two best logits behind ids, on the plain path."""
     with torch.no_grad():
-        best = model(torch.tensor([ids], device=model.device)).logits[0, -1].float().topk(2).values
+        best = model(torch.tensor([ids], device=model.device)).logits[0, -1].double().topk(2).values
     return float(best[0] - best[1])
 
 
@@ -23,16 +23,23 @@ def assert_equal_up_to_near_ties(model, ours, theirs, length, near_tie):
     return different
 
 
-def measured_near_tie(model, prompts):
-    """A float32 copy of the model, and the margin in it below which rounding alone may decide between two tokens.
+def measured_near_tie(model, batches):
+    """The margin on the plain path below which rounding alone may decide between two tokens.
 
-    That is twice the largest error of ``model``'s logits over ``prompts``, a list of rows of ids: each of two
-    computations may err by it.
+    It is twice the largest difference, over ``batches``, of the logits that the captured loop and the prompt of a batch
+    form to those of each row alone on the plain path: either of two computations may err by that. Each batch holds
+    ``generate``'s arguments, padded with the model's pad id.
     """
-    exact = copy.deepcopy(model).float()
     error = 0.0
-    with torch.no_grad():
-        for row in prompts:
-            ids = torch.tensor([row], device=model.device)
-            error = max(error, float((model(ids).logits[0, -1].float() - exact(ids).logits[0, -1]).abs().max()))
-    return exact, 2 * error
+    for inputs in batches:
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=2, eos_token_id=None)[:, :-1]
+        # Of the step that chose the last token.
+        looped = engine_of(model)._sessions[len(output)].step._logits
+        with torch.no_grad():
+            prompts = model(output).logits[:, -1]
+            for row, ids in enumerate(output.tolist()):
+                first = next(i for i, token in enumerate(ids) if token != model.config.pad_token_id)
+                alone = model(output[row : row + 1, first:]).logits[0, -1].float()
+                error = max(error, *(float((other[row].float() - alone).abs().max()) for other in (looped, prompts)))
+    assert error > 0
+    return 2 * error
