@@ -213,7 +213,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         )
         all_hidden_states, all_attentions = [], []
         for layer in self.layers:
-            all_hidden_states.append(hidden_states)
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
             if self.gradient_checkpointing and self.training:
                 hidden_states, probabilities = self._gradient_checkpointing_func(
                     layer.__call__, hidden_states, ops, step

@@ -16,12 +16,10 @@ _WORDS = (
     "DefaultCPUAllocator",
     "MPS backend out of memory",
 )
-# Activations of a layer that live at once, in multiples of the hidden size, with an MLP four times as wide.
-_LIVE_WIDTHS = 12
 # Bytes per id of the vocabulary and sequence: scores in float32 and what a full sort for top-p makes of them.
 _SCORE_BYTES = 64
-# cuBLAS' workspace, the scratch memory of the prompt's kernels and of the captured step, the rotary tables.
-_FIXED_BYTES = 192 << 20
+# cuBLAS' workspaces, and the scratch memory of the prompt's kernels and of the captured step.
+_FIXED_BYTES = 256 << 20
 _FIXED_BYTES_PER_SEQUENCE = 3 << 20
 
 
@@ -51,15 +49,18 @@ def workspace_bytes(model: Any, batch: int, prompt: int) -> int:
     Args:
         batch: sequences. prompt: tokens of the longest prompt, with its padding.
     """
-    config = model.config
-    size = _element_size(model)
-    activations = batch * prompt * max(_LIVE_WIDTHS * config.hidden_size, 3 * config.inner_hidden_size) * size
-    mask = batch * prompt * prompt * (size + 1) if batch > 1 else 0
-    scores = batch * config.vocab_size * _SCORE_BYTES
-    if model.device.type != "cuda":
-        # The operators' definitions hold the scores of every pair of tokens and their softmax.
-        return activations + mask + scores + 2 * batch * config.num_attention_heads * prompt * prompt * 4
-    return activations + mask + scores + _FIXED_BYTES + batch * _FIXED_BYTES_PER_SEQUENCE
+    config, size = model.config, _element_size(model)
+    # Of one layer, in its MLP or its attention: what goes in, the residual, the widened and what comes out.
+    widths = max(4 * config.hidden_size + 2 * config.inner_hidden_size, 10 * config.hidden_size)
+    needed = batch * prompt * widths * size + batch * config.vocab_size * _SCORE_BYTES
+    # Which keys are hidden, as a mask, a bias and an aligned copy of that.
+    needed += batch * prompt * prompt * (2 * size + 2)
+    if config.quantization_bit:
+        needed += config.hidden_size * max(config.inner_hidden_size, 3 * config.hidden_size) * size
+    if model.device.type == "cuda":
+        return needed + _FIXED_BYTES + batch * _FIXED_BYTES_PER_SEQUENCE
+    # The operators' definitions hold the scores of every pair of tokens and their softmax.
+    return needed + 2 * batch * config.num_attention_heads * prompt * prompt * 4
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -1,0 +1,190 @@
+"""Faults and memory on a GPU: those injected on a CPU too, memory that is really short, long use, the stated bound."""
+
+import contextlib
+import gc
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import fault_checks  # noqa: E402
+from loop_checks import StopAtLength, StoppingCriteriaList, check_equal, expect, padded, plain_path, prompt  # noqa: E402
+
+from faster_chatglm_6b.decoding import loop, memory, session  # noqa: E402
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+MB = 2**20
+# A few small tensors of torch's own may come with a captured graph.
+SLACK = 2**16
+
+
+@pytest.fixture(scope="module")
+def single(tiny_dir):
+    from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+
+    return ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, torch_dtype=torch.float32).cuda().eval()
+
+
+def settled(model):
+    """Bytes allocated once everything that can be given back is."""
+    model.release_cache()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()
+
+
+@contextlib.contextmanager
+def only_free(size):
+    """The process may take ``size`` bytes more of the GPU's memory than it has."""
+    fraction = (torch.cuda.memory_reserved() + size) / torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(fraction)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("check", fault_checks.EVERYWHERE, ids=lambda check: check.__name__)
+def test_as_in_the_interpreter_and_memory_returns(single, check):
+    check(single)
+    before = settled(single)
+    check(single)
+    assert settled(single) <= before + SLACK
+
+
+def test_abandoned_and_failed_streams_return_their_memory(single):
+    ids = prompt(single, 40)
+    before = None
+    for turn in range(30):
+        stream = single.stream_tokens(ids, do_sample=turn % 2 == 0, max_new_tokens=200, eos_token_id=None)
+        for _ in range(turn % 7):
+            next(stream)
+        if turn % 3 == 0:
+            with pytest.raises(KeyboardInterrupt):
+                stream.throw(KeyboardInterrupt)
+        del stream
+        if turn == 9:
+            before = settled(single)
+    assert settled(single) <= before + SLACK
+    check_equal(single, input_ids=ids, max_new_tokens=4)
+
+
+def test_real_out_of_memory_for_the_cache(single):
+    """Half a gigabyte asked for where 0.3 are left: the plain path answers."""
+    ids = prompt(single, 10, batch=8)
+    settings = {"do_sample": False, "eos_token_id": None}
+    expected = single.generate(ids, **settings, max_new_tokens=3).tolist()
+    before = settled(single)
+    stop = StoppingCriteriaList([StopAtLength(10, 3)])
+    with only_free(300 * MB), expect(plain=1):
+        output = single.generate(ids, **settings, max_new_tokens=20_000, stopping_criteria=stop)
+    assert [row[:13] for row in output.tolist()] == expected
+    assert settled(single) <= before + SLACK
+
+
+def test_real_out_of_memory_in_the_prompt(single):
+    """The error comes with numbers, holds no memory, and what it says would fit does."""
+    ids = prompt(single, 1500, batch=64)
+    settings = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 4}
+    check_equal(single, input_ids=ids[:1, -20:], max_new_tokens=3)
+    before = settled(single)
+    with only_free(600 * MB):
+        with pytest.raises(torch.cuda.OutOfMemoryError) as caught:
+            single.generate(ids, **settings)
+        message = str(caught.value)
+        print(message)
+        assert "64 sequences of up to 1504 tokens (1500 of them the prompt) need" in message
+        assert torch.cuda.memory_allocated() <= before + SLACK, "the exception holds memory"
+        fits = int(re.search(r"about .*?(\d+) sequences? \(batch", message)[1])
+        assert 1 <= fits < 64
+        single.generate(ids[:fits], **settings)
+        settled(single)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            list(single.stream_tokens(ids, **settings))
+        check_equal(single, input_ids=ids[:1, -20:], max_new_tokens=3)
+    assert settled(single) <= before + SLACK
+
+
+def test_real_out_of_memory_in_a_long_answer(single):
+    """The plain path's cache grows until nothing is left; the tokens that the error names do fit."""
+    ids = prompt(single, 20, batch=64)
+    settings = {"do_sample": False, "eos_token_id": None}
+    single.generate(ids[:1], **settings, max_new_tokens=2)
+    before = settled(single)
+    with only_free(600 * MB):
+        with plain_path(), pytest.raises(torch.cuda.OutOfMemoryError) as caught:
+            single.generate(ids, **settings, max_new_tokens=4000)
+        print(caught.value)
+        tokens = int(re.search(r"about (\d+) tokens each", str(caught.value))[1])
+        assert 20 < tokens < 4020
+        assert torch.cuda.memory_allocated() <= before + SLACK
+        assert single.generate(ids, **settings, max_length=tokens).shape[1] == tokens
+    assert settled(single) <= before + SLACK
+
+
+def test_a_thousand_turns_leave_memory_flat(single):
+    """Prompts of 3 to 500 tokens, greedy and sampled, whole, streamed and abandoned."""
+
+    def turn(number):
+        ids = prompt(single, 3 + (number * 37) % 498, seed=number)
+        settings = {"do_sample": number % 2 == 0, "max_new_tokens": 1 + number % 6, "eos_token_id": None}
+        if number % 3:
+            single.generate(ids, **settings)
+        else:
+            stream = single.stream_tokens(ids, **settings)
+            next(stream)
+            if number % 2:
+                list(stream)
+
+    def held():
+        turn(498)
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    for number in range(250):
+        turn(number)
+    before = held()
+    for number in range(250, 1000):
+        turn(number)
+    after = held()
+    print(f"allocated and reserved after 250 turns {before}, after 1000 {after}")
+    assert after[0] <= before[0] + SLACK and after[1] <= before[1] + 2 * MB
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """Two layers of the real widths and the real vocabulary, in float16, with random weights."""
+    from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
+    from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+
+    with torch.device("cuda"):
+        model = ChatGLMForConditionalGeneration(ChatGLMConfig(num_layers=2)).half()
+    model.tie_head()
+    return model.eval()
+
+
+@pytest.mark.parametrize("sampler", [{"do_sample": False}, {"do_sample": True, "top_k": 0, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("lengths", [(20,), (2000,), (1000,) * 8, (300, 700) * 16], ids=lambda n: f"{len(n)}x{max(n)}")
+def test_peak_memory_is_within_the_bound(wide, lengths, sampler):
+    """Weights, cache and workspace as README.md states them; the peak is what generation takes beside the weights."""
+    before, batch, longest = settled(wide), len(lengths), max(lengths)
+    inputs = padded(wide, lengths)
+    torch.cuda.reset_peak_memory_stats()
+    with expect(captured=1):
+        wide.generate(**inputs, **sampler, max_new_tokens=8, eos_token_id=None)
+    peak = torch.cuda.max_memory_allocated() - before
+    cache = memory.cache_bytes(wide, batch, session.capacity_for(longest + 8))
+    bound = cache + memory.workspace_bytes(wide, batch, longest)
+    print(
+        f"{batch} x {longest}: peak {peak / MB:.0f} MiB, bound {bound / MB:.0f} MiB, of it cache {cache / MB:.0f} MiB"
+    )
+    assert cache < peak <= bound
+    assert len(loop.engine_of(wide)._sessions) == 1
