@@ -4,10 +4,9 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
-import torch
-
+from .memory import cache_bytes, is_out_of_memory
 from .sampling import CannotServe
-from .session import Session, cache_bytes, capacity_for
+from .session import Session, capacity_for
 
 # Sessions of other batch sizes stay as long as they are few and all caches together fit in this.
 _MOST_IDLE_BYTES = 2 << 30
@@ -112,7 +111,9 @@ class DecodeEngine:
     def _try_to_make(model: Any, batch: int, capacity: int) -> Session | None:
         try:
             return Session(model, batch, capacity)
-        except torch.cuda.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             return None
 
     def _forget(self, batch: int) -> None:

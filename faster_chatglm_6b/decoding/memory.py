@@ -15,6 +15,9 @@ _WORDS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "DefaultCPUAllocator",
     "MPS backend out of memory",
+    # More bytes than can be counted.
+    "Storage size calculation overflowed",
+    "multiplication overflow",
 )
 # Bytes per id of the vocabulary and sequence: scores in float32 and what a full sort for top-p makes of them.
 _SCORE_BYTES = 64

@@ -27,9 +27,10 @@ _SHORTEST_KEYS = 512
 def capacity_for(tokens: int) -> int:
     """Cache slots for sequences of ``tokens``, rounded up so that requests of similar length share a session."""
     capacity = _SMALLEST_CAPACITY
-    while capacity < tokens:
-        capacity += min(capacity, _DOUBLED_UP_TO // 2)
-    return capacity
+    while capacity < min(tokens, _DOUBLED_UP_TO):
+        capacity *= 2
+    step = _DOUBLED_UP_TO // 2
+    return max(capacity, -(-tokens // step) * step if tokens > capacity else 0)
 
 
 class Session:

@@ -9,7 +9,7 @@ import threading
 from unittest import mock
 
 import torch
-from loop_checks import Recorder, expect, prompt
+from loop_checks import Recorder, StopAtLength, expect, prompt
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import faster_chatglm_6b
@@ -186,6 +186,17 @@ def out_of_memory_in_the_middle(model):
     is_usable(model, ids, expected)
 
 
+def absurd_lengths(model):
+    """More tokens than any memory holds, or than bytes can be counted: the plain path, which takes what it needs."""
+    ids, expected = start(model)
+    for tokens in (10**13, 10**18):
+        stop = StoppingCriteriaList([StopAtLength(ids.shape[1], 5)])
+        with expect(plain=1):
+            output = model.generate(ids, **EXACT | {"max_new_tokens": tokens}, stopping_criteria=stop)
+        assert output.tolist() == expected
+    is_usable(model, ids, expected)
+
+
 EVERYWHERE = (
     interrupt_inside_the_loop,
     exception_in_the_callers_code,
@@ -193,4 +204,5 @@ EVERYWHERE = (
     out_of_memory_in_the_prompt,
     out_of_memory_in_capture,
     out_of_memory_in_the_middle,
+    absurd_lengths,
 )

@@ -59,6 +59,30 @@ def test_as_in_the_interpreter_and_memory_returns(single, check):
     assert settled(single) <= before + SLACK
 
 
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("out of memory"), KeyboardInterrupt()], ids=repr)
+def test_fault_inside_a_capture(single, error):
+    """Between the beginning and the end of a capture: the stream is not left capturing, the memory comes back."""
+    ids = prompt(single, 12)
+    settings = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
+    expected = single.generate(ids, **settings).tolist()
+    before = settled(single)
+    # The first step runs as it is, the second call of the method is its capture.
+    with fault_checks.failing_at("_run", 2, error):
+        if isinstance(error, KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt):
+                single.generate(ids, **settings)
+        else:
+            with expect(captured=1):
+                assert single.generate(ids, **settings).tolist() == expected
+    # The parameter outlives the test, and would keep the frames that it passed through.
+    error.with_traceback(None)
+    assert not torch.cuda.is_current_stream_capturing()
+    assert settled(single) <= before + SLACK
+    with expect(captured=1):
+        assert single.generate(ids, **settings).tolist() == expected
+    assert loop.engine_of(single)._sessions[1]._graphs
+
+
 def test_abandoned_and_failed_streams_return_their_memory(single):
     ids = prompt(single, 40)
     before = None
