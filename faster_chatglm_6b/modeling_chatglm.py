@@ -8,6 +8,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
+from .adapters import AdapterHost
 from .caches import Cache, DynamicCache
 from .chat import ChatMixin
 from .configuration_chatglm import ChatGLMConfig
@@ -26,7 +27,7 @@ from .rotary import RotaryTable
 RESIDUAL_ALPHA = math.sqrt(2 * 28)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(AdapterHost):
     """Multi-head attention over a packed projection that holds [q k v] head by head."""
 
     def __init__(self, config: ChatGLMConfig, layer_id: int):
@@ -57,7 +58,7 @@ class SelfAttention(nn.Module):
         return project(self.dense, context, ops, residual=hidden_states, alpha=RESIDUAL_ALPHA), probabilities
 
 
-class GLU(nn.Module):
+class GLU(AdapterHost):
     """The MLP, not gated despite its name in the checkpoint's code."""
 
     def __init__(self, config: ChatGLMConfig):
@@ -275,7 +276,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
 
 class ChatGLMForConditionalGeneration(
-    ChatMixin, PrefixGenerationMixin, QuantizationMixin, ChatGLMPreTrainedModel, GenerationMixin
+    ChatMixin, PrefixGenerationMixin, QuantizationMixin, AdapterHost, ChatGLMPreTrainedModel, GenerationMixin
 ):
     """ChatGLM-6B with its output head, chat and generation."""
 

@@ -94,6 +94,18 @@ class QuantizedLinear(Linear):
             beta=alpha,
         )
 
+    def dequantized(self) -> nn.Linear:
+        """The float32 layer with the same products, on the same device."""
+        integers = unpack_int4(self.weight.data) if self.bits == 4 else self.weight.data
+        weight = integers.view(self.out_features, -1, self.in_features if self.group_size < 0 else self.group_size)
+        weight = weight.float() * self.weight_scale.data.float().view(self.out_features, -1, 1)
+        with torch.device("meta"):
+            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        linear.weight = frozen(weight.view(self.out_features, self.in_features))
+        if self.bias is not None:
+            linear.bias = frozen(self.bias.data.float().clone())
+        return linear
+
     def extra_repr(self) -> str:
         groups = "" if self.group_size < 0 else f", group_size={self.group_size}"
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}{groups}"

@@ -1,0 +1,95 @@
+"""Adapters of PEFT on integer weights: what merging means where there is no float weight to add to."""
+
+import functools
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from .quantization import QuantizedLinear
+
+
+class AdapterHost(nn.Module):
+    """A module that notices when PEFT puts an adapter in the place of one of its quantised layers.
+
+    PEFT takes a ``QuantizedLinear`` for the ``nn.Linear`` that it is in use. Its merging would add floats to integers,
+    though, which fails or, checked with ``safe_merge``, rounds the whole adapter away without a word.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        tuners = sys.modules.get("peft.tuners.tuners_utils")
+        if tuners is not None and isinstance(value, tuners.BaseTunerLayer):
+            _prepare(value)
+        super().__setattr__(name, value)
+
+
+def _prepare(adapter: Any) -> None:
+    """Give an adapter over a quantised layer a way to merge, or an error that says why there is none."""
+    from peft.tuners.lora.layer import Linear
+
+    if not isinstance(adapter.get_base_layer(), QuantizedLinear):
+        return
+    if type(adapter) is Linear:
+        adapter.__class__ = _lora_over_integers()
+    else:
+        adapter.merge = functools.partial(_refuse_to_merge, f"{type(adapter).__module__}.{type(adapter).__name__}")
+
+
+def _refuse_to_merge(kind: str, *args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        f"A {kind} cannot be merged into integer weights, only PEFT's linear LoRA layers can; merge into the float "
+        "model and quantise that, or leave the adapter unmerged."
+    )
+
+
+@functools.cache
+def _lora_over_integers() -> type:
+    """PEFT's LoRA layer, whose class exists once PEFT is imported, with other ways to merge and unmerge."""
+    from peft.tuners.lora.layer import Linear
+
+    class LoraQuantizedLinear(Linear):
+        """LoRA over a ``QuantizedLinear``; merging quantises the sum anew, with the layer's bits and groups."""
+
+        _before_merge: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
+
+        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+            """Merge as PEFT does, into the dequantised weight; arguments are PEFT's."""
+            layer, already = self.base_layer, len(self.merged_adapters)
+            self.base_layer = layer.dequantized()
+            try:
+                super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                merged = QuantizedLinear.of(self.base_layer, layer.bits, layer.group_size)
+            finally:
+                self.base_layer = layer
+            if len(self.merged_adapters) == already:
+                return
+            warnings.warn(
+                f"An adapter was merged into {layer.bits}-bit integers, which rounds it; merging into the float model "
+                "before quantize() keeps more of it.",
+                stacklevel=2,
+            )
+            self._before_merge = self._before_merge or _values(layer)
+            _set_values(layer, _values(merged))
+
+        def unmerge(self) -> None:
+            """Restore the integers and scales from before the first merge, exactly."""
+            if self._before_merge is None:
+                return super().unmerge()
+            _set_values(self.base_layer, self._before_merge)
+            self._before_merge = None
+            self.merged_adapters.clear()
+
+    return LoraQuantizedLinear
+
+
+def _values(layer: QuantizedLinear) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    return layer.weight.data, layer.weight_scale.data, None if layer.bias is None else layer.bias.data
+
+
+def _set_values(layer: QuantizedLinear, values: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]) -> None:
+    """Put values into the layer's parameters, in their dtypes and on their device."""
+    for parameter, value in zip((layer.weight, layer.weight_scale, layer.bias), values, strict=True):
+        if parameter is not None:
+            parameter.data = value.to(parameter)
