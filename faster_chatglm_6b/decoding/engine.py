@@ -4,7 +4,7 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
-from .memory import cache_bytes, is_out_of_memory
+from .memory import cache_bytes, is_out_of_memory, too_little_for_the_loop
 from .sampling import CannotServe
 from .session import Session, capacity_for
 
@@ -101,9 +101,8 @@ class DecodeEngine:
             self._drop()
             session = self._try_to_make(model, batch, capacity)
         if session is None:
-            raise CannotServe(
-                f"there is not enough GPU memory for a cache of {batch} x {capacity} tokens ({needed / 2**30:.1f} GiB)"
-            )
+            cache = f"a cache of {batch} x {capacity} tokens ({needed / 2**30:.1f} GiB)"
+            raise too_little_for_the_loop(model, cache, batch, 0, capacity)
         self._sessions[batch] = session
         return session
 

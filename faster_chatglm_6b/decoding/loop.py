@@ -9,7 +9,7 @@ import torch
 
 from .. import _status
 from .engine import DecodeEngine
-from .memory import is_out_of_memory, memory_explained, reclaim
+from .memory import is_out_of_memory, memory_explained, reclaim, too_little_for_the_loop
 from .plain import plain_tokens
 from .refusal import check_model
 from .request import Request
@@ -110,7 +110,8 @@ class CapturedRun:
                 raise
             reclaim(self._model, error)
             batch, length = request.input_ids.shape
-            raise CannotServe(f"there is not enough GPU memory for a prompt of {batch} x {length} tokens") from None
+            prompt = f"a prompt of {batch} x {length} tokens"
+            raise too_little_for_the_loop(self._model, prompt, batch, length, length + self._limit) from None
         if session.capture_failed:
             self._engine.give_up_sessions()
 

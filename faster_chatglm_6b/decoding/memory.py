@@ -1,12 +1,17 @@
 """How much memory a generation takes, and the error that says so where it was not there."""
 
 import contextlib
+import logging
 import os
 import traceback
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from .sampling import CannotServe
+
+_log = logging.getLogger("faster_chatglm_6b")
 
 # How allocators other than CUDA's, and CUDA's own calls, say that memory ran out.
 _WORDS = (
@@ -114,6 +119,19 @@ def memory_explained(model: Any, input_ids: torch.Tensor, generation_config: Any
         raise torch.cuda.OutOfMemoryError(
             _sentence(model, *input_ids.shape, int(generation_config.max_length))
         ) from error
+
+
+def too_little_for_the_loop(model: Any, what: str, batch: int, prompt: int, total: int) -> CannotServe:
+    """The refusal of the captured loop for lack of memory; users are warned, because the plain path is much slower.
+
+    Args:
+        what: found no room. batch, prompt, total: as in the sentence of ``memory_explained``.
+    """
+    free = free_bytes(model.device)
+    fits = "" if free is None else f" ({_what_fits(model, batch, prompt, total, free)})"
+    reason = f"there is not enough GPU memory for {what}"
+    _log.warning("The captured loop cannot serve, because %s%s; the slower plain path does.", reason, fits)
+    return CannotServe(reason)
 
 
 def reclaim(model: Any, error: BaseException) -> None:

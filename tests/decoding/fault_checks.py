@@ -5,6 +5,7 @@ rightly afterwards.
 """
 
 import contextlib
+import logging
 import threading
 from unittest import mock
 
@@ -53,6 +54,19 @@ def raises(kind):
         caught.append(error)
     else:
         raise AssertionError(f"{kind.__name__} was lost")
+
+
+@contextlib.contextmanager
+def warnings_logged():
+    """What the library warns of inside."""
+    logger, messages = logging.getLogger("faster_chatglm_6b"), []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
 
 
 def is_usable(model, ids, expected):
@@ -132,8 +146,9 @@ def out_of_memory_for_the_cache(model):
         model.generate(ids.repeat(2, 1), **EXACT)
     assert len(made) == 2 and list(loop.engine_of(model)._sessions) == [2]
     before = faster_chatglm_6b.status().plain_generations
-    with mock.patch.object(engine, "Session", out_of_memory), expect(plain=1):
+    with mock.patch.object(engine, "Session", out_of_memory), expect(plain=1), warnings_logged() as logged:
         assert model.generate(ids, **EXACT).tolist() == expected
+    assert len(logged) == 1 and "1 x 256 tokens" in logged[0] and "the slower plain path does" in logged[0], logged
     (reason,) = new_reason(before)
     assert "not enough GPU memory for a cache of 1 x 256 tokens" in reason
     is_usable(model, ids, expected)

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,25 @@ def test_abandoned_and_failed_streams_return_their_memory(single):
             before = settled(single)
     assert settled(single) <= before + SLACK
     check_equal(single, input_ids=ids, max_new_tokens=4)
+
+
+def test_two_threads_on_the_plain_path(single):
+    """They launch kernels on one stream side by side; nothing of one is read by the other."""
+    ids = [prompt(single, 10 + 7 * index, seed=index) for index in range(3)]
+    settings = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": None}
+    with plain_path():
+        expected = [single.generate(i, **settings).tolist() for i in ids]
+        outputs = [[] for _ in ids]
+
+        def talk(index):
+            outputs[index] += [single.generate(ids[index], **settings).tolist() for _ in range(5)]
+
+        threads = [threading.Thread(target=talk, args=(index,)) for index in range(len(ids))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+    assert outputs == [[tokens] * 5 for tokens in expected]
 
 
 def test_real_out_of_memory_for_the_cache(single):
