@@ -54,13 +54,12 @@ def requests(
             "invalid_rule": st.booleans(),
             "stream": st.booleans(),
             "settings": st.fixed_dictionaries(
-                {},
-                optional={
-                    "repetition_penalty": st.sampled_from([0.5, 1.0, 1.2, 2.0]),
-                    "no_repeat_ngram_size": st.integers(1, 4),
-                    "min_length": st.integers(0, longest + 3 + most_tokens),
-                    "min_new_tokens": st.integers(0, most_tokens),
-                },
+                {
+                    "repetition_penalty": st.sampled_from([None, None, 0.5, 1.0, 1.2, 2.0]),
+                    "no_repeat_ngram_size": st.sampled_from([None, None, None, 1, 2, 4]),
+                    "min_length": st.one_of(st.none(), st.integers(0, longest + 3 + most_tokens)),
+                    "min_new_tokens": st.one_of(st.none(), st.integers(0, most_tokens)),
+                }
             ),
             "sampling": sampling,
         }
@@ -73,7 +72,8 @@ def arguments(model: Any, tokenizer: Any, request: dict[str, Any]) -> dict[str, 
     rows = [_row(model.config, draw, request["tokens"], **row) for row in request["rows"]]
     padded = tokenizer.pad({"input_ids": rows}, padding=True, return_tensors="pt")
     ids = padded["input_ids"]
-    result = {"input_ids": ids.to(model.device), **request["settings"]}
+    result = {"input_ids": ids.to(model.device)}
+    result |= {name: value for name, value in request["settings"].items() if value is not None}
     if request["mask"] == "2-D":
         lengths = torch.tensor([len(row) for row in rows])
         result["attention_mask"] = (torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]).long().to(ids.device)

@@ -28,7 +28,7 @@ def interpreter():
     worker.close()
 
 
-@examples(short=40, long=1000)
+@examples(short=40, long=1000, shrink=False)
 @given(request=requests(4, 14, 5, GREEDY))
 def test_greedy_search_in_the_interpreter(interpreter, request):
     error = interpreter.ask(request)
@@ -36,7 +36,7 @@ def test_greedy_search_in_the_interpreter(interpreter, request):
 
 
 # The interpreter takes five seconds to draw one token.
-@examples(short=5, long=60)
+@examples(short=6, long=60, shrink=False)
 @given(request=requests(2, 14, 2, SAMPLED))
 def test_sampling_in_the_interpreter(interpreter, request):
     error = interpreter.ask(request)
