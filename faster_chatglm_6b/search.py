@@ -1,17 +1,23 @@
 """The searches that transformers' ``generate()`` ends in: greedy search and sampling through the captured loop."""
 
+import functools
 from typing import Any
 
 import torch
 
 from . import _status
 from .decoding.loop import engine_of, generate_ids, generate_tokens
-from .decoding.memory import memory_explained
+from .decoding.memory import memory_explained, memory_returned
 from .streaming import no_single_next_token, streaming
 
 
 class SearchMixin:
     """Overrides of the searches of transformers 4.45 and later."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``generate``; where memory runs out, the exception holds none."""
+        with memory_returned():
+            return super().generate(*args, **kwargs)
 
     def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' beam search, where the caller does not ask for a stream."""
@@ -52,17 +58,17 @@ class SearchMixin:
         if streaming.get():
             return generate_tokens(*arguments, _with_sync(model_kwargs, synced_gpus))
 
-        def plain() -> Any:
-            return super(SearchMixin, self)._sample(
-                input_ids,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                generation_config=generation_config,
-                synced_gpus=synced_gpus,
-                streamer=streamer,
-                **model_kwargs,
-            )
-
+        # No function defined here: when memory runs out, its frame could not let go of what it closes over.
+        plain = functools.partial(
+            super()._sample,
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
         with memory_explained(self, input_ids, generation_config):
             return generate_ids(*arguments, _with_sync(model_kwargs, synced_gpus), plain)
 

@@ -9,7 +9,7 @@ import torch
 
 from .. import _status
 from .engine import DecodeEngine
-from .memory import is_out_of_memory, memory_explained, reclaim, too_little_for_the_loop
+from .memory import is_out_of_memory, memory_explained, memory_returned, reclaim, too_little_for_the_loop
 from .plain import plain_tokens
 from .refusal import check_model
 from .request import Request
@@ -189,14 +189,24 @@ def generate_tokens(
     """
     arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
     request = _request_or_reason(model, *arguments, model_kwargs)
+    return _returning_memory(_captured_or_plain(model, request, arguments, streamer, model_kwargs))
 
-    def stream() -> Iterator[torch.Tensor]:
-        with memory_explained(model, input_ids, generation_config):
-            try:
-                yield from captured_tokens(model, request, streamer)
-                return
-            except CannotServe as reason:
-                _status.record_generation("plain", str(reason))
-            yield from plain_tokens(model, *arguments, streamer, model_kwargs)
 
-    return stream()
+# Two functions, and neither inside another one: the frame of one that failed can let go of what it was called with, but
+# not while it runs, and never of a closure.
+def _returning_memory(tokens: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    with memory_returned():
+        yield from tokens
+
+
+def _captured_or_plain(
+    model: Any, request: Request | str, arguments: tuple, streamer: Any, model_kwargs: dict[str, Any]
+) -> Iterator[torch.Tensor]:
+    input_ids, _, _, generation_config = arguments
+    with memory_explained(model, input_ids, generation_config):
+        try:
+            yield from captured_tokens(model, request, streamer)
+            return
+        except CannotServe as reason:
+            _status.record_generation("plain", str(reason))
+        yield from plain_tokens(model, *arguments, streamer, model_kwargs)

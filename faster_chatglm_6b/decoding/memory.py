@@ -134,16 +134,29 @@ def too_little_for_the_loop(model: Any, what: str, batch: int, prompt: int, tota
     return CannotServe(reason)
 
 
+@contextlib.contextmanager
+def memory_returned() -> Iterator[None]:
+    """Where memory runs out inside, let go of what the frames between here and there hold, the cache above all: a
+    traceback would keep it for as long as somebody looks at the exception."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        _clear_frames(error)
+        raise
+
+
 def reclaim(model: Any, error: BaseException) -> None:
-    """Free what generation keeps, and what the frames of the failed one hold: a traceback would keep it for as long as
-    somebody looks at it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        traceback.clear_frames(seen.__traceback__)
-        seen = seen.__context__
+    """Free what generation keeps between calls, and what the frames that failed hold."""
+    _clear_frames(error)
     model.release_cache()
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _sentence(model: Any, batch: int, prompt: int, total: int) -> str:

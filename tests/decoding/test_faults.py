@@ -264,26 +264,31 @@ def test_other_errors_are_left_alone(tiny_model, monkeypatch):
         tiny_model.generate(PROMPT, **GREEDY)
 
 
-def test_the_error_does_not_keep_the_memory(tiny_model, monkeypatch):
-    """Whoever looks at the exception does not hold the activations of the run that failed."""
-    held = []
-
-    class Activation:
-        """Weakly referable stand-in for a large tensor."""
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"stream": True}], ids=["search", "beams", "stream"])
+def test_the_error_holds_no_memory(tiny_model, monkeypatch, settings):
+    """Whoever looks at the exception does not hold the activations or the cache of the run that failed."""
+    normal, held = type(tiny_model.transformer).forward, []
 
     def short(self, *arguments, **kwargs):
-        activation = Activation()
-        held.append(weakref.ref(activation))
-        out_of_memory()
+        outputs = normal(self, *arguments, **kwargs)
+        if len(held) == 3:
+            activation = torch.zeros(10)
+            cache = outputs.past_key_values
+            keys = cache.layers[0].keys if hasattr(cache, "layers") else cache.key_cache[0]
+            held.extend(map(weakref.ref, (activation, keys, cache)))
+            out_of_memory()
+        held.append(None)
+        return outputs
 
     monkeypatch.setattr(type(tiny_model.transformer), "forward", short)
-    for call in (
-        lambda: tiny_model.generate(PROMPT, **GREEDY),
-        lambda: list(tiny_model.stream_tokens(PROMPT, **GREEDY)),
-    ):
-        with pytest.raises(torch.cuda.OutOfMemoryError) as caught:
-            call()
-        assert caught.value.__cause__ is not None and held[-1]() is None
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="would") as caught:
+        if "stream" in settings:
+            list(tiny_model.stream_tokens(PROMPT, **GREEDY))
+        else:
+            tiny_model.generate(PROMPT, **GREEDY, **settings)
+    gc.collect()
+    assert caught.value.__cause__ is not None
+    assert len(held) == 6 and [reference() for reference in held[3:]] == [None] * 3
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the address space is limited by Linux' RLIMIT_AS")
