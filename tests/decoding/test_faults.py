@@ -353,3 +353,25 @@ def test_turns_leave_no_memory_behind(tiny_model, tiny_tokenizer):
     finally:
         tracemalloc.stop()
     assert after - before < 64 << 10, after - before
+
+
+def test_a_prompt_keeps_no_layers_input(tiny_model):
+    """Only what is asked for with output_hidden_states: 28 layers' inputs would be most of a long prompt's memory."""
+    alive, inputs = [], []
+
+    def note(layer, arguments):
+        inputs.append(weakref.ref(arguments[0]))
+        alive.append(sum(reference() is not None for reference in inputs))
+
+    handles = [layer.register_forward_pre_hook(note) for layer in tiny_model.transformer.layers]
+    try:
+        with torch.no_grad():
+            tiny_model(PROMPT)
+            assert alive == [1] * len(handles)
+            alive.clear()
+            inputs.clear()
+            assert len(tiny_model(PROMPT, output_hidden_states=True).hidden_states) == len(handles) + 1
+            assert alive == list(range(1, len(handles) + 1))
+    finally:
+        for handle in handles:
+            handle.remove()
