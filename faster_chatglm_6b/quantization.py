@@ -62,7 +62,8 @@ class QuantizedLinear(Linear):
         scale_shape = (out_features,) if group_size < 0 else (out_features, in_features // group_size)
         self.weight = frozen(torch.empty(out_features, in_features * bits // 8, dtype=torch.int8, device=device))
         self.weight_scale = frozen(torch.empty(scale_shape, dtype=torch.float16, device=device))
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float16, device=device)) if bias else None
+        # In the default dtype, which a loader sets to the model's: the bias is added to the model's floats.
+        self.bias = nn.Parameter(torch.empty(out_features, device=device)) if bias else None
 
     @classmethod
     def of(cls, linear: nn.Linear, bits: int, group_size: int = -1) -> "QuantizedLinear":
