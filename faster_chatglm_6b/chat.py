@@ -9,6 +9,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 
 from .detokenizer import IncrementalDetokenizer
 from .generation import no_room
+from .placement import execution_device
 from .prompts import build_prompt, process_response
 from .tokenization_chatglm import ChatGLMTokenizer
 
@@ -121,9 +122,10 @@ class ChatMixin:
             settings["max_length"] = longest + max(room)
         padded = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
         mask = [[0] * (longest - length) + [1] * length for length in lengths]
+        device = execution_device(self, self.device)
         output_ids = self.generate(
-            torch.tensor(padded, device=self.device),
-            attention_mask=torch.tensor(mask, device=self.device),
+            torch.tensor(padded, device=device),
+            attention_mask=torch.tensor(mask, device=device),
             num_beams=num_beams,
             **settings,
         )
@@ -175,7 +177,7 @@ class ChatMixin:
 
     def _chat_input_ids(self, tokenizer: ChatGLMTokenizer, query: str, history: History) -> torch.Tensor:
         """Ids [1, length] of a turn's prompt, on the model's device."""
-        return torch.tensor([self._chat_ids(tokenizer, query, history)], device=self.device)
+        return torch.tensor([self._chat_ids(tokenizer, query, history)], device=execution_device(self, self.device))
 
     def _chat_ids(self, tokenizer: ChatGLMTokenizer, query: str, history: History) -> list[int]:
         if not isinstance(query, str) or not query.strip():

@@ -17,6 +17,7 @@ from .layers import LayerNorm, Linear, project
 from .loading import CheckpointMixin
 from .ops import Operators, operators_for
 from .ops.reference import attention_probabilities
+from .placement import execution_device
 from .prefix_encoder import PrefixEncoder
 from .prompt_layout import PromptLayout, cached_tokens, causal_hidden
 from .quantization import QuantizationMixin, prepare_quantized
@@ -195,13 +196,15 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         )
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         device, dtype = hidden_states.device, hidden_states.dtype
+        devices = [execution_device(layer, device) for layer in self.layers]
         attended = cache
         if self.config.pre_seq_len:
             hidden = None if hidden is None else self.prefix_encoder.show(hidden)
             context_length = None if context_length is None else context_length + self.config.pre_seq_len
             if past_length == 0:
-                attended = self.prefix_encoder.placed_in(cache, hidden_states.shape[0], dtype)
-        ops = operators_for(device, dtype, self.config.head_size, differentiable=torch.is_grad_enabled())
+                attended = self.prefix_encoder.placed_in(cache, hidden_states.shape[0], dtype, devices)
+        differentiable = torch.is_grad_enabled()
+        tables = {place: operators_for(place, dtype, self.config.head_size, differentiable) for place in set(devices)}
         cos, sin = self.rotary.get(int(position_ids.max()) + 1, device, dtype)
         step = Step(
             position_ids=position_ids.to(device),
@@ -213,17 +216,17 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             output_attentions=output_attentions,
         )
         all_hidden_states, all_attentions = [], []
-        for layer in self.layers:
+        for layer, place in zip(self.layers, devices, strict=True):
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             if self.gradient_checkpointing and self.training:
                 hidden_states, probabilities = self._gradient_checkpointing_func(
-                    layer.__call__, hidden_states, ops, step
+                    layer.__call__, hidden_states, tables[place], step
                 )
             else:
-                hidden_states, probabilities = layer(hidden_states, ops, step)
+                hidden_states, probabilities = layer(hidden_states, tables[place], step)
             all_attentions.append(probabilities)
-        hidden_states = self.final_layernorm(hidden_states, ops)
+        hidden_states = self.final_layernorm(hidden_states, tables[devices[-1]])
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden_states.transpose(0, 1),
             past_key_values=cache if use_cache else None,

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .configuration_chatglm import ChatGLMConfig
+from .placement import execution_device
 
 
 class PrefixEncoder(nn.Module):
@@ -31,14 +32,21 @@ class PrefixEncoder(nn.Module):
 
     def forward(self, batch: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(key, value) of each layer, [batch, H, pre_seq_len, K] in ``dtype``."""
-        packed = self.trans(self.embedding.weight).to(dtype)
+        # Called as modules, never read as weights: accelerate may keep them elsewhere until then.
+        device = execution_device(self.embedding, self.embedding.weight.device)
+        packed = self.trans(self.embedding(torch.arange(self.length, device=device))).to(dtype)
         packed = packed.view(self.length, 2 * self.layers, self.heads, self.head_size)
         packed = self.dropout(packed).permute(1, 2, 0, 3)[:, None].expand(-1, batch, -1, -1, -1)
         return list(zip(packed[::2], packed[1::2], strict=True))
 
-    def placed_in(self, cache: Any, batch: int, dtype: torch.dtype) -> Any:
-        """The empty cache with the prefix in it; without a cache, a stand-in that puts it before each layer's keys."""
+    def placed_in(self, cache: Any, batch: int, dtype: torch.dtype, devices: list[torch.device]) -> Any:
+        """The empty cache with the prefix in it; without a cache, a stand-in that puts it before each layer's keys.
+
+        Args:
+            devices: of each layer's keys.
+        """
         prefix = self(batch, dtype)
+        prefix = [(key.to(device), value.to(device)) for (key, value), device in zip(prefix, devices, strict=True)]
         if cache is None:
             return _PrefixOnly(prefix)
         for layer, (key, value) in enumerate(prefix):

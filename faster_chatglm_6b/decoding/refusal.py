@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
+from ..placement import spread_over
 from ..prefix_encoder import PrefixEncoder
 from ..quantization import QuantizedLinear
 from .sampling import CannotServe
@@ -22,6 +23,9 @@ def check_model(model: Any) -> tuple:
     """
     from ..ops.cuda import kernels_refusal
 
+    places = spread_over(model)
+    if places is not None:
+        raise CannotServe(f"device_map spreads the model over {places}; the captured loop needs it on one GPU")
     weight = model.transformer.word_embeddings.weight
     device, dtype = weight.device, weight.dtype
     reason = kernels_refusal(device, dtype)
