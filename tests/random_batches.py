@@ -75,3 +75,22 @@ def expected_rows(batch, tokens, pad):
     answers = [row.answer[:tokens] for row in batch]
     longest = max(len(answer) for answer in answers)
     return [answer + [pad] * (longest - len(answer)) for answer in answers]
+
+
+def check_beams(model, tokenizer, runs, way, count):
+    """Each batch of beams gives the sequences that beams give to each row alone, best first."""
+    rng, pad = random.Random(2), model.config.pad_token_id
+    for _ in range(count):
+        batch, beams = rng.sample(runs.rows, rng.randint(2, 4)), rng.randint(2, 4)
+        settings = {
+            "do_sample": False,
+            "num_beams": beams,
+            "num_return_sequences": rng.randint(1, beams),
+            "max_new_tokens": rng.randint(1, MOST_TOKENS),
+            "early_stopping": rng.random() < 0.5,
+        }
+        inputs = inputs_of(batch, way, tokenizer, model.device)
+        output = model.generate(**inputs, eos_token_id=runs.end_ids, **settings)[:, inputs["input_ids"].shape[1] :]
+        alone = [answer for row in batch for answer in greedy(model, [row.ids], runs.end_ids, **settings)]
+        mine = [[token for token in row if token != pad] for row in output.tolist()]
+        assert mine == [[token for token in row if token != pad] for row in alone], settings

@@ -1,10 +1,17 @@
 """Every row of a batch equals its single run: greedy search, beams and several returned sequences."""
 
-import random
-
 import pytest
 import torch
-from random_batches import MOST_TOKENS, WAYS, expected_rows, greedy, inputs_of, random_batches, single_runs
+from random_batches import (
+    MOST_TOKENS,
+    WAYS,
+    check_beams,
+    expected_rows,
+    greedy,
+    inputs_of,
+    random_batches,
+    single_runs,
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,28 +42,9 @@ def test_a_shorter_run_is_the_beginning_of_a_longer_one(tiny_model, runs):
         assert greedy(tiny_model, [row.ids], runs.end_ids, max_new_tokens=tokens)[0] == row.answer[:tokens]
 
 
-def real_tokens(row, pad):
-    return [token for token in row if token != pad]
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_beams(tiny_model, tiny_tokenizer, runs, way):
-    """Each batch of beams gives the sequences that beams give to each row alone, best first."""
-    rng, pad = random.Random(2), tiny_model.config.pad_token_id
-    for _ in range(6):
-        batch, beams = rng.sample(runs.rows, rng.randint(2, 4)), rng.randint(2, 4)
-        settings = {
-            "do_sample": False,
-            "num_beams": beams,
-            "num_return_sequences": rng.randint(1, beams),
-            "max_new_tokens": rng.randint(1, MOST_TOKENS),
-            "early_stopping": rng.random() < 0.5,
-        }
-        inputs = inputs_of(batch, way, tiny_tokenizer, tiny_model.device)
-        length = inputs["input_ids"].shape[1]
-        output = tiny_model.generate(**inputs, eos_token_id=runs.end_ids, **settings)[:, length:].tolist()
-        alone = [answer for row in batch for answer in greedy(tiny_model, [row.ids], runs.end_ids, **settings)]
-        assert [real_tokens(row, pad) for row in output] == [real_tokens(row, pad) for row in alone], settings
+    check_beams(tiny_model, tiny_tokenizer, runs, way, 6)
 
 
 @pytest.mark.parametrize("way", WAYS)

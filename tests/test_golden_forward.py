@@ -136,12 +136,17 @@ def test_loss_and_gradients(tiny_dir, golden_tensors, checkpointing):
     model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir).float().train(checkpointing)
     if checkpointing:
         model.gradient_checkpointing_enable()
+    computed = []
+    # Before and not after: recomputing stops as soon as nothing more is needed.
+    model.transformer.layers[1].register_forward_pre_hook(lambda *arguments: computed.append(1))
     for name in cases(tensors, ".input_ids"):
         model.zero_grad()
+        computed.clear()
         output = model(tensors[f"{name}.input_ids"], labels=tensors[f"{name}.labels"])
         torch.testing.assert_close(output.logits.detach(), tensors[f"{name}.logits"], **TOLERANCE, msg=name)
         torch.testing.assert_close(output.loss.detach(), tensors[f"{name}.loss"], **TOLERANCE, msg=name)
         output.loss.backward()
+        assert len(computed) == (2 if checkpointing else 1)
         gradients = dict(model.named_parameters())
         for key in (key for key in tensors if key.startswith(f"{name}.grad.")):
             gradient = gradients[key.removeprefix(f"{name}.grad.")].grad

@@ -9,7 +9,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from loop_checks import expect  # noqa: E402
 from near_ties import margin, measured_near_tie  # noqa: E402
-from random_batches import expected_rows, inputs_of, random_batches, single_runs  # noqa: E402
+from random_batches import WAYS, check_beams, expected_rows, inputs_of, random_batches, single_runs  # noqa: E402
 
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration  # noqa: E402
 
@@ -46,8 +46,12 @@ def compare(model, tokenizer, count):
     return different, rows, near_tie
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
 @pytest.mark.parametrize("dtype", MOST_DIFFERENT, ids=str)
 def test_200_random_batches(tiny_dir, tiny_tokenizer, dtype):
     model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir).to(dtype).cuda().eval()
@@ -55,3 +59,10 @@ def test_200_random_batches(tiny_dir, tiny_tokenizer, dtype):
     print(f"{dtype}: {different} of {rows} rows differ at a near-tie of less than {near_tie:.6f}")
     assert near_tie < LARGEST_MARGIN[dtype]
     assert rows > 800 and different <= MOST_DIFFERENT[dtype] * rows
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_beams(tiny_dir, tiny_tokenizer, way):
+    """On the plain path, which beams take."""
+    model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir).float().cuda().eval()
+    check_beams(model, tiny_tokenizer, single_runs(model), way, 6)
