@@ -19,18 +19,28 @@ class AdapterHost(nn.Module):
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        tuners = sys.modules.get("peft.tuners.tuners_utils")
-        if tuners is not None and isinstance(value, tuners.BaseTunerLayer):
+        # None before PEFT is imported, and while another thread imports it.
+        adapter_class = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
+        if adapter_class is not None and isinstance(value, adapter_class):
             _prepare(value)
         super().__setattr__(name, value)
 
 
 def _prepare(adapter: Any) -> None:
-    """Give an adapter over a quantised layer a way to merge, or an error that says why there is none."""
+    """Give an adapter over a quantised layer a way to merge, or an error that says why there is none.
+
+    Raises:
+        ValueError: DoRA, whose norms would be those of the integers.
+    """
     from peft.tuners.lora.layer import Linear
 
     if not isinstance(adapter.get_base_layer(), QuantizedLinear):
         return
+    if any(getattr(adapter, "use_dora", {}).values()):
+        raise ValueError(
+            "use_dora needs the norms of float weights, but this model is quantised; use LoRA without it, or the float "
+            "model."
+        )
     if type(adapter) is Linear:
         adapter.__class__ = _lora_over_integers()
     else:
@@ -81,7 +91,15 @@ def _lora_over_integers() -> type:
             self._before_merge = None
             self.merged_adapters.clear()
 
+    # Pickles name it by its place in this module, see __getattr__.
+    LoraQuantizedLinear.__qualname__ = "LoraQuantizedLinear"
     return LoraQuantizedLinear
+
+
+def __getattr__(name: str) -> type:
+    if name == "LoraQuantizedLinear":
+        return _lora_over_integers()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _values(layer: QuantizedLinear) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

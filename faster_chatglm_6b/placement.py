@@ -7,7 +7,7 @@ import torch
 
 def execution_device(module: Any, default: torch.device) -> torch.device:
     """The device that accelerate's hook moves a module's inputs to; ``default`` where it has no such hook."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = module.__dict__.get("_hf_hook")
     for one in getattr(hook, "hooks", (hook,)):
         device = getattr(one, "execution_device", None)
         if device is not None:

@@ -1,6 +1,7 @@
 """LoRA through PEFT over float and integer weights: generate, train, save, load, merge."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -180,3 +181,18 @@ def test_other_adapters_are_not_merged_into_integers(golden_dir):
     with pytest.raises(ValueError, match="A peft.tuners.ia3.layer.Linear cannot be merged into integer weights"):
         model.merge_and_unload(safe_merge=True)
     assert torch.equal(logits(model), before)
+
+
+def test_dora_over_integers_is_refused(golden_dir):
+    base = load(golden_dir, "int8")
+    before = logits(base)
+    with pytest.raises(ValueError, match="use_dora needs the norms of float weights, but this model is quantised"):
+        adapted(base, use_dora=True)
+    assert torch.equal(logits(base), before)
+    assert type(base.transformer.layers[0].attention.dense) is QuantizedLinear
+
+
+def test_an_adapted_model_can_be_pickled(golden_dir):
+    model = adapted(load(golden_dir, "int8"))
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(again), logits(model))
