@@ -17,5 +17,6 @@ def execution_device(module: Any, default: torch.device) -> torch.device:
 
 def spread_over(model: Any) -> str | None:
     """The places that ``device_map`` gave a model where they are more than one device; None for a model on one."""
-    places = sorted({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
+    device_map = getattr(model, "hf_device_map", None) or {}
+    places = sorted({f"cuda:{place}" if isinstance(place, int) else str(place) for place in device_map.values()})
     return ", ".join(places) if len(places) > 1 or "disk" in places else None

@@ -67,7 +67,7 @@ def check(model, alone, tokenizer):
         for why, count in faster_chatglm_6b.status().plain_generations.items()
         if "device_map spreads the model over" in why
     }
-    places = ", ".join(sorted({str(one) for one in model.hf_device_map.values()}))
+    places = ", ".join(sorted({f"cuda:{one}" if isinstance(one, int) else one for one in model.hf_device_map.values()}))
     assert new[f"device_map spreads the model over {places}; the captured loop needs it on one GPU"] == 5
 
 
