@@ -120,6 +120,25 @@ class ChatGLMConfig(PretrainedConfig):
         self._check()
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """transformers' ``get_config_dict``, for a config.json that holds an object.
+
+        Raises:
+            ValueError: it holds something else.
+        """
+        try:
+            result = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            is_object = isinstance(result[0], dict)
+        except (TypeError, AttributeError, LookupError):
+            is_object = False
+        if not is_object:
+            raise ValueError(
+                f"config.json of {pretrained_model_name_or_path} is no JSON object with settings; take it from the "
+                "checkpoint again."
+            )
+        return result
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """transformers' ``from_dict``, for a config.json that gives every size: none is guessed.
 

@@ -11,14 +11,19 @@ import torch
 from safetensors import SafetensorError
 
 from . import _status
+from .checkpoint_files import HUB_ARGUMENTS, DamagedFile, check_contents, only, weight_files
 from .configuration_chatglm import ChatGLMConfig
 from .hook import checkpoint_code_blocked, is_checkpoint_code_blocked
 from .model_size import check_weight_files
 from .quantized_loading import load_quantized, quantizes_while_loading
 
 # How torch, safetensors and transformers say that a file cannot be read.
-_DAMAGE = (SafetensorError, UnpicklingError, EOFError)
+_DAMAGE = (SafetensorError, UnpicklingError, EOFError, DamagedFile)
 _DAMAGE_WORDS = ("PytorchStreamReader", "Unable to load weights from pytorch checkpoint file")
+
+_PREFIX = "prefix_encoder."
+# Arguments with which the weights come from somewhere else.
+_OTHER_WEIGHTS = ("state_dict", "gguf_file", "variant", "from_tf", "from_flax")
 
 
 @contextmanager
@@ -53,6 +58,8 @@ class CheckpointMixin:
         if config is not None and not isinstance(config, ChatGLMConfig) and hasattr(config, "to_dict"):
             kwargs["config"] = ChatGLMConfig.from_dict(config.to_dict())
         _check_weight_files(pretrained_model_name_or_path, kwargs)
+        with _clear_errors(pretrained_model_name_or_path):
+            _check_contents(pretrained_model_name_or_path, kwargs)
         if quantizes_while_loading(pretrained_model_name_or_path, kwargs):
             with _clear_errors(pretrained_model_name_or_path):
                 model = load_quantized(cls, pretrained_model_name_or_path, kwargs)
@@ -69,6 +76,7 @@ class CheckpointMixin:
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
         _check_complete(info, pretrained_model_name_or_path)
+        _begin_prefix(model, info, pretrained_model_name_or_path)
         model.tie_head()
         # transformers 5 puts new parameters in the place of those that were frozen.
         model.base_model.freeze_below_prefix()
@@ -110,6 +118,15 @@ def _check_weight_files(name: Any, kwargs: dict[str, Any]) -> None:
     if not isinstance(config, ChatGLMConfig):
         config = ChatGLMConfig.from_pretrained(folder)
     check_weight_files(config, folder)
+
+
+def _check_contents(name: Any, kwargs: dict[str, Any]) -> None:
+    """Look into the weight files, where they are the usual ones, before anything is built from them."""
+    if any(kwargs.get(argument) for argument in _OTHER_WEIGHTS):
+        return
+    hub = only(kwargs, HUB_ARGUMENTS)
+    stored, _ = ChatGLMConfig.get_config_dict(name, **hub)
+    check_contents(weight_files(name, hub, kwargs.get("use_safetensors")), name, stored.get("quantization_bit"))
 
 
 @contextmanager
@@ -161,10 +178,24 @@ def _unreadable(name: Any, error: BaseException) -> OSError:
     )
 
 
+def _begin_prefix(model: Any, info: dict[str, Any], name: Any) -> None:
+    """Initialise a P-Tuning prefix that the checkpoint lacks: training starts like this, or its users load it from a
+    file of its own. transformers 5 leaves the memory as it is."""
+    missing = sorted(key for key in info["missing_keys"] if _PREFIX in key)
+    if not missing:
+        return
+    prefix = model.base_model.prefix_encoder
+    if len(missing) < len(list(prefix.parameters())):
+        raise ValueError(
+            f"The weights of {name} hold a P-Tuning prefix without {missing[0]}; take it from the same training as its "
+            "config.json, or copy it again."
+        )
+    prefix.reset_parameters()
+
+
 def _check_complete(info: dict[str, Any], name: Any) -> None:
-    """Refuse weights that are missing, which transformers would fill with random numbers. A P-Tuning prefix is a file
-    of its own, which its users load afterwards."""
-    missing = sorted(key for key in info["missing_keys"] if key != "lm_head.weight" and ".prefix_encoder." not in key)
+    """Refuse weights that are missing, which transformers would fill with random numbers; a P-Tuning prefix may be."""
+    missing = sorted(key for key in info["missing_keys"] if key != "lm_head.weight" and _PREFIX not in key)
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ValueError(

@@ -1,21 +1,24 @@
 """Loading a float checkpoint straight into int8 or int4: the float model never exists as a whole."""
 
 import copy
-import json
-from collections.abc import Iterator
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
-from safetensors import safe_open
 from torch import nn
-from transformers.utils import cached_file
 
+from .checkpoint_files import (
+    BIN_FILES,
+    HUB_ARGUMENTS,
+    SAFETENSORS_FILES,
+    has_meta_device,
+    only,
+    tensors_of_file,
+    weight_files,
+)
 from .configuration_chatglm import ChatGLMConfig
 from .quantization import QuantizedLinear, frozen, quantize_weight
 
 _QUANTIZATION_SETTINGS = ("quantization_bit", "quantization_group_size", "quantization_head_bits")
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _OTHER_ARGUMENTS = {
     "adapter_kwargs",
     "config",
@@ -26,7 +29,6 @@ _OTHER_ARGUMENTS = {
     "trust_remote_code",
     "use_safetensors",
 }
-_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def quantizes_while_loading(name: Any, kwargs: dict[str, Any]) -> bool:
@@ -39,7 +41,7 @@ def quantizes_while_loading(name: Any, kwargs: dict[str, Any]) -> bool:
     asked = kwargs.get("quantization_bit") or getattr(kwargs.get("config"), "quantization_bit", None)
     if not asked:
         return False
-    config, _ = ChatGLMConfig.get_config_dict(name, **_only(kwargs, _HUB_ARGUMENTS))
+    config, _ = ChatGLMConfig.get_config_dict(name, **only(kwargs, HUB_ARGUMENTS))
     present = config.get("quantization_bit") or 0
     if present and present != asked:
         raise ValueError(
@@ -61,41 +63,55 @@ def load_quantized(model_class: type, name: Any, kwargs: dict[str, Any]) -> Any:
     Raises:
         ValueError: arguments that this path does not know, or a checkpoint that does not fit its config.json.
     """
-    known = {*_QUANTIZATION_SETTINGS, *_HUB_ARGUMENTS, *_OTHER_ARGUMENTS}
+    known = {*_QUANTIZATION_SETTINGS, *HUB_ARGUMENTS, *_OTHER_ARGUMENTS}
     unknown = {argument for argument in kwargs if argument not in known and not argument.startswith("_")}
     if unknown:
         raise ValueError(
             f"from_pretrained was asked to quantise while loading and for {', '.join(sorted(unknown))}, which do not "
             "go together; load the float checkpoint and call quantize()."
         )
-    hub, device = _only(kwargs, _HUB_ARGUMENTS), _one_device(kwargs.get("device_map"))
+    hub, device = only(kwargs, HUB_ARGUMENTS), _one_device(kwargs.get("device_map"))
     config = kwargs.get("config")
     if config is None:
-        config = ChatGLMConfig.from_pretrained(name, **_only(kwargs, _QUANTIZATION_SETTINGS), **hub)
-    if not _has_meta_device():
+        config = ChatGLMConfig.from_pretrained(name, **only(kwargs, _QUANTIZATION_SETTINGS), **hub)
+    if not has_meta_device():
         return _load_then_quantize(model_class, name, config, kwargs)
     config.tie_word_embeddings = config.tie_word_embeddings and not config.quantization_head_bits
     with torch.device("meta"):
         model = model_class(config).eval()
-    dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
-    for key, tensor in _tensors(name, hub):
-        _put(model, key, tensor, device, dtype if isinstance(dtype, torch.dtype) else None, name)
+    paths = weight_files(name, hub, kwargs.get("use_safetensors"))
+    if not paths:
+        raise OSError(
+            f"{name} holds none of {', '.join(SAFETENSORS_FILES + BIN_FILES)}; copy or download the checkpoint again."
+        )
+    dtype = _dtype(kwargs, config)
+    for path in paths:
+        for key, tensor in tensors_of_file(path):
+            dtype = dtype or (tensor.dtype if tensor.is_floating_point() else None)
+            _put(model, key, tensor, device, dtype, name)
     if config.tie_word_embeddings:
         model.tie_head()
     elif model.lm_head.weight.is_meta and config.quantization_head_bits:
         model.lm_head = QuantizedLinear.of(_as_linear(model.transformer.word_embeddings), config.quantization_head_bits)
+    prefix = getattr(model.transformer, "prefix_encoder", None)
+    if prefix is not None and all(parameter.is_meta for parameter in prefix.parameters()):
+        # P-Tuning starts like this, or its prefix is a file of its own that is loaded later.
+        prefix.to_empty(device=device).to(dtype).reset_parameters()
     missing = [key for key, value in model.state_dict().items() if value.is_meta]
     if missing:
         raise ValueError(f"The weights of {name} lack {missing[0]}, which its config.json asks for; download it again.")
+    model.base_model.freeze_below_prefix()
     return model
 
 
-def _has_meta_device() -> bool:
-    try:
-        torch.empty(0, device="meta")
-    except RuntimeError:
-        return False
-    return True
+def _dtype(kwargs: dict[str, Any], config: ChatGLMConfig) -> torch.dtype | None:
+    """The asked dtype, or the one that config.json names; None for that of the first tensor."""
+    settings = (kwargs.get("dtype"), kwargs.get("torch_dtype"), getattr(config, "dtype", None))
+    return next((dtype for dtype in (*settings, config.__dict__.get("torch_dtype")) if _is_dtype(dtype)), None)
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, torch.dtype) and value.is_floating_point
 
 
 def _load_then_quantize(model_class: type, name: Any, config: ChatGLMConfig, kwargs: dict[str, Any]) -> Any:
@@ -136,32 +152,6 @@ def _put(
     setattr(owner, parameter_name, nn.Parameter(tensor.to(dtype or tensor.dtype)))
 
 
-def _tensors(name: Any, hub: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every (name, tensor) of the checkpoint, one weight file after the other."""
-    for file in _FILES:
-        path = cached_file(name, file, **hub, _raise_exceptions_for_missing_entries=False)
-        if path is not None:
-            break
-    else:
-        raise OSError(f"{name} holds none of {', '.join(_FILES)}; copy or download the checkpoint again.")
-    if not file.endswith(".index.json"):
-        yield from _tensors_of_file(path)
-        return
-    with open(path, encoding="utf-8") as index:
-        shards = dict.fromkeys(json.load(index)["weight_map"].values())
-    for shard in shards:
-        yield from _tensors_of_file(cached_file(name, shard, **hub))
-
-
-def _tensors_of_file(path: str) -> Iterator[tuple[str, torch.Tensor]]:
-    if path.endswith(".safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 safe_open is no mapping
-                yield key, file.get_tensor(key)
-    else:
-        yield from torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path)).items()
-
-
 def _as_linear(embedding: nn.Embedding) -> nn.Linear:
     """The head that is tied to an embedding, without a copy."""
     head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
@@ -182,7 +172,3 @@ def _one_device(device_map: Any) -> torch.device:
             "one device only; name one, or load the float checkpoint and call quantize()."
         )
     return torch.device(device_map)
-
-
-def _only(kwargs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}

@@ -18,6 +18,7 @@ from transformers.utils import PaddingStrategy, logging
 
 from .ice_text import WHERE_TO_GET_IT, IceTextTokenizer, VocabularyError, clean_up_spacing
 from .padding import attention_mask, context_length, pad_on_the_left, position_ids
+from .tokenizer_errors import check_settings, clear_errors
 
 logger = logging.get_logger(__name__)
 
@@ -127,14 +128,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> ChatGLMTokenizer:
-        """`PreTrainedTokenizer.from_pretrained`; raises VocabularyError as the constructor does."""
-        try:
-            return super().from_pretrained(*args, **kwargs)
-        except ImportError as error:
-            # transformers up to 5.0 asks for protobuf as soon as a constructor raises anything, and hides what it was.
-            if isinstance(error.__context__, VocabularyError):
-                raise error.__context__ from None
-            raise
+        """`PreTrainedTokenizer.from_pretrained`; raises ValueError, or VocabularyError as the constructor does."""
+        with clear_errors(args[0] if args else kwargs.get("pretrained_model_name_or_path")):
+            tokenizer = super().from_pretrained(*args, **kwargs)
+        check_settings(tokenizer.model_max_length)
+        return tokenizer
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoTokenizer") -> None:

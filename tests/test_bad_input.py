@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 
 
 @pytest.mark.parametrize("query", ["", "  \n", None, ["你好"]])
@@ -148,4 +149,61 @@ def test_missing_tensor(checkpoint):
     del tensors["transformer.layers.1.mlp.dense_h_to_4h.bias"]
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(ValueError, match="lack transformer.layers.1.mlp.dense_h_to_4h.bias"):
+        ChatGLMForConditionalGeneration.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integers_of_a_config_without_quantisation(golden_dir, tmp_path, bits):
+    """Their shapes fit at 8 bits, and transformers would cast them."""
+    checkpoint = shutil.copytree(golden_dir / "ckpt" / f"tiny-int{bits}", tmp_path / "checkpoint")
+    edit_config(checkpoint, quantization_bit=...)
+    with pytest.raises(ValueError, match="as torch.int8, which does not go with quantization_bit=None"):
+        ChatGLMForConditionalGeneration.from_pretrained(checkpoint)
+
+
+def test_scales_that_are_not_finite(golden_dir, tmp_path):
+    checkpoint = shutil.copytree(golden_dir / "ckpt" / "tiny-int8", tmp_path / "checkpoint")
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["transformer.layers.1.mlp.dense_4h_to_h.weight_scale"][3] = torch.nan
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="not finite in transformer.layers.1.mlp.dense_4h_to_h.weight_scale"):
+        ChatGLMForConditionalGeneration.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        (..., "must hold metadata and a weight_map"),
+        ({}, "must hold metadata and a weight_map"),
+        ({"lm_head.weight": "../elsewhere.bin"}, "files beside it"),
+        ({"lm_head.weight": 3}, "files beside it"),
+        ({"no.such.tensor": "pytorch_model-00001-of-00002.bin"}, "holds no.such.tensor, but it does not"),
+    ],
+)
+@pytest.mark.parametrize("settings", [{}, {"quantization_bit": 8}])
+def test_index_that_does_not_fit_its_files(golden_dir, tmp_path, weight_map, message, settings):
+    """transformers 4.57 left parameters empty where a file lacked what the index promised."""
+    checkpoint = shutil.copytree(golden_dir / "ckpt" / "tiny-sharded", tmp_path / "checkpoint")
+    path = checkpoint / "pytorch_model.bin.index.json"
+    index = json.loads(path.read_text("utf-8"))
+    if weight_map is ...:
+        del index["weight_map"]
+    else:
+        index["weight_map"] = weight_map
+    path.write_text(json.dumps(index), "utf-8")
+    with pytest.raises(ValueError, match=message):
+        ChatGLMForConditionalGeneration.from_pretrained(checkpoint, **settings)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"added_tokens_decoder": 7}', '{"model_max_length": "long"}'])
+def test_tokenizer_config_with_a_wrong_type(checkpoint, content):
+    (checkpoint / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ValueError, match="from the checkpoint again"):
+        ChatGLMTokenizer.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3"])
+def test_config_that_is_no_object(checkpoint, content):
+    (checkpoint / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="is no JSON object"):
         ChatGLMForConditionalGeneration.from_pretrained(checkpoint)

@@ -98,3 +98,19 @@ def test_assisted_decoding_is_refused(tuned):
     model, tensors = tuned
     with pytest.raises(ValueError, match="which a P-Tuning prefix shifts"):
         model.generate(tensors["gmask.input_ids"][None], do_sample=False, max_new_tokens=4, prompt_lookup_num_tokens=2)
+
+
+@pytest.mark.parametrize("settings", [{}, {"quantization_bit": 8}, {"quantization_bit": 4}], ids=str)
+@pytest.mark.parametrize("projection", [False, True])
+def test_training_starts_from_a_plain_checkpoint(tiny_dir, settings, projection):
+    """A config that asks for a prefix, weights that have none: the prefix is new, and it alone is trained."""
+    config = ChatGLMConfig.from_pretrained(tiny_dir, pre_seq_len=4, prefix_projection=projection, **settings)
+    model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, config=config)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert names and all(name.startswith(PREFIX) for name in names)
+    assert all(parameter.isfinite().all() for name, parameter in model.named_parameters() if name in names)
+    assert model.transformer.prefix_encoder.embedding.weight.float().std() > 0.1
+    assert len({parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}) == 1
+    ids = torch.tensor([[5, 143, 90, 321, 324, 40, 41]])
+    model.float().train()(ids, labels=ids).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if name in names)

@@ -1,0 +1,46 @@
+"""What goes wrong while a tokenizer is read, in one sentence each."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def clear_errors(name: Any) -> Iterator[None]:
+    """Say so where tokenizer_config.json cannot be that of a tokenizer.
+
+    Raises:
+        ValueError: a setting has a value that transformers fails on, or what the constructor raises.
+    """
+    try:
+        yield
+    except ImportError as error:
+        # transformers up to 5.0 asks for protobuf as soon as a constructor raises anything, and hides what it was.
+        cause = error.__context__
+        if isinstance(cause, (ValueError, OSError)):
+            raise cause from None
+        if isinstance(cause, _WRONG_TYPES):
+            raise _wrong_setting(name, cause) from cause
+        raise
+    except _WRONG_TYPES as error:
+        raise _wrong_setting(name, error) from error
+
+
+# transformers checks no types: it fails where it comes upon one that it did not expect.
+_WRONG_TYPES = (TypeError, AttributeError, LookupError)
+
+
+def _wrong_setting(name: Any, error: BaseException) -> ValueError:
+    return ValueError(
+        f"The tokenizer of {name} cannot be built from its tokenizer_config.json and the given arguments, of which one "
+        f"has a wrong type; take the file from the checkpoint again. ({type(error).__name__}: {error})"
+    )
+
+
+def check_settings(model_max_length: Any) -> None:
+    """Raise ValueError for settings that would fail only when a text is encoded."""
+    if isinstance(model_max_length, bool) or not isinstance(model_max_length, (int, float)):
+        raise ValueError(
+            f"tokenizer_config.json gives model_max_length={model_max_length!r}, but a number is needed; take the "
+            "file from the checkpoint again."
+        )
