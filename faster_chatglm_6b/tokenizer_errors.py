@@ -27,7 +27,7 @@ def clear_errors(name: Any) -> Iterator[None]:
 
 
 # transformers checks no types: it fails where it comes upon one that it did not expect.
-_WRONG_TYPES = (TypeError, AttributeError, LookupError)
+_WRONG_TYPES = (TypeError, AttributeError, LookupError, AssertionError)
 
 
 def _wrong_setting(name: Any, error: BaseException) -> ValueError:

@@ -33,7 +33,7 @@ def loader():
 
 
 @pytest.mark.parametrize("base", BASES)
-@examples(short=60, long=3000)
+@examples(short=120, long=3000)
 @given(data=st.data())
 def test_damaged_weights_and_config(loader, base, data):
     damage = data.draw(damages(base))
@@ -41,7 +41,7 @@ def test_damaged_weights_and_config(loader, base, data):
     assert problem is None, problem
 
 
-@examples(short=60, long=3000)
+@examples(short=120, long=3000)
 @given(damage=TOKENIZER_DAMAGES)
 def test_damaged_tokenizer_config(loader, damage):
     problem = loader.ask(damage)
