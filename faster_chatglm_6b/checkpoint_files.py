@@ -6,6 +6,7 @@ without their scales, for example, would become a model that talks nonsense.
 
 import json
 import os
+import struct
 import zipfile
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,8 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 # In transformers' order of preference.
 SAFETENSORS_FILES = ("model.safetensors", "model.safetensors.index.json")
 BIN_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# Bytes that may follow a record of a zip archive: its checksum and sizes once more, short or long, marked or not.
+_DESCRIPTOR_SIZES = (0, 12, 16, 20, 24)
 
 
 class DamagedFile(Exception):
@@ -87,13 +90,31 @@ def tensors_of_file(path: str) -> Iterator[tuple[str, torch.Tensor]]:
         return
     try:
         # Files of torch before 1.6 are no archives, and cannot be mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        is_archive = zipfile.is_zipfile(path)
+        if is_archive:
+            _check_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
         if not all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in content.items()):
             raise TypeError("it is no dictionary of tensors")
     except Exception as error:
         # Its pickle may be torn anywhere, and torch's reader then fails in any way.
         raise DamagedFile(str(error) or type(error).__name__) from error
     yield from content.items()
+
+
+def _check_archive(path: str) -> None:
+    """Raise BadZipFile where the records of a .bin file do not lie end to end: mapped into memory, torch would take the
+    bytes of others for a tensor's."""
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+        ends = [record.header_offset for record in records[1:]] + [archive.start_dir]
+        for record, end in zip(records, ends, strict=True):
+            archive.open(record).close()  # compares the record's own header with the directory
+            file.seek(record.header_offset + 26)
+            name_and_padding = sum(struct.unpack("<HH", file.read(4)))
+            behind = end - (record.header_offset + 30 + name_and_padding + record.file_size)
+            if record.compress_type != zipfile.ZIP_STORED or behind not in _DESCRIPTOR_SIZES:
+                raise zipfile.BadZipFile(f"record {record.filename} is not where the archive's directory says")
 
 
 def check_contents(files: dict[str, set[str]], name: Any, quantization_bit: int | None) -> None:

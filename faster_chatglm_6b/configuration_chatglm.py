@@ -151,7 +151,16 @@ class ChatGLMConfig(PretrainedConfig):
                 f"config.json lacks {', '.join(missing)}, which a ChatGLM-6B checkpoint must give; take config.json "
                 "from the checkpoint again."
             )
-        result = super().from_dict(config_dict, **kwargs)
+        try:
+            result = super().from_dict(config_dict, **kwargs)
+        except (ValueError, OSError):
+            raise
+        except Exception as error:
+            # transformers 5 checks some settings by itself, with errors of its own, and stumbles over wrong types.
+            cause = error.__cause__ or error
+            raise ValueError(
+                f"config.json has a setting of a wrong type; take config.json from the checkpoint again. ({cause})"
+            ) from error
         # transformers sets the caller's own values after construction.
         (result[0] if isinstance(result, tuple) else result)._check()
         return result

@@ -140,7 +140,7 @@ def _difference(damage: dict, loaded, directory: Path) -> str | None:
     import torch
 
     if "tokenizer" in damage["entry"]:
-        text = "你好 Hello  x"
+        text = "晚上 Hello  x"
         if loaded.do_lower_case or loaded.remove_space:
             text = "hello"
         ids = loaded(text)["input_ids"]
@@ -155,6 +155,8 @@ def _difference(damage: dict, loaded, directory: Path) -> str | None:
     for name, value in loaded.state_dict().items():
         if name == "lm_head.weight" and loaded.config.tie_word_embeddings:
             name = "transformer.word_embeddings.weight"
+        if name == "transformer.word_embeddings.weight" and loaded.config.tie_word_embeddings and name not in stored:
+            name = "lm_head.weight"  # the one tensor may stand under either name
         if ".prefix_encoder." in name and name not in stored:
             continue
         if damage["entry"] == "quantise" and (name.endswith("weight_scale") or value.dtype == torch.int8):
