@@ -146,7 +146,7 @@ class Step:
                 normalised(qkv, packed)
                 kernels.decode_attention(
                     packed, keys[index], values[index], length, zeros, zeros, zeros, cos, sin,
-                    max_length=capacity, workspace=workspace, out=mixed,
+                    max_length=capacity, stable_state=True, workspace=workspace, out=mixed,
                 )  # fmt: skip
                 dense(mixed, hidden, normed, workspace=workspace)
                 normalised(up, inner, gelu=True)

@@ -11,9 +11,14 @@ import ahead_of_time  # noqa: E402
 from launches import HIDDEN, INNER, WEIGHTS, meta  # noqa: E402
 
 from faster_chatglm_6b.ops.triton.dequantize import dequantize  # noqa: E402
-from faster_chatglm_6b.ops.triton.quantized_configs import quantized_config, quantized_family  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized_configs import (  # noqa: E402
+    quantized_config,
+    quantized_family,
+    stream_config,
+)
 from faster_chatglm_6b.ops.triton.quantized_gemv import launch_quantized_gemv  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized_matmul import launch_quantized_matmul, tiles_of  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized_stream import launch_quantized_stream  # noqa: E402
 
 CAPABILITIES = (80, 86, 89, 90)
 HALF, BFLOAT = torch.float16, torch.bfloat16
@@ -24,10 +29,14 @@ def product(capability: int, dtype: torch.dtype, bits: int, rows: int, n: int, k
     device = torch.device("meta")
 
     def call() -> None:
-        config = quantized_config(quantized_family(device), bits, tiles_of(rows), n, k)
+        tables = quantized_family(device)
+        if rows <= 8:
+            launch, config = launch_quantized_stream, stream_config(tables, bits, n, k)
+        else:
+            launch, config = launch_quantized_matmul, quantized_config(tables, bits, tiles_of(rows), n, k)
         scale = meta(HALF, n) if group_size < 0 else meta(HALF, n, k // group_size)
         out = meta(dtype, rows, n)
-        launch_quantized_matmul(
+        launch(
             meta(dtype, rows, k), meta(torch.int8, n, k * bits // 8), scale, bits, group_size, meta(dtype, n),
             out if n == HIDDEN else None, 7.5, n == INNER, out, config,
         )  # fmt: skip
@@ -41,13 +50,13 @@ def test_products_compile_within_the_limits(bits, capability):
     found = []
     for n, k in WEIGHTS:
         found += product(capability, HALF, bits, 1, n, k, -1)
-    for rows in (1, 16, 32, 64):
+    for rows in (1, 8, 16, 32, 64):
         found += product(capability, HALF, bits, rows, 3 * HIDDEN, HIDDEN, 128)
         found += product(capability, BFLOAT, bits, rows, HIDDEN, INNER, -1)
     for launch in dict.fromkeys(found):
         resources = ahead_of_time.compile_launch(launch, capability)
         assert resources.shared <= ahead_of_time.SHARED_MEMORY[capability], f"{launch}: {resources}"
-        # Four registers: the measured best for 4096 x 4096 has them there, and so have some of the 64-row kernels.
+        # Four registers: some of the 64-row kernels have them there.
         assert resources.stack <= 16, f"{launch}: {resources}"
         assert ("launch_pdl", True) in launch.options or capability < 90, f"{launch} is not launched early"
 
@@ -67,7 +76,7 @@ def test_kernels_for_other_shapes_compile(capability):
         assert ahead_of_time.compile_launch(launch, capability).stack == 0, launch
 
 
-@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("rows", [1, 8, 16])
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT])
 @pytest.mark.parametrize("bits, group_size", [(8, -1), (4, -1), (4, 128)])
 def test_layout_is_what_the_tensor_core_instructions_assume(bits, group_size, dtype, rows):
@@ -85,3 +94,25 @@ def test_layout_is_what_the_tensor_core_instructions_assume(bits, group_size, dt
     assert products
     for name in products:
         assert "blocked<{sizePerThread = [4], threadsPerWarp = [32]," in layouts[name], layouts[name]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_weight_is_on_its_way_before_the_wait_and_nothing_else(bits):
+    for n, k in WEIGHTS:
+        (launch,) = product(90, HALF, bits, 1, n, k, -1)
+        source = triton.compiler.ASTSource(
+            fn=launch.kernel,
+            signature=dict(launch.signature),
+            constexprs=dict(launch.constants),
+            attrs={(index,): [["tt.divisibility", 16]] for index in launch.aligned},
+        )
+        target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+        ir = triton.compile(source, target=target, options=dict(launch.options)).asm["ttgir"]
+        wait, loop = ir.index("griddepcontrol.wait"), ir.index("scf.for")
+        assert "async_copy_global_to_local" in ir[:loop], "no copy of the weight precedes the loop"
+        assert loop < wait
+        # Copies ahead are of the weight: those of x or the residual would read what is not written yet.
+        copies = re.findall(r"async_copy_global_to_local %(\w+?)_?\d*,", ir)
+        assert copies and set(copies) == {"pointers"}, set(copies)
+        reads = [found.start() for found in re.finditer("ld.global", ir)]
+        assert reads and min(reads) > wait, "x or the residual is read before the wait"

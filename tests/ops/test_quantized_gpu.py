@@ -7,8 +7,8 @@ pytest.importorskip("triton", reason="Triton is not installed, so there are no k
 
 import quantized_checks as checks  # noqa: E402
 
-from faster_chatglm_6b.ops.triton.quantized_configs import Quantized  # noqa: E402
-from faster_chatglm_6b.ops.triton.quantized_matmul import layout_holds  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized_configs import Quantized, Stream  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized_layout import layout_holds  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,8 +61,18 @@ def test_weights_of_the_model(bits, rows, n, k):
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=["fp16", "bf16"])
 def test_configurations(bits, dtype):
     for config in (Quantized(1, 8, 4), Quantized(2, 4, 2), Quantized(4, 1, 1), Quantized(1, 16, 1), Quantized(1, 2, 8)):
-        for rows, group_size in ((1, -1), (7, 128), (40, -1)):
+        for rows, group_size in ((9, 128), (40, -1)):
             checks.check_quantized_config(DEVICE, dtype, bits, rows, 300, 1152, group_size, config)
+
+
+@BITS
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_stream_configurations(bits, dtype, rows):
+    # One round and several, one tile of rows and more per program, uneven rows and columns.
+    for config in (Stream(1, 4, 8, 2, 3), Stream(1, 8, 2, 3, 1), Stream(2, 4, 1, 5, 2), Stream(1, 1, 3, 2, 1, 96)):
+        for n, k, group_size in ((300, 1152, -1), (5000, 2048, 128)):
+            checks.check_quantized_config(DEVICE, dtype, bits, rows, n, k, group_size, config)
 
 
 @BITS

@@ -32,9 +32,14 @@ CASES = [
     ("quantized", HALF, [8, 70, 13, 100, -1, "residual"]),
     ("quantized", SINGLE, [4, 9, 13, 100, 10, "gelu"]),
     ("quantized_config", HALF, [4, 9, 40, 384, -1, "Quantized(2, 2, 1)"]),
-    ("quantized_config", HALF, [8, 5, 16, 320, -1, "Quantized(1, 2, 2)"]),
-    ("quantized_config", HALF, [4, 1, 16, 640, 128, "Quantized(1, 2, 1)"]),
+    ("quantized_config", HALF, [8, 16, 16, 320, -1, "Quantized(1, 2, 2)"]),
+    ("quantized_config", HALF, [4, 12, 16, 640, 128, "Quantized(1, 2, 1)"]),
     ("quantized_config", HALF, [8, 25, 48, 128, -1, "Quantized(4, 1, 2)"]),
+    # One round and several, uneven rows and columns, two tiles of rows.
+    ("quantized_config", HALF, [4, 1, 300, 1152, -1, "Stream(1, 2, 2, 3, 1)"]),
+    ("quantized_config", HALF, [8, 1, 48, 256, -1, "Stream(1, 4, 1, 2, 1)"]),
+    ("quantized_config", HALF, [8, 5, 37, 512, 128, "Stream(2, 2, 2, 2, 1)"]),
+    ("quantized_config", HALF, [4, 8, 40, 512, -1, "Stream(2, 1, 2, 4, 2)"]),
     ("quantized_gemv", SINGLE, [8, 2, 7, 700, 7]),
     ("quantized_gemv", SINGLE, [4, 1, 7, 1500, -1]),
     ("large_values", None, [4, 256]),
@@ -47,6 +52,14 @@ CASES = [
 NAMES = [f"{check}-{dtype}-{arguments}" for check, dtype, arguments in CASES]
 
 
+def _configuration(text: str) -> object:
+    """The ``Quantized`` or ``Stream`` that ``text`` spells."""
+    import quantized_checks
+
+    name, numbers = text.rstrip(")").split("(")
+    return getattr(quantized_checks, name)(*json.loads(f"[{numbers}]"))
+
+
 def _run_cases() -> None:
     """Run every case and print a JSON object: name to None or the traceback."""
     root = Path(__file__).parents[2]
@@ -57,12 +70,7 @@ def _run_cases() -> None:
     for name, (check, dtype, arguments) in zip(NAMES, CASES, strict=True):
         torch.manual_seed(0)
         start = time.perf_counter()
-        values = [
-            quantized_checks.Quantized(*json.loads(f"[{argument[10:-1]}]"))
-            if str(argument).startswith("Quantized")
-            else argument
-            for argument in arguments
-        ]
+        values = [_configuration(argument) if "(" in str(argument) else argument for argument in arguments]
         try:
             function = getattr(quantized_checks, f"check_{check}")
             function("cpu", *([] if dtype is None else [getattr(torch, dtype)]), *values)

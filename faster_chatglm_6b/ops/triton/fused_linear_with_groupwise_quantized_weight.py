@@ -5,9 +5,12 @@ import torch
 from .common import require
 from .dequantize import dequantize
 from .fused_matmul_bias import fused_matmul_bias
-from .quantized_configs import quantized_config, quantized_family
+from .quantized_configs import quantized_config, quantized_family, stream_config
 from .quantized_gemv import launch_quantized_gemv
-from .quantized_matmul import launch_quantized_matmul, layout_holds, serves, tiles_of
+from .quantized_layout import layout_holds
+from .quantized_matmul import launch_quantized_matmul, serves, tiles_of
+from .quantized_stream import MOST_ROWS as MOST_STREAM_ROWS
+from .quantized_stream import launch_quantized_stream
 from .skip_layer_norm import skip_layer_norm
 from .workspace import Workspace
 
@@ -65,10 +68,12 @@ def fused_linear_with_groupwise_quantized_weight(
         residual = residual.contiguous()
     group_size = -1 if groups == 1 else group_size
     if serves(x_rows, w, num_bits, group_size) and layout_holds(x.device, x.dtype, num_bits):
-        config = quantized_config(quantized_family(x.device), num_bits, tiles_of(rows), n, k)
-        launch_quantized_matmul(
-            x_rows, w, w_scale, num_bits, group_size, bias, residual, beta, gelu, out.view(rows, n), config
-        )
+        tables = quantized_family(x.device)
+        arguments = (x_rows, w, w_scale, num_bits, group_size, bias, residual, beta, gelu, out.view(rows, n))
+        if rows <= MOST_STREAM_ROWS:
+            launch_quantized_stream(*arguments, stream_config(tables, num_bits, n, k))
+        else:
+            launch_quantized_matmul(*arguments, quantized_config(tables, num_bits, tiles_of(rows), n, k))
     elif rows <= MOST_GEMV_ROWS:
         launch_quantized_gemv(x_rows, w, w_scale, num_bits, bias, residual, beta, gelu, out)
     else:

@@ -4,7 +4,7 @@ Keys are (N, K) of a weight [N, K].
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -24,24 +24,52 @@ class Quantized:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """A program takes 16 * ``tiles`` weight rows at a time; its ``warps`` share their columns.
+
+    A round is ``depth`` steps of 64 bytes per warp and row, and ``stages`` - 1 rounds are under way. ``programs``: how
+    many there are at most per multiprocessor; more than fit at once start when others end. ``registers``: most per
+    thread, where the compiler would take so many that fewer programs fit.
+    """
+
+    tiles: int
+    warps: int
+    depth: int
+    stages: int
+    programs: int
+    registers: int | None = None
+
+
+@dataclass(frozen=True)
 class QuantizedFamily:
-    """Tables of one GPU family: bits, then tiles of eight rows of x (1, 2, 4, 8), then the weight's shape."""
+    """Tables of one GPU family.
+
+    ``streams``, for up to eight rows of x: bits, then the weight's shape. ``tables``, for more: bits and tiles of eight
+    rows of x (2, 4, 8), then the weight's shape.
+    """
 
     tables: dict[tuple[int, int], dict[tuple[int, int], Quantized]] = field(default_factory=dict)
+    streams: dict[int, dict[tuple[int, int], Stream]] = field(default_factory=dict)
 
 
-_DEFAULT = {1: Quantized(1, 8, 4), 2: Quantized(1, 8, 2), 4: Quantized(1, 4, 1), 8: Quantized(1, 4, 1)}
+_DEFAULT = {2: Quantized(1, 8, 2), 4: Quantized(1, 4, 1), 8: Quantized(1, 4, 1)}
+_DEFAULT_STREAM = Stream(1, 4, 8, 2, 3)
 _HIDDEN, _INNER = 4096, 16384
 _HOPPER = QuantizedFamily(
-    {
-        (bits, 1): {
-            (3 * _HIDDEN, _HIDDEN): Quantized(1, 2, 8),
-            (_HIDDEN, _HIDDEN): Quantized(1, 4, 8),
-            (_INNER, _HIDDEN): Quantized(1, 2, 8),
-            (_HIDDEN, _INNER): Quantized(1, 8, 8),
-            (130528, _HIDDEN): Quantized(1, 2, 8),
-        }
-        for bits in (4, 8)
+    streams={
+        8: {
+            (3 * _HIDDEN, _HIDDEN): Stream(1, 4, 8, 2, 3),
+            (_HIDDEN, _HIDDEN): Stream(1, 4, 8, 2, 5),
+            (_INNER, _HIDDEN): Stream(1, 4, 8, 2, 4),
+            (_HIDDEN, _INNER): Stream(1, 8, 4, 3, 3),
+            (130528, _HIDDEN): Stream(1, 8, 4, 2, 2),
+        },
+        4: {
+            (3 * _HIDDEN, _HIDDEN): Stream(1, 4, 8, 2, 5, 96),
+            (_HIDDEN, _HIDDEN): Stream(1, 4, 8, 2, 4),
+            (_INNER, _HIDDEN): Stream(1, 4, 8, 2, 4),
+            (_HIDDEN, _INNER): Stream(1, 8, 8, 2, 3),
+        },
     }
 )
 _OTHER = QuantizedFamily()
@@ -55,8 +83,16 @@ def quantized_family(device: torch.device) -> QuantizedFamily:
 
 
 def quantized_config(tables: QuantizedFamily, bits: int, tiles: int, n: int, k: int) -> Quantized:
-    """Configuration of the product with an integer weight [n, k] and 8 * ``tiles`` rows of x."""
+    """Configuration of the product with an integer weight [n, k] and 8 * ``tiles`` rows of x, more than eight."""
     config = tables.tables.get((bits, tiles), {}).get((n, k), _DEFAULT[tiles])
     chunks = k * bits // 8 // CHUNK_BYTES
     columns = min(config.column_warps, 1 << int(math.log2(max(chunks, 1))))
     return Quantized(config.row_warps, columns, min(config.depth, -(-chunks // columns)))
+
+
+def stream_config(tables: QuantizedFamily, bits: int, n: int, k: int) -> Stream:
+    """Configuration of the product with an integer weight [n, k] and up to eight rows of x."""
+    config = tables.streams.get(bits, {}).get((n, k), _DEFAULT_STREAM)
+    chunks = k * bits // 8 // CHUNK_BYTES
+    warps = min(config.warps, 1 << int(math.log2(max(chunks, 1))))
+    return replace(config, warps=warps, depth=min(config.depth, -(-chunks // warps)))

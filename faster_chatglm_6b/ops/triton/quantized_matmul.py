@@ -1,7 +1,4 @@
-"""x W^T for 1 to 64 rows of x and an int8 or int4 weight, read once and as it is stored."""
-
-import functools
-import logging
+"""x W^T for 9 to 64 rows of x and an int8 or int4 weight, read once and as it is stored."""
 
 import torch
 import triton
@@ -12,7 +9,6 @@ from .configs import interpreted, uses_pdl
 from .quantized_configs import CHUNK_BYTES, Quantized
 from .quantized_mma import multiply, unit, unpack
 
-_logger = logging.getLogger(__name__)
 MOST_ROWS = 64
 
 
@@ -140,28 +136,16 @@ def quantized_matmul_kernel(
     sums = ()
     for _ in tl.static_range(TILES):
         sums = sums + (tl.zeros([128 * ROW_WARPS * COLUMN_WARPS], tl.float32),)
-    if TILES == 1:
-        for step in tl.static_range(STEPS):
-            if step + DEPTH < STEPS:
-                ahead = (step + DEPTH) * COLUMN_WARPS + part
-                words_a = words_a + (load_words(weight, row_a, ahead, lane_word, KW, EVEN),)
-                words_b = words_b + (load_words(weight, row_b, ahead, lane_word, KW, EVEN),)
-            sums = add_step(
-                sums, words_a[step], words_b[step], x, scale, sum_row, step * COLUMN_WARPS + part, index, M,
-                KW, BITS, BFLOAT, GROUP_CHUNKS, EVEN, INTERPRETED,
-            )  # fmt: skip
-    else:
-        # Written out, this would be too much code.
-        for step in range(STEPS):
-            ahead = (step + DEPTH) * COLUMN_WARPS + part
-            next_a = load_words(weight, row_a, ahead, lane_word, KW, False)
-            next_b = load_words(weight, row_b, ahead, lane_word, KW, False)
-            sums = add_step(
-                sums, words_a[0], words_b[0], x, scale, sum_row, step * COLUMN_WARPS + part, index, M,
-                KW, BITS, BFLOAT, GROUP_CHUNKS, EVEN, INTERPRETED,
-            )  # fmt: skip
-            words_a = words_a[1:] + (next_a,)
-            words_b = words_b[1:] + (next_b,)
+    for step in range(STEPS):
+        ahead = (step + DEPTH) * COLUMN_WARPS + part
+        next_a = load_words(weight, row_a, ahead, lane_word, KW, False)
+        next_b = load_words(weight, row_b, ahead, lane_word, KW, False)
+        sums = add_step(
+            sums, words_a[0], words_b[0], x, scale, sum_row, step * COLUMN_WARPS + part, index, M,
+            KW, BITS, BFLOAT, GROUP_CHUNKS, EVEN, INTERPRETED,
+        )  # fmt: skip
+        words_a = words_a[1:] + (next_a,)
+        words_b = words_b[1:] + (next_b,)
     for tile in tl.static_range(TILES):
         total = tl.sum(tl.reshape(sums[tile], [ROW_WARPS, COLUMN_WARPS, 32, 4]), 1) * row_scale + bias_value
         if GELU:
@@ -186,8 +170,8 @@ def serves(x: torch.Tensor, weight: torch.Tensor, bits: int, group_size: int) ->
 
 
 def tiles_of(rows: int) -> int:
-    """Tiles of eight rows of x that a program takes for ``rows`` rows: 1, 2, 4 or 8."""
-    return triton.next_power_of_2(triton.cdiv(rows, 8))
+    """Tiles of eight rows of x that a program takes for ``rows`` rows: 2, 4 or 8."""
+    return triton.next_power_of_2(triton.cdiv(max(rows, 9), 8))
 
 
 def launch_quantized_matmul(
@@ -233,22 +217,3 @@ def launch_quantized_matmul(
         num_warps=config.row_warps * config.column_warps,
         **pdl_options(pdl),
     )
-
-
-@functools.cache
-def layout_holds(device: torch.device, dtype: torch.dtype, bits: int) -> bool:
-    """Whether this Triton lays blocks out as ``quantized_mma`` assumes: a small product of integers must be exact."""
-    if device.type != "cuda":
-        return True
-    generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode():
-        weight = torch.randint(-128, 128, (32, 512 * bits // 8), dtype=torch.int8, generator=generator).to(device)
-        x = torch.randint(-3, 4, (8, 512), generator=generator).to(device, dtype)
-        scale, out = torch.ones(32, dtype=dtype, device=device), torch.empty(8, 32, dtype=dtype, device=device)
-        launch_quantized_matmul(x, weight, scale, bits, -1, None, None, 1.0, False, out, Quantized(1, 2, 2))
-        if bits == 4:
-            weight = torch.stack((weight >> 4, (weight << 4) >> 4), -1).flatten(1)
-        holds = torch.equal(out, (x.double() @ weight.double().T).to(dtype))
-    if not holds:
-        _logger.warning("This Triton lays registers out differently; quantised layers take a slower kernel.")
-    return holds

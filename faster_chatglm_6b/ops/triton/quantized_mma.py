@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 
-def _join(*lines: str) -> tl.constexpr:
+def join_lines(*lines: str) -> tl.constexpr:
+    """PTX of these lines in a scope of their own."""
     return tl.constexpr("{\n" + "\n".join(lines) + "\n}")
 
 
@@ -23,7 +24,7 @@ def _join(*lines: str) -> tl.constexpr:
 # pair of numbers; (a & b) ^ c is table 0x6A. Pairs: (1, 5), (0, 4), (3, 7), (2, 6).
 # Half precision keeps (integer + 8) 2^-24 as it is, a subnormal number, and 16 times that from the upper nibbles: the
 # product with x is exact, and ``_multiply`` takes the 8 off again.
-_INT4_HALF = _join(
+_INT4_HALF = join_lines(
     ".reg .b32 s;",
     "lop3.b32 $0, $4, 0x000F000F, 0x00080008, 0x6A;",
     "lop3.b32 $1, $4, 0x00F000F0, 0x00800080, 0x6A;",
@@ -31,7 +32,7 @@ _INT4_HALF = _join(
     "lop3.b32 $2, s, 0x000F000F, 0x00080008, 0x6A;",
     "lop3.b32 $3, s, 0x00F000F0, 0x00800080, 0x6A;",
 )
-_INT4_BFLOAT = _join(
+_INT4_BFLOAT = join_lines(
     ".reg .b32 s, p, q, r, t, k, m;",
     "lop3.b32 p, $4, 0x000F000F, 0x43084308, 0x6A;",  # 136 + integer
     "shr.u32 s, $4, 4;",
@@ -48,7 +49,7 @@ _INT4_BFLOAT = _join(
     "fma.rn.bf16x2 $3, t, k, m;",
 )
 # Eight bits: pairs (0, 1), (2, 3).
-_INT8_HALF = _join(
+_INT8_HALF = join_lines(
     ".reg .b32 u, p, q, k;",
     "xor.b32 u, $2, 0x80808080;",
     "prmt.b32 p, u, 0x64646464, 0x4140;",  # 1152 + integer
@@ -58,7 +59,7 @@ _INT8_HALF = _join(
     "sub.rn.f16x2 $1, q, k;",
 )
 # The mantissa of bfloat16 has room for seven bits: (128 + those) + (-128 or, with the sign bit, -256).
-_INT8_BFLOAT = _join(
+_INT8_BFLOAT = join_lines(
     ".reg .b32 p, q, a, b, c, d, k;",
     "prmt.b32 p, $2, 0, 0x4140;",
     "prmt.b32 q, $2, 0, 0x4342;",
@@ -72,7 +73,7 @@ _INT8_BFLOAT = _join(
 )
 
 
-def _mma(dtype: str, chain: str, a: list, b: tuple[str, str]) -> str:
+def mma(dtype: str, chain: str, a: list, b: tuple[str, str]) -> str:
     """chain += a b; operands of the fragment ``a`` by number."""
     sums = "{" + ", ".join(f"{chain}{i}" for i in range(4)) + "}"
     fragment = ", ".join(f"${i}" if isinstance(i, int) else i for i in a)
@@ -108,19 +109,19 @@ def _multiply(bits: int, dtype: str) -> tl.constexpr:
                 f"prmt.b32 q, {piece[1]}, {piece[3]}, 0x7632;",  # x3, x7
                 f"prmt.b32 r, {piece[0]}, {piece[2]}, 0x5410;",  # x0, x4
                 f"prmt.b32 t, {piece[1]}, {piece[3]}, 0x5410;",  # x2, x6
-                _mma(dtype, "c", [row[0], below[0], row[2], below[2]], ("p", "q")),
-                _mma(dtype, "d", [row[1], below[1], row[3], below[3]], ("r", "t")),
+                mma(dtype, "c", [row[0], below[0], row[2], below[2]], ("p", "q")),
+                mma(dtype, "d", [row[1], below[1], row[3], below[3]], ("r", "t")),
             ]
             if subnormal:
-                lines += [_mma(dtype, "e", ["less"] * 4, pair) for pair in (("p", "q"), ("r", "t"))]
+                lines += [mma(dtype, "e", ["less"] * 4, pair) for pair in (("p", "q"), ("r", "t"))]
         else:
             low = x + 4 * (word // 2) + 2 * (word % 2)
             fragment = [row[0], below[0], row[1], below[1]]
-            lines.append(_mma(dtype, "cd"[word % 2], fragment, (f"${low}", f"${low + 1}")))
+            lines.append(mma(dtype, "cd"[word % 2], fragment, (f"${low}", f"${low + 1}")))
     if subnormal:
         lines += [f"fma.rn.f32 c{i}, d{i}, 0f3D800000, c{i};" for i in range(4)]  # 1 / 16
-        return _join(*lines, *(f"add.f32 ${i}, c{i}, e{i};" for i in range(4)))
-    return _join(*lines, *(f"add.f32 ${i}, c{i}, d{i};" for i in range(4)))
+        return join_lines(*lines, *(f"add.f32 ${i}, c{i}, e{i};" for i in range(4)))
+    return join_lines(*lines, *(f"add.f32 ${i}, c{i}, d{i};" for i in range(4)))
 
 
 _INT4_MULTIPLY_HALF, _INT4_MULTIPLY_BFLOAT = _multiply(4, "f16"), _multiply(4, "bf16")

@@ -1,0 +1,388 @@
+"""x W^T for 1 to 8 rows of x and an int8 or int4 weight: programs that stream weight rows through shared memory.
+
+The weight does not depend on the kernel before, so its first rounds are under way before the wait for that kernel;
+Triton's software pipelining puts their copies before the loop, and the wait stands in the first round of the loop.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import gelu, multiprocessor_count, pdl_options, start_successor, wait_for_predecessor
+from .configs import interpreted, uses_pdl
+from .quantized_configs import CHUNK_BYTES, Stream
+from .quantized_mma import join_lines, multiply, unpack
+from .quantized_offset import arrange, multiply_counts, offset, total
+
+MOST_ROWS = 8
+
+
+@triton.jit
+def load_words(
+    weight,
+    start,
+    chunk,
+    index,
+    N,
+    KW: tl.constexpr,
+    TILES: tl.constexpr,
+    WARPS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """A round's words: per step and tile four words per lane of row g and of row g + 8.
+
+    Steps and tiles are constant distances from one address, which the instructions hold. Rows past the end read row
+    N - 1; their results are not stored.
+    """
+    row = start + index // 16 % 8
+    inside = weight + (chunk * 16 + index % 16)
+    words = ()
+    for step in tl.static_range(DEPTH):
+        for block in tl.static_range(2 * TILES):
+            if EVEN_N:
+                pointers = inside + row.to(tl.int64) * KW + (block * 8 * KW + step * WARPS * 16)
+            else:
+                pointers = inside + tl.minimum(row + block * 8, N - 1).to(tl.int64) * KW + step * WARPS * 16
+            if EVEN:
+                words = words + (tl.load(pointers, eviction_policy="evict_first"),)
+            else:
+                mask = chunk + step * WARPS < (KW + 15) // 16
+                words = words + (tl.load(pointers, mask=mask, other=0, eviction_policy="evict_first"),)
+    return words
+
+
+def _read(pieces: int) -> tl.constexpr:
+    """PTX that reads ``pieces`` times 16 bytes where the last operand is not 0, and gives 0 elsewhere."""
+    lines = [".reg .pred p;", f"setp.ne.b32 p, ${4 * pieces + 4}, 0;"]
+    lines += [f"mov.b32 ${i}, 0;" for i in range(4 * pieces)]
+    for piece in range(pieces):
+        words = ", ".join(f"${4 * piece + i}" for i in range(4))
+        lines.append(f"@p ld.global.v4.b32 {{{words}}}, [${4 * pieces} + {16 * piece}];")
+    return join_lines(*lines)
+
+
+_READ2, _READ4 = _read(2), _read(4)
+# Results are written before the address is read.
+_READ2_OPERANDS = tl.constexpr(",".join(["=&r"] * 8 + ["l"] * 4 + ["r"] * 4))
+_READ4_OPERANDS = tl.constexpr(",".join(["=&r"] * 16 + ["l"] * 4 + ["r"] * 4))
+_NOTHING = tl.constexpr("mov.b32 $0, 0;")
+
+
+@triton.jit
+def load_x(x, chunk, index, M, KW: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The x that belongs to the words of a chunk: 16 / BITS pieces of four words per lane each.
+
+    Lanes whose row of x does not exist hold 0. By PTX: Triton would copy what ``tl.load`` reads here some rounds ahead,
+    together with the weight, that is before the predecessor has written it.
+    """
+    PIECES: tl.constexpr = 16 // BITS
+    row = index // 16 % 8
+    wanted = (row < M) & (chunk < KW // 16)
+    pointers = x + (row * (KW * PIECES) + chunk * (16 * PIECES) + index // 4 % 4 * (4 * PIECES) + index % 4)
+    if INTERPRETED:
+        pieces = ()
+        for piece in tl.static_range(PIECES):
+            pieces = pieces + (tl.load(pointers + 4 * piece, mask=wanted, other=0),)
+    elif BITS == 4:
+        pieces = tl.inline_asm_elementwise(
+            _READ4,
+            _READ4_OPERANDS,
+            [pointers.to(tl.int64), wanted.to(tl.int32)],
+            (tl.int32, tl.int32, tl.int32, tl.int32),
+            False,
+            4,
+        )
+    else:
+        pieces = tl.inline_asm_elementwise(
+            _READ2, _READ2_OPERANDS, [pointers.to(tl.int64), wanted.to(tl.int32)], (tl.int32, tl.int32), False, 4
+        )
+    return pieces
+
+
+@triton.jit
+def arrange_all(pieces, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """``arrange`` of every piece."""
+    new = ()
+    for piece in tl.static_range(len(pieces)):
+        new = new + (arrange(pieces[piece], BITS, INTERPRETED),)
+    return new
+
+
+_READ_HALF = tl.constexpr("ld.global.b16 $0, [$1];")
+
+
+@triton.jit
+def read_half(pointers, INTERPRETED: tl.constexpr):
+    """float32 of the 16-bit numbers at ``pointers``, read where it stands, as ``load_x`` does."""
+    if INTERPRETED:
+        values = tl.load(pointers)
+    else:
+        bits = tl.inline_asm_elementwise(_READ_HALF, "=h,l", [pointers.to(tl.int64)], tl.int16, False, 1)
+        values = bits.to(pointers.dtype.element_ty, bitcast=True)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def read_residual(residual, row, m, M, N, TILES: tl.constexpr, INTERPRETED: tl.constexpr):
+    """What is added to the results of each tile; the first number where there is no result."""
+    added = ()
+    for _ in tl.static_range(TILES):
+        target = tl.where((row < N) & (m < M), m.to(tl.int64) * N + row, 0)
+        added = added + (read_half(residual + target, INTERPRETED),)
+        row += 16
+    return added
+
+
+@triton.jit
+def no_residual(row, TILES: tl.constexpr):
+    """``read_residual`` of nothing."""
+    added = ()
+    for _ in tl.static_range(TILES):
+        added = added + (tl.zeros(row.shape, tl.float32),)
+    return added
+
+
+@triton.jit
+def add_chunk(
+    sums,
+    words,
+    x,
+    scales,
+    BITS: tl.constexpr,
+    BFLOAT: tl.constexpr,
+    GROUPED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The sums (chains of each tile of 16 rows) with one chunk's products added.
+
+    ``scales``: with groups, one block per tile; then there is one chain, of finished sums.
+    """
+    new = ()
+    if BFLOAT:
+        for tile in tl.static_range(len(sums)):
+            a = unpack(words[tile][0], BITS, True, INTERPRETED)
+            b = unpack(words[tile][1], BITS, True, INTERPRETED)
+            if GROUPED:
+                part = multiply(a, b, x, tl.zeros_like(sums[tile][0]), BITS, True, INTERPRETED)
+                new = new + ((sums[tile][0] + part * scales[tile],),)
+            else:
+                new = new + ((multiply(a, b, x, sums[tile][0], BITS, True, INTERPRETED),),)
+    elif GROUPED:
+        zeros = tl.zeros_like(sums[0][0])
+        surplus = offset(x, zeros, zeros, BITS, INTERPRETED)
+        for tile in tl.static_range(len(sums)):
+            a, b = words[tile]
+            part = multiply_counts(a, b, x, (zeros, zeros, zeros, zeros), BITS, INTERPRETED)
+            new = new + ((sums[tile][0] + total(part, surplus, BITS, INTERPRETED) * scales[tile],),)
+    else:
+        for tile in tl.static_range(len(sums)):
+            a, b = words[tile]
+            new = new + (multiply_counts(a, b, x, sums[tile], BITS, INTERPRETED),)
+    return new
+
+
+@triton.jit
+def no_sums(zeros, TILES: tl.constexpr, CHAINS: tl.constexpr):
+    """The chains of each tile before the first product."""
+    sums = ()
+    for _ in tl.static_range(TILES):
+        chains = ()
+        for _ in tl.static_range(CHAINS):
+            chains = chains + (zeros,)
+        sums = sums + (chains,)
+    return sums
+
+
+@triton.jit
+def load_parameters(scale, bias, row, N, TILES: tl.constexpr, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Scale (1 with groups) and bias (0 without one) of the rows of each tile."""
+    scales, biases = (), ()
+    for _ in tl.static_range(TILES):
+        if GROUPED:
+            scales = scales + (tl.full(row.shape, 1.0, tl.float32),)
+        else:
+            scales = scales + (tl.load(scale + row, mask=row < N, other=0.0),)
+        if HAS_BIAS:
+            biases = biases + (tl.load(bias + row, mask=row < N, other=0.0),)
+        else:
+            biases = biases + (tl.full(row.shape, 0.0, tl.float32),)
+        row += 16
+    return scales, biases
+
+
+@triton.jit
+def quantized_stream_kernel(
+    x,  # int32 [M, K / 2], pairs of halves
+    weight,  # int32 [N, KW], words of 8 / BITS * 4 integers
+    scale,  # [N] or, with groups, [N, K / group size]
+    bias,  # [N]
+    residual,  # [M, N]
+    out,  # [M, N]
+    M,
+    N,
+    beta,
+    KW: tl.constexpr,
+    BITS: tl.constexpr,
+    BFLOAT: tl.constexpr,
+    GROUP_CHUNKS: tl.constexpr,  # chunks that share a scale, 0 for whole rows
+    TILES: tl.constexpr,
+    WARPS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    SINGLE: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    GELU: tl.constexpr,
+    PDL: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """A program takes 16 * TILES weight rows at a time, every so many rows, until there are no more.
+
+    The warps share the columns of a row. A round is DEPTH chunks of 64 bytes per warp and row; STAGES - 1 rounds are
+    under way. SINGLE: x has one row, and only its sums meet over the warps.
+    """
+    start_successor(PDL)
+    ROWS: tl.constexpr = 16 * TILES
+    CHUNKS: tl.constexpr = (KW + 15) // 16
+    ROUNDS: tl.constexpr = (CHUNKS + WARPS * DEPTH - 1) // (WARPS * DEPTH)
+    EVEN: tl.constexpr = KW == ROUNDS * DEPTH * WARPS * 16
+    GROUPED: tl.constexpr = GROUP_CHUNKS != 0
+    GROUPS: tl.constexpr = CHUNKS // max(GROUP_CHUNKS, 1)
+    index = tl.arange(0, 128 * WARPS)
+    part = index // 128
+    # The sums after those of the warps are added: lane 4 g + t has the rows g and g + 8.
+    if SINGLE:
+        block_row = tl.arange(0, 16) // 2 + tl.arange(0, 16) % 2 * 8
+        m = tl.zeros([16], tl.int32)
+    else:
+        entry = tl.arange(0, 128)
+        block_row = entry % 32 // 4 + entry // 64 * 8
+        m = entry % 4 * 2 + entry // 32 % 2
+    first = tl.program_id(0) * ROWS
+    stride = tl.num_programs(0) * ROWS
+    zeros = tl.zeros([128 * WARPS], tl.float32)
+    COUNTS: tl.constexpr = not BFLOAT
+    CHAINS: tl.constexpr = 1 if BFLOAT or GROUPED else 4
+    sums, less = no_sums(zeros, TILES, CHAINS), (zeros, zeros)
+    # A zero that comes out of the wait, for the addresses of what may not be read before: the compiler is free to move
+    # the wait behind whatever does not depend on it. It also keeps those addresses out of registers between the rounds.
+    after = tl.full([], 0, tl.int32)
+    added = no_residual(block_row, TILES)
+    next_scales, next_biases = load_parameters(scale, bias, first + block_row, N, TILES, GROUPED, HAS_BIAS)
+    for round in tl.range(tl.cdiv(N - first, stride) * ROUNDS, num_stages=STAGES):
+        start = first + round // ROUNDS * stride
+        chunk = round % ROUNDS * (DEPTH * WARPS) + part
+        words = load_words(weight, start, chunk, index, N, KW, TILES, WARPS, DEPTH, EVEN_N, EVEN)
+        row_scales, row_biases = next_scales, next_biases
+        next_start = first + (round + 1) // ROUNDS * stride
+        next_scales, next_biases = load_parameters(scale, bias, next_start + block_row, N, TILES, GROUPED, HAS_BIAS)
+        if round == 0:
+            wait_for_predecessor(PDL)
+            if not INTERPRETED:
+                after = tl.inline_asm_elementwise(_NOTHING, "=r", [], tl.int32, False, 1)
+        if HAS_RESIDUAL:
+            if ROUNDS == 1 or round % ROUNDS == 0:
+                added = read_residual(residual + after, start + block_row, m, M, N, TILES, INTERPRETED)
+        chunk += after
+        for step in tl.static_range(DEPTH):
+            here = chunk + step * WARPS
+            used = ()
+            scales = ()
+            for tile in tl.static_range(TILES):
+                used = used + ((words[(step * TILES + tile) * 2], words[(step * TILES + tile) * 2 + 1]),)
+                if GROUPED:
+                    sum_row = tl.minimum(start + tile * 16 + index // 16 % 8 + index % 4 // 2 * 8, N - 1)
+                    group = tl.minimum(here // GROUP_CHUNKS, GROUPS - 1)
+                    scales = scales + (tl.load(scale + sum_row * GROUPS + group).to(tl.float32),)
+            pieces = load_x(x, here, index, M, KW, BITS, INTERPRETED)
+            if COUNTS:
+                pieces = arrange_all(pieces, BITS, INTERPRETED)
+            sums = add_chunk(sums, used, pieces, scales, BITS, BFLOAT, GROUPED, INTERPRETED)
+            if COUNTS and not GROUPED:
+                less = offset(pieces, less[0], less[1], BITS, INTERPRETED)
+        if ROUNDS == 1 or round % ROUNDS == ROUNDS - 1:
+            for tile in tl.static_range(TILES):
+                both = finish(sums[tile], less, BITS, BFLOAT, GROUPED, INTERPRETED)
+                if SINGLE:
+                    # The other columns of the product belong to no row of x.
+                    both = tl.where(index % 16 // 4 * 2 + index % 2 == 0, both, 0.0)
+                    both = tl.permute(tl.reshape(both, [WARPS, 8, 4, 2, 2]), [0, 1, 3, 2, 4])
+                    result = tl.sum(tl.reshape(tl.sum(tl.reshape(both, [WARPS, 16, 8]), 2), [WARPS, 16]), 0)
+                else:
+                    # In this order the warps' sums meet without conflicts in shared memory.
+                    both = tl.permute(tl.reshape(both, [WARPS, 32, 4]), [0, 2, 1])
+                    result = tl.sum(tl.reshape(both, [WARPS, 128]), 0)
+                result = result * row_scales[tile].to(tl.float32) + row_biases[tile].to(tl.float32)
+                if GELU:
+                    result = gelu(result)
+                if HAS_RESIDUAL:
+                    result += beta * added[tile]
+                out_row = start + tile * 16 + block_row
+                tl.store(out + m.to(tl.int64) * N + out_row, result, mask=(out_row < N) & (m < M))
+            sums = no_sums(zeros, TILES, CHAINS)
+            less = (zeros, zeros)
+
+
+@triton.jit
+def finish(sums, less, BITS: tl.constexpr, BFLOAT: tl.constexpr, GROUPED: tl.constexpr, INTERPRETED: tl.constexpr):
+    """One block of sums of a tile's chains."""
+    if GROUPED or BFLOAT:
+        result = sums[0]
+    else:
+        result = total(sums, less, BITS, INTERPRETED)
+    return result
+
+
+def launch_quantized_stream(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bits: int,
+    group_size: int,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    beta: float,
+    gelu_epilogue: bool,
+    out: torch.Tensor,
+    config: Stream,
+) -> None:
+    """out [M, N] = epilogue(x [M, K] W^T), M <= 8, ``weight`` int8 [N, K * bits / 8]; contiguous, ``serves`` is true.
+
+    ``config.registers`` holds for one row of halves and one scale per weight row; the other kernels need more.
+    """
+    n, single = weight.shape[0], x.shape[0] == 1
+    smallest = single and group_size < 0 and x.dtype == torch.float16
+    pdl = uses_pdl(x.device)
+    programs = multiprocessor_count(x.device) * config.programs
+    quantized_stream_kernel[(min(triton.cdiv(n, 16 * config.tiles), programs),)](
+        x.view(torch.int32),
+        weight.view(torch.int32),
+        scale,
+        scale if bias is None else bias,
+        out if residual is None else residual,
+        out,
+        x.shape[0],
+        n,
+        float(beta),
+        KW=weight.shape[1] // 4,
+        BITS=bits,
+        BFLOAT=x.dtype == torch.bfloat16,
+        GROUP_CHUNKS=0 if group_size < 0 else group_size * bits // 8 // CHUNK_BYTES,
+        TILES=config.tiles,
+        WARPS=config.warps,
+        DEPTH=config.depth,
+        STAGES=config.stages,
+        SINGLE=single,
+        EVEN_N=n % (16 * config.tiles) == 0,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        GELU=gelu_epilogue,
+        PDL=pdl,
+        INTERPRETED=interpreted(),
+        num_warps=config.warps,
+        maxnreg=config.registers if smallest else None,
+        **pdl_options(pdl),
+    )
