@@ -53,22 +53,22 @@ class QuantizedFamily:
 
 
 _DEFAULT = {2: Quantized(1, 8, 2), 4: Quantized(1, 4, 1), 8: Quantized(1, 4, 1)}
-_DEFAULT_STREAM = Stream(1, 4, 8, 2, 3)
+_DEFAULT_STREAM = Stream(1, 8, 2, 3, 2)
 _HIDDEN, _INNER = 4096, 16384
 _HOPPER = QuantizedFamily(
     streams={
         8: {
-            (3 * _HIDDEN, _HIDDEN): Stream(1, 4, 8, 2, 3),
-            (_HIDDEN, _HIDDEN): Stream(1, 4, 8, 2, 5),
-            (_INNER, _HIDDEN): Stream(1, 4, 8, 2, 4),
-            (_HIDDEN, _INNER): Stream(1, 8, 4, 3, 3),
-            (130528, _HIDDEN): Stream(1, 8, 4, 2, 2),
+            (3 * _HIDDEN, _HIDDEN): Stream(1, 8, 2, 3, 2),
+            (_HIDDEN, _HIDDEN): Stream(1, 8, 2, 3, 4),
+            (_INNER, _HIDDEN): Stream(1, 8, 2, 3, 2),
+            (_HIDDEN, _INNER): Stream(1, 8, 2, 3, 2),
+            (130528, _HIDDEN): Stream(1, 8, 2, 3, 4),
         },
         4: {
-            (3 * _HIDDEN, _HIDDEN): Stream(1, 4, 8, 2, 5, 96),
-            (_HIDDEN, _HIDDEN): Stream(1, 4, 8, 2, 4),
-            (_INNER, _HIDDEN): Stream(1, 4, 8, 2, 4),
-            (_HIDDEN, _INNER): Stream(1, 8, 8, 2, 3),
+            (3 * _HIDDEN, _HIDDEN): Stream(1, 8, 4, 3, 1),
+            (_HIDDEN, _HIDDEN): Stream(1, 8, 2, 3, 4),
+            (_INNER, _HIDDEN): Stream(1, 8, 4, 3, 1),
+            (_HIDDEN, _INNER): Stream(2, 8, 2, 3, 1),
         },
     }
 )

@@ -11,8 +11,9 @@ import triton.language as tl
 from .common import gelu, multiprocessor_count, pdl_options, start_successor, wait_for_predecessor
 from .configs import interpreted, uses_pdl
 from .quantized_configs import CHUNK_BYTES, Stream
-from .quantized_mma import join_lines, multiply, unpack
-from .quantized_offset import arrange, multiply_counts, offset, total
+from .quantized_mma import multiply, unpack
+from .quantized_offset import multiply_counts, offset, total
+from .quantized_reads import arrange_round, load_round, no_residual, offset_round, read_residual, zero_after_wait
 
 MOST_ROWS = 8
 
@@ -51,97 +52,6 @@ def load_words(
                 mask = chunk + step * WARPS < (KW + 15) // 16
                 words = words + (tl.load(pointers, mask=mask, other=0, eviction_policy="evict_first"),)
     return words
-
-
-def _read(pieces: int) -> tl.constexpr:
-    """PTX that reads ``pieces`` times 16 bytes where the last operand is not 0, and gives 0 elsewhere."""
-    lines = [".reg .pred p;", f"setp.ne.b32 p, ${4 * pieces + 4}, 0;"]
-    lines += [f"mov.b32 ${i}, 0;" for i in range(4 * pieces)]
-    for piece in range(pieces):
-        words = ", ".join(f"${4 * piece + i}" for i in range(4))
-        lines.append(f"@p ld.global.v4.b32 {{{words}}}, [${4 * pieces} + {16 * piece}];")
-    return join_lines(*lines)
-
-
-_READ2, _READ4 = _read(2), _read(4)
-# Results are written before the address is read.
-_READ2_OPERANDS = tl.constexpr(",".join(["=&r"] * 8 + ["l"] * 4 + ["r"] * 4))
-_READ4_OPERANDS = tl.constexpr(",".join(["=&r"] * 16 + ["l"] * 4 + ["r"] * 4))
-_NOTHING = tl.constexpr("mov.b32 $0, 0;")
-
-
-@triton.jit
-def load_x(x, chunk, index, M, KW: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The x that belongs to the words of a chunk: 16 / BITS pieces of four words per lane each.
-
-    Lanes whose row of x does not exist hold 0. By PTX: Triton would copy what ``tl.load`` reads here some rounds ahead,
-    together with the weight, that is before the predecessor has written it.
-    """
-    PIECES: tl.constexpr = 16 // BITS
-    row = index // 16 % 8
-    wanted = (row < M) & (chunk < KW // 16)
-    pointers = x + (row * (KW * PIECES) + chunk * (16 * PIECES) + index // 4 % 4 * (4 * PIECES) + index % 4)
-    if INTERPRETED:
-        pieces = ()
-        for piece in tl.static_range(PIECES):
-            pieces = pieces + (tl.load(pointers + 4 * piece, mask=wanted, other=0),)
-    elif BITS == 4:
-        pieces = tl.inline_asm_elementwise(
-            _READ4,
-            _READ4_OPERANDS,
-            [pointers.to(tl.int64), wanted.to(tl.int32)],
-            (tl.int32, tl.int32, tl.int32, tl.int32),
-            False,
-            4,
-        )
-    else:
-        pieces = tl.inline_asm_elementwise(
-            _READ2, _READ2_OPERANDS, [pointers.to(tl.int64), wanted.to(tl.int32)], (tl.int32, tl.int32), False, 4
-        )
-    return pieces
-
-
-@triton.jit
-def arrange_all(pieces, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """``arrange`` of every piece."""
-    new = ()
-    for piece in tl.static_range(len(pieces)):
-        new = new + (arrange(pieces[piece], BITS, INTERPRETED),)
-    return new
-
-
-_READ_HALF = tl.constexpr("ld.global.b16 $0, [$1];")
-
-
-@triton.jit
-def read_half(pointers, INTERPRETED: tl.constexpr):
-    """float32 of the 16-bit numbers at ``pointers``, read where it stands, as ``load_x`` does."""
-    if INTERPRETED:
-        values = tl.load(pointers)
-    else:
-        bits = tl.inline_asm_elementwise(_READ_HALF, "=h,l", [pointers.to(tl.int64)], tl.int16, False, 1)
-        values = bits.to(pointers.dtype.element_ty, bitcast=True)
-    return values.to(tl.float32)
-
-
-@triton.jit
-def read_residual(residual, row, m, M, N, TILES: tl.constexpr, INTERPRETED: tl.constexpr):
-    """What is added to the results of each tile; the first number where there is no result."""
-    added = ()
-    for _ in tl.static_range(TILES):
-        target = tl.where((row < N) & (m < M), m.to(tl.int64) * N + row, 0)
-        added = added + (read_half(residual + target, INTERPRETED),)
-        row += 16
-    return added
-
-
-@triton.jit
-def no_residual(row, TILES: tl.constexpr):
-    """``read_residual`` of nothing."""
-    added = ()
-    for _ in tl.static_range(TILES):
-        added = added + (tl.zeros(row.shape, tl.float32),)
-    return added
 
 
 @triton.jit
@@ -267,10 +177,9 @@ def quantized_stream_kernel(
     COUNTS: tl.constexpr = not BFLOAT
     CHAINS: tl.constexpr = 1 if BFLOAT or GROUPED else 4
     sums, less = no_sums(zeros, TILES, CHAINS), (zeros, zeros)
-    # A zero that comes out of the wait, for the addresses of what may not be read before: the compiler is free to move
-    # the wait behind whatever does not depend on it. It also keeps those addresses out of registers between the rounds.
     after = tl.full([], 0, tl.int32)
     added = no_residual(block_row, TILES)
+    x_here = no_sums(tl.zeros([128 * WARPS], tl.int32), DEPTH, 16 // BITS)
     next_scales, next_biases = load_parameters(scale, bias, first + block_row, N, TILES, GROUPED, HAS_BIAS)
     for round in tl.range(tl.cdiv(N - first, stride) * ROUNDS, num_stages=STAGES):
         start = first + round // ROUNDS * stride
@@ -282,11 +191,23 @@ def quantized_stream_kernel(
         if round == 0:
             wait_for_predecessor(PDL)
             if not INTERPRETED:
-                after = tl.inline_asm_elementwise(_NOTHING, "=r", [], tl.int32, False, 1)
+                after = zero_after_wait()
+            x_here = load_round(x, chunk + after, index, M, KW, BITS, WARPS, DEPTH, INTERPRETED)
+            if ROUNDS == 1 and COUNTS:
+                x_here = arrange_round(x_here, BITS, INTERPRETED)
+                if not GROUPED:
+                    less = offset_round(x_here, less, BITS, INTERPRETED)
+        if ROUNDS > 1:
+            # Read a round ahead, as it takes as long as the L2 cache does.
+            next_chunk = (round + 1) % ROUNDS * (DEPTH * WARPS) + part + after
+            x_next = load_round(x, next_chunk, index, M, KW, BITS, WARPS, DEPTH, INTERPRETED)
+            if COUNTS:
+                x_here = arrange_round(x_here, BITS, INTERPRETED)
+                if not GROUPED:
+                    less = offset_round(x_here, less, BITS, INTERPRETED)
         if HAS_RESIDUAL:
             if ROUNDS == 1 or round % ROUNDS == 0:
                 added = read_residual(residual + after, start + block_row, m, M, N, TILES, INTERPRETED)
-        chunk += after
         for step in tl.static_range(DEPTH):
             here = chunk + step * WARPS
             used = ()
@@ -297,12 +218,7 @@ def quantized_stream_kernel(
                     sum_row = tl.minimum(start + tile * 16 + index // 16 % 8 + index % 4 // 2 * 8, N - 1)
                     group = tl.minimum(here // GROUP_CHUNKS, GROUPS - 1)
                     scales = scales + (tl.load(scale + sum_row * GROUPS + group).to(tl.float32),)
-            pieces = load_x(x, here, index, M, KW, BITS, INTERPRETED)
-            if COUNTS:
-                pieces = arrange_all(pieces, BITS, INTERPRETED)
-            sums = add_chunk(sums, used, pieces, scales, BITS, BFLOAT, GROUPED, INTERPRETED)
-            if COUNTS and not GROUPED:
-                less = offset(pieces, less[0], less[1], BITS, INTERPRETED)
+            sums = add_chunk(sums, used, x_here[step], scales, BITS, BFLOAT, GROUPED, INTERPRETED)
         if ROUNDS == 1 or round % ROUNDS == ROUNDS - 1:
             for tile in tl.static_range(TILES):
                 both = finish(sums[tile], less, BITS, BFLOAT, GROUPED, INTERPRETED)
@@ -323,7 +239,10 @@ def quantized_stream_kernel(
                 out_row = start + tile * 16 + block_row
                 tl.store(out + m.to(tl.int64) * N + out_row, result, mask=(out_row < N) & (m < M))
             sums = no_sums(zeros, TILES, CHAINS)
-            less = (zeros, zeros)
+            if ROUNDS > 1:
+                less = (zeros, zeros)
+        if ROUNDS > 1:
+            x_here = x_next
 
 
 @triton.jit
