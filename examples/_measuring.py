@@ -9,6 +9,7 @@ ceiling, a read-only stream of 8 GiB timed in the same process, tells how much i
 
 import argparse
 import datetime
+import gc
 import importlib.util
 import json
 import statistics
@@ -113,7 +114,8 @@ def bytes_per_step(model: torch.nn.Module, batch: int, prompt_tokens: int, new_t
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Seconds of one call, the device drained before and after."""
+    """Seconds of one call, the device drained before and after, Python's garbage collected before it."""
+    gc.collect()
     synchronize()
     start = time.perf_counter()
     call()
@@ -169,16 +171,20 @@ def measure(model: torch.nn.Module, ids: torch.Tensor, args: argparse.Namespace,
     on_gpu = machine.device == "cuda"
     for _ in range(args.warmup_iters):
         run_once(model, ids, args.mode, args.new_tokens)
+        run_once(model, ids, args.mode, 1)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     # disable=None: no bar where the output goes to a file.
     rounds = tqdm(range(args.iters), desc=f"{args.backend} {weights_of(model)}", unit="it", leave=False, disable=None)
-    whole = [timed(lambda: run_once(model, ids, args.mode, args.new_tokens)) for _ in rounds]
-    seconds, steps = statistics.median(whole), 1
-    if args.new_tokens > 1:
-        first = [timed(lambda: run_once(model, ids, args.mode, 1)) for _ in range(args.iters + 2)]
-        seconds, steps = seconds - statistics.median(first[1:]), args.new_tokens - 1
-    step = seconds / steps
+    whole, first = [], []
+    for _ in rounds:
+        whole.append(timed(lambda: run_once(model, ids, args.mode, args.new_tokens)))
+        if args.new_tokens > 1:
+            first.append(timed(lambda: run_once(model, ids, args.mode, 1)))
+    # In turns, so that what else the machine does weighs on both alike.
+    step = statistics.median(whole)
+    if first:
+        step = (step - statistics.median(first)) / (args.new_tokens - 1)
     moved = bytes_per_step(model, batch, prompt_tokens, args.new_tokens)
     rate, ceiling = moved / step / 1e9, machine.read_ceiling
     values = (
