@@ -1,13 +1,15 @@
 """Measure a decode step with int8 and int4 weights made of the Triton kernels alone, and find their shapes.
 
-    python examples/tune_quantized_kernels.py --tune      # every shape alone, then the table for quantized_configs.py
+    python examples/tune_quantized_kernels.py --tune      # the table for quantized_configs.py
     python examples/tune_quantized_kernels.py --chain     # whole steps, next to fp16 in the same process
 
-Weights are random. Times are medians over replays of a CUDA graph in which every launch reads another matrix, so that
-nothing comes from L2, and are quoted against the read ceiling of the same process.
+Weights are random. Times are medians over replays of a CUDA graph of a whole step, in which every launch reads another
+matrix, so that nothing comes from L2, and are quoted against the read ceiling of the same process. Shapes are tuned in
+whole steps and not alone: what a kernel leaves free decides how early the next one starts.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -23,17 +25,22 @@ from _machine import read_ceiling  # noqa: E402
 
 from faster_chatglm_6b.ops import triton as kernels  # noqa: E402
 from faster_chatglm_6b.ops.triton import quantized_configs  # noqa: E402
-from faster_chatglm_6b.ops.triton.quantized_configs import Quantized, QuantizedFamily  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized_configs import (  # noqa: E402
+    QuantizedFamily,
+    Stream,
+    quantized_family,
+    stream_config,
+)
 
 LAYERS, HIDDEN, HEADS, SIZE, INNER, VOCAB = 28, 4096, 32, 128, 16384, 130528
 QKV, DENSE, UP, DOWN, HEAD = (3 * HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER), (VOCAB, HIDDEN)
+SHAPES = (QKV, DENSE, UP, DOWN, HEAD)
 ALPHA = math.sqrt(2 * LAYERS)
 CANDIDATES = [
-    Quantized(rows, columns, depth)
-    for rows, columns, depth in (
-        (1, 8, 4), (1, 8, 2), (1, 8, 8), (1, 4, 4), (1, 4, 8), (1, 4, 2), (1, 2, 8), (1, 2, 4), (1, 16, 2), (1, 16, 4),
-        (1, 16, 8), (2, 4, 4), (2, 8, 4), (2, 4, 8), (2, 2, 4), (1, 1, 8), (1, 1, 16), (1, 2, 16), (2, 1, 8), (2, 2, 8),
-        (4, 1, 8), (1, 4, 16), (1, 8, 16),
+    Stream(*numbers)
+    for numbers in (
+        (1, 8, 2, 3, 2), (1, 8, 2, 3, 2, 112), (1, 8, 2, 3, 3), (1, 8, 2, 3, 4), (1, 8, 2, 4, 2), (1, 8, 4, 2, 2),
+        (1, 8, 4, 2, 2, 128), (1, 8, 4, 3, 1), (1, 8, 4, 3, 2, 128), (1, 4, 4, 3, 3), (1, 16, 2, 3, 1), (2, 8, 2, 3, 1),
     )
 ]  # fmt: skip
 
@@ -158,27 +165,34 @@ class Step:
         return captured_ms(step)
 
 
-def tune(bits: int, ceiling: float) -> dict[tuple[int, int], Quantized]:
-    """The fastest configuration of every weight shape for up to eight rows, each shape alone."""
-    best = {}
-    for shape in (QKV, DENSE, UP, DOWN) + ((HEAD,) if bits == 8 else ()):
-        weights = [Product(shape, bits) for _ in range(6 if shape == HEAD else 56)]
-        x = torch.randn(1, shape[1], dtype=torch.float16, device="cuda")
-        out = torch.empty(1, shape[0], dtype=torch.float16, device="cuda")
-        times = {}
-        for config in CANDIDATES:
-            family = QuantizedFamily({(bits, 1): {shape: config}})
-            quantized_configs._HOPPER = quantized_configs._OTHER = family
-            try:
-                times[config] = captured_ms(lambda w=weights, o=out, v=x: [p(v, o) for p in w], 5) * 1e3 / len(weights)
-            except triton.runtime.errors.OutOfResources:
-                continue
-        best[shape] = min(times, key=times.get)
-        floor = weights[0].bytes / ceiling / 1e3
-        ordered = sorted(times.items(), key=lambda item: item[1])
-        text = "  ".join(f"{c.row_warps},{c.column_warps},{c.depth}: {us:.1f}" for c, us in ordered)
-        print(f"{bits} bits {shape}: floor {floor:.1f} us, share {floor / times[best[shape]]:.2f}; {text}", flush=True)
+def tune(bits: int) -> dict[tuple[int, int], Stream]:
+    """The fastest configuration of every weight shape in a whole step, one shape after the other, twice."""
+    step = Step(bits, 8)
+    best = {shape: stream_config(quantized_family(torch.device("cuda")), bits, *shape) for shape in SHAPES}
+
+    def measured(table: dict[tuple[int, int], Stream]) -> float:
+        # The head is of 8 bits whatever the layers are.
+        streams = {bits: table, 8: {HEAD: table[HEAD]} | (table if bits == 8 else {})}
+        quantized_configs._HOPPER = quantized_configs._OTHER = QuantizedFamily(streams=streams)
+        try:
+            return step.measure(1)
+        except triton.runtime.errors.OutOfResources:
+            return math.inf
+
+    for _ in range(2):
+        for shape in SHAPES:
+            times = {
+                config: measured(best | {shape: config}) for config in {best[shape]: 0} | dict.fromkeys(CANDIDATES)
+            }
+            best[shape] = min(times, key=times.get)
+            ordered = sorted(times.items(), key=lambda item: item[1])
+            print(f"{bits} bits {shape}: " + "  ".join(f"{spell(c)}: {ms:.3f}" for c, ms in ordered), flush=True)
     return best
+
+
+def spell(config: Stream) -> str:
+    """The numbers of a configuration."""
+    return ",".join(str(number) for number in dataclasses.astuple(config) if number is not None)
 
 
 def main() -> None:
@@ -191,9 +205,9 @@ def main() -> None:
     ceiling = read_ceiling()
     print(f"{torch.cuda.get_device_name()}: read ceiling {ceiling:.0f} GB/s", flush=True)
     if arguments.tune:
-        tables = {(bits, 1): tune(bits, ceiling) for bits in (4, 8)}
-        quantized_configs._HOPPER = quantized_configs._OTHER = QuantizedFamily(tables)
-        print(f"tables: {tables}", flush=True)
+        streams = {bits: tune(bits) for bits in (4, 8)}
+        quantized_configs._HOPPER = quantized_configs._OTHER = QuantizedFamily(streams=streams)
+        print(f"streams: {streams}", flush=True)
     if not arguments.chain:
         return
     for bits, head_bits, group_size in ((16, 16, -1), (8, 16, -1), (8, 8, -1), (4, 16, -1), (4, 8, -1), (4, 16, 128)):
