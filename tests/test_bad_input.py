@@ -136,6 +136,31 @@ def test_truncated_bin_shard(golden_dir, tmp_path, keep):
         ChatGLMForConditionalGeneration.from_pretrained(checkpoint)
 
 
+@pytest.mark.parametrize("settings", [{}, {"quantization_bit": 8}])
+def test_bin_file_whose_table_of_tensors_has_changed(golden_dir, tmp_path, settings):
+    """One storage takes another one's name: mapped into memory, torch would read the bytes that it finds there."""
+    checkpoint = shutil.copytree(golden_dir / "ckpt" / "tiny-sharded", tmp_path / "checkpoint")
+    path = checkpoint / "pytorch_model-00002-of-00002.bin"
+    content = path.read_bytes()
+    assert content.count(b"X\x02\x00\x00\x0010") == 1
+    path.write_bytes(content.replace(b"X\x02\x00\x00\x0010", b"X\x02\x00\x00\x0012"))
+    with pytest.raises(OSError, match="truncated or corrupt"):
+        ChatGLMForConditionalGeneration.from_pretrained(checkpoint, **settings)
+
+
+def test_bin_file_without_checksums(tiny_dir, tmp_path):
+    try:
+        torch.serialization.set_crc32_options(False)
+    except AttributeError:
+        pytest.skip("this torch always writes checksums")
+    try:
+        torch.save(load_file(tiny_dir / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    shutil.copy(tiny_dir / "config.json", tmp_path)
+    ChatGLMForConditionalGeneration.from_pretrained(tmp_path)
+
+
 def test_missing_shard(golden_dir, tmp_path):
     checkpoint = shutil.copytree(golden_dir / "ckpt" / "tiny-sharded", tmp_path / "checkpoint")
     (checkpoint / "pytorch_model-00002-of-00002.bin").unlink()

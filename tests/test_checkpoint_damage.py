@@ -182,7 +182,7 @@ def _read(directory: Path) -> dict:
 
     tensors = {}
     for path in weight_files(directory):
-        tensors |= load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        tensors |= load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     return tensors
 
 
