@@ -151,6 +151,11 @@ class ChatGLMConfig(PretrainedConfig):
                 f"config.json lacks {', '.join(missing)}, which a ChatGLM-6B checkpoint must give; take config.json "
                 "from the checkpoint again."
             )
+        if not isinstance(config_dict.get("model_type", cls.model_type), str):
+            raise ValueError(
+                f"config.json gives model_type={config_dict['model_type']!r}, but the text 'chatglm' is needed; take "
+                "config.json from the checkpoint again."
+            )
         try:
             result = super().from_dict(config_dict, **kwargs)
         except (ValueError, OSError):
