@@ -10,6 +10,7 @@ import torch
 from transformers.generation.utils import GenerationMixin
 
 from .caches import Cache
+from .decoding.memory import memory_returned
 from .prompt_layout import PromptLayout, cached_tokens
 from .streaming import no_single_next_token, streaming
 
@@ -40,8 +41,13 @@ class PrefixGenerationMixin(SearchMixin):
                 "generate() needs input_ids of shape [batch, length] that hold the prompt (inputs_embeds may be given "
                 "besides)."
             )
-        kwargs = self._prompt_arguments(input_ids, generation_config, kwargs)
-        return super().generate(inputs, generation_config=generation_config, **kwargs)
+        # Where memory runs out, this frame stays with the exception: it names nothing but the caller's own tensors.
+        with memory_returned():
+            return super().generate(
+                inputs,
+                generation_config=generation_config,
+                **self._prompt_arguments(input_ids, generation_config, kwargs),
+            )
 
     def stream_generate(self, input_ids: torch.Tensor, **kwargs: Any) -> Iterator[torch.Tensor]:
         """Yield the sequences so far, int64 [B, prompt + tokens], once per token; arguments as in ``generate``.

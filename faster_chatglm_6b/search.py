@@ -7,17 +7,12 @@ import torch
 
 from . import _status
 from .decoding.loop import engine_of, generate_ids, generate_tokens
-from .decoding.memory import memory_explained, memory_returned
+from .decoding.memory import memory_explained
 from .streaming import no_single_next_token, streaming
 
 
 class SearchMixin:
     """Overrides of the searches of transformers 4.45 and later."""
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' ``generate``; where memory runs out, the exception holds none."""
-        with memory_returned():
-            return super().generate(*args, **kwargs)
 
     def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' beam search, where the caller does not ask for a stream."""

@@ -116,9 +116,10 @@ def memory_explained(model: Any, input_ids: torch.Tensor, generation_config: Any
         if not is_out_of_memory(error):
             raise
         reclaim(model, error)
-        raise torch.cuda.OutOfMemoryError(
-            _sentence(model, *input_ids.shape, int(generation_config.max_length))
-        ) from error
+        asked = (model, *input_ids.shape, int(generation_config.max_length))
+        explained = torch.cuda.OutOfMemoryError(_sentence(*asked))
+        explained._asked = asked
+        raise explained from error
 
 
 def too_little_for_the_loop(model: Any, what: str, batch: int, prompt: int, total: int) -> CannotServe:
@@ -140,8 +141,15 @@ def memory_returned() -> Iterator[None]:
     traceback would keep it for as long as somebody looks at the exception."""
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # OneFlow's torch has no such error.
+        if not isinstance(error, getattr(torch.cuda, "OutOfMemoryError", ())):
+            raise
         _clear_frames(error)
+        # What transformers' frames held, the plain path's cache, is free only now.
+        asked = error.__dict__.pop("_asked", None)
+        if asked is not None:
+            error.args = (_sentence(*asked),)
         raise
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..ops.cuda import attention_kernels
+from .capture import capture, no_collection
 from .memory import cache_bytes, is_out_of_memory
 from .request import Request
 from .sampling import MOST_END_TOKENS, Sampler
@@ -151,8 +152,7 @@ class Session:
         try:
             self._graphs[key] = self._capture(model, most_keys)
         except (RuntimeError, MemoryError) as error:
-            # The end of a capture that failed has an error of its own.
-            if not (is_out_of_memory(error) or is_out_of_memory(error.__context__)):
+            if not is_out_of_memory(error):
                 raise
             self.capture_failed = True
             _log.warning("Too little GPU memory to capture a decode step; this answer's tokens take longer.")
@@ -165,14 +165,8 @@ class Session:
         Other threads and streams of the process go on undisturbed, but for one thing: torch takes its default CUDA
         generator into every capture, so that a thread that draws from it in these milliseconds gets an error.
         """
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._capture_stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                self._run(model, most_keys)
-            finally:
-                graph.capture_end()
-        return graph
+        with torch.cuda.stream(self._capture_stream), no_collection():
+            return capture(self._pool, lambda: self._run(model, most_keys), self.state.step)
 
     def _follow(self) -> None:
         """Queue behind what was queued last, by this request or an abandoned one, if that was on another stream."""

@@ -280,6 +280,19 @@ def test_the_error_holds_no_memory(tiny_model, monkeypatch, settings):
         held.append(None)
         return outputs
 
+    arguments, masks, seen = type(tiny_model)._prompt_arguments, [], []
+
+    def noting(self, *given):
+        kwargs = arguments(self, *given)
+        masks.append(weakref.ref(kwargs["attention_mask"]))
+        return kwargs
+
+    def free(device):
+        seen.append([reference() is None for reference in held[3:]])
+        return 2**20
+
+    monkeypatch.setattr(type(tiny_model), "_prompt_arguments", noting)
+    monkeypatch.setattr(memory, "free_bytes", free)
     monkeypatch.setattr(type(tiny_model.transformer), "forward", short)
     with pytest.raises(torch.cuda.OutOfMemoryError, match="would") as caught:
         if "stream" in settings:
@@ -289,6 +302,9 @@ def test_the_error_holds_no_memory(tiny_model, monkeypatch, settings):
     gc.collect()
     assert caught.value.__cause__ is not None
     assert len(held) == 6 and [reference() for reference in held[3:]] == [None] * 3
+    assert len(masks) == 1 and masks[0]() is None
+    # What would fit is said of the memory that is free once all this is.
+    assert seen[-1] == [True] * 3
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the address space is limited by Linux' RLIMIT_AS")
