@@ -33,6 +33,11 @@ def single(tiny_dir):
     return ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, torch_dtype=torch.float32).cuda().eval()
 
 
+def keep_longest_table(model):
+    """Make the rotary table that the longest request here asks for: the model keeps it, as it keeps its weights."""
+    model.transformer.rotary.get(4096, model.device, model.dtype)
+
+
 def settled(model):
     """Bytes allocated once everything that can be given back is."""
     model.release_cache()
@@ -192,6 +197,7 @@ def test_real_out_of_memory_in_the_prompt(single):
     ids = prompt(single, 1500, batch=64)
     settings = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 4}
     check_equal(single, input_ids=ids[:1, -20:], max_new_tokens=3)
+    keep_longest_table(single)
     before = settled(single)
     with only_free(600 * MB):
         with pytest.raises(torch.cuda.OutOfMemoryError) as caught:
@@ -215,6 +221,7 @@ def test_real_out_of_memory_in_a_long_answer(single):
     ids = prompt(single, 20, batch=64)
     settings = {"do_sample": False, "eos_token_id": None}
     single.generate(ids[:1], **settings, max_new_tokens=2)
+    keep_longest_table(single)
     before = settled(single)
     with only_free(600 * MB):
         with plain_path(), pytest.raises(torch.cuda.OutOfMemoryError) as caught:
