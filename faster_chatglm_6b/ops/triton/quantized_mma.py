@@ -6,7 +6,7 @@ t; which columns those are is free, as long as weight and x agree. So every lane
 its two weight rows, and the x that belongs to them.
 
 The functions take one-dimensional int32 blocks of 128 values per warp, of which lane 4 g + t holds 16 g + 4 t + (0..3):
-that is Triton's layout of a block that is loaded in vectors of four, and ``layout_holds`` in ``quantized_matmul`` makes
+that is Triton's layout of a block that is loaded in vectors of four, and ``layout_holds`` in ``quantized_layout`` makes
 sure of it.
 """
 

@@ -174,6 +174,7 @@ def quantized_stream_kernel(
     first = tl.program_id(0) * ROWS
     stride = tl.num_programs(0) * ROWS
     zeros = tl.zeros([128 * WARPS], tl.float32)
+    # Halves are multiplied with counts (see quantized_offset), bfloat16 with the integers themselves.
     COUNTS: tl.constexpr = not BFLOAT
     CHAINS: tl.constexpr = 1 if BFLOAT or GROUPED else 4
     sums, less = no_sums(zeros, TILES, CHAINS), (zeros, zeros)
