@@ -26,10 +26,9 @@ from _machine import read_ceiling  # noqa: E402
 from faster_chatglm_6b.ops import triton as kernels  # noqa: E402
 from faster_chatglm_6b.ops.triton import quantized_configs  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized_configs import (  # noqa: E402
-    QuantizedFamily,
     Stream,
-    quantized_family,
     stream_config,
+    streams_for,
 )
 
 LAYERS, HIDDEN, HEADS, SIZE, INNER, VOCAB = 28, 4096, 32, 128, 16384, 130528
@@ -168,12 +167,12 @@ class Step:
 def tune(bits: int) -> dict[tuple[int, int], Stream]:
     """The fastest configuration of every weight shape in a whole step, one shape after the other, twice."""
     step = Step(bits, 8)
-    best = {shape: stream_config(quantized_family(torch.device("cuda")), bits, *shape) for shape in SHAPES}
+    best = {shape: stream_config(streams_for(torch.device("cuda")), bits, *shape) for shape in SHAPES}
 
     def measured(table: dict[tuple[int, int], Stream]) -> float:
         # The head is of 8 bits whatever the layers are.
         streams = {bits: table, 8: {HEAD: table[HEAD]} | (table if bits == 8 else {})}
-        quantized_configs._HOPPER = quantized_configs._OTHER = QuantizedFamily(streams=streams)
+        quantized_configs._HOPPER = quantized_configs._OTHER = streams
         try:
             return step.measure(1)
         except triton.runtime.errors.OutOfResources:
@@ -206,7 +205,7 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}: read ceiling {ceiling:.0f} GB/s", flush=True)
     if arguments.tune:
         streams = {bits: tune(bits) for bits in (4, 8)}
-        quantized_configs._HOPPER = quantized_configs._OTHER = QuantizedFamily(streams=streams)
+        quantized_configs._HOPPER = quantized_configs._OTHER = streams
         print(f"streams: {streams}", flush=True)
     if not arguments.chain:
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from faster_chatglm_6b.ops.triton import configs
@@ -101,20 +101,25 @@ def record(capability: int, call: Callable[[], object]) -> list[Launch]:
     return launches
 
 
-def compile_launch(launch: Launch, capability: int) -> Resources:
-    """Machine code for ``capability``, and what it takes."""
+def compiled(launch: Launch, capability: int) -> CompiledKernel:
+    """The launch's kernel for ``capability``, with the code of every stage."""
     source = ASTSource(
         fn=launch.kernel,
         signature=dict(launch.signature),
         constexprs=dict(launch.constants),
         attrs={(index,): [["tt.divisibility", 16]] for index in launch.aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+
+
+def compile_launch(launch: Launch, capability: int) -> Resources:
+    """What the launch's machine code for ``capability`` takes."""
+    kernel = compiled(launch, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
         usage = subprocess.run(
             [_CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return Resources(compiled.metadata.shared, int(registers), int(stack))
+    return Resources(kernel.metadata.shared, int(registers), int(stack))

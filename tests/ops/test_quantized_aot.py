@@ -13,8 +13,8 @@ from launches import HIDDEN, INNER, WEIGHTS, meta  # noqa: E402
 from faster_chatglm_6b.ops.triton.dequantize import dequantize  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized_configs import (  # noqa: E402
     quantized_config,
-    quantized_family,
     stream_config,
+    streams_for,
 )
 from faster_chatglm_6b.ops.triton.quantized_gemv import launch_quantized_gemv  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized_matmul import launch_quantized_matmul, tiles_of  # noqa: E402
@@ -29,11 +29,10 @@ def product(capability: int, dtype: torch.dtype, bits: int, rows: int, n: int, k
     device = torch.device("meta")
 
     def call() -> None:
-        tables = quantized_family(device)
         if rows <= 8:
-            launch, config = launch_quantized_stream, stream_config(tables, bits, n, k)
+            launch, config = launch_quantized_stream, stream_config(streams_for(device), bits, n, k)
         else:
-            launch, config = launch_quantized_matmul, quantized_config(tables, bits, tiles_of(rows), n, k)
+            launch, config = launch_quantized_matmul, quantized_config(bits, tiles_of(rows), k)
         scale = meta(HALF, n) if group_size < 0 else meta(HALF, n, k // group_size)
         out = meta(dtype, rows, n)
         launch(
@@ -81,14 +80,7 @@ def test_kernels_for_other_shapes_compile(capability):
 @pytest.mark.parametrize("bits, group_size", [(8, -1), (4, -1), (4, 128)])
 def test_layout_is_what_the_tensor_core_instructions_assume(bits, group_size, dtype, rows):
     (launch,) = product(90, dtype, bits, rows, 3 * HIDDEN, HIDDEN, group_size)
-    source = triton.compiler.ASTSource(
-        fn=launch.kernel,
-        signature=dict(launch.signature),
-        constexprs=dict(launch.constants),
-        attrs={(index,): [["tt.divisibility", 16]] for index in launch.aligned},
-    )
-    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    ir = triton.compile(source, target=target, options=dict(launch.options)).asm["ttgir"]
+    ir = ahead_of_time.compiled(launch, 90).asm["ttgir"]
     layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ir, re.M))
     products = re.findall(r"mma\.sync[^\n]*-> tensor<\d+xf32, (#\w+)>", ir)
     assert products
@@ -100,14 +92,7 @@ def test_layout_is_what_the_tensor_core_instructions_assume(bits, group_size, dt
 def test_the_weight_is_on_its_way_before_the_wait_and_nothing_else(bits):
     for n, k in WEIGHTS:
         (launch,) = product(90, HALF, bits, 1, n, k, -1)
-        source = triton.compiler.ASTSource(
-            fn=launch.kernel,
-            signature=dict(launch.signature),
-            constexprs=dict(launch.constants),
-            attrs={(index,): [["tt.divisibility", 16]] for index in launch.aligned},
-        )
-        target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-        ir = triton.compile(source, target=target, options=dict(launch.options)).asm["ttgir"]
+        ir = ahead_of_time.compiled(launch, 90).asm["ttgir"]
         wait, loop = ir.index("griddepcontrol.wait"), ir.index("scf.for")
         assert "async_copy_global_to_local" in ir[:loop], "no copy of the weight precedes the loop"
         assert loop < wait

@@ -5,7 +5,7 @@ import torch
 from .common import require
 from .dequantize import dequantize
 from .fused_matmul_bias import fused_matmul_bias
-from .quantized_configs import quantized_config, quantized_family, stream_config
+from .quantized_configs import quantized_config, stream_config, streams_for
 from .quantized_gemv import launch_quantized_gemv
 from .quantized_layout import layout_holds
 from .quantized_matmul import launch_quantized_matmul, serves, tiles_of
@@ -68,12 +68,11 @@ def fused_linear_with_groupwise_quantized_weight(
         residual = residual.contiguous()
     group_size = -1 if groups == 1 else group_size
     if serves(x_rows, w, num_bits, group_size) and layout_holds(x.device, x.dtype, num_bits):
-        tables = quantized_family(x.device)
         arguments = (x_rows, w, w_scale, num_bits, group_size, bias, residual, beta, gelu, out.view(rows, n))
         if rows <= MOST_STREAM_ROWS:
-            launch_quantized_stream(*arguments, stream_config(tables, num_bits, n, k))
+            launch_quantized_stream(*arguments, stream_config(streams_for(x.device), num_bits, n, k))
         else:
-            launch_quantized_matmul(*arguments, quantized_config(tables, num_bits, tiles_of(rows), n, k))
+            launch_quantized_matmul(*arguments, quantized_config(num_bits, tiles_of(rows), k))
     elif rows <= MOST_GEMV_ROWS:
         launch_quantized_gemv(x_rows, w, w_scale, num_bits, bias, residual, beta, gelu, out)
     else:

@@ -4,7 +4,7 @@ Keys are (N, K) of a weight [N, K].
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,59 +40,53 @@ class Stream:
     registers: int | None = None
 
 
-@dataclass(frozen=True)
-class QuantizedFamily:
-    """Tables of one GPU family.
-
-    ``streams``, for up to eight rows of x: bits, then the weight's shape. ``tables``, for more: bits and tiles of eight
-    rows of x (2, 4, 8), then the weight's shape.
-    """
-
-    tables: dict[tuple[int, int], dict[tuple[int, int], Quantized]] = field(default_factory=dict)
-    streams: dict[int, dict[tuple[int, int], Stream]] = field(default_factory=dict)
-
+# Of one GPU family: bits, then the weight's shape.
+Streams = dict[int, dict[tuple[int, int], Stream]]
 
 _DEFAULT = {2: Quantized(1, 8, 2), 4: Quantized(1, 4, 1), 8: Quantized(1, 4, 1)}
 _DEFAULT_STREAM = Stream(1, 8, 2, 3, 2)
 _HIDDEN, _INNER = 4096, 16384
-_HOPPER = QuantizedFamily(
-    streams={
-        8: {
-            (3 * _HIDDEN, _HIDDEN): Stream(1, 8, 2, 3, 2),
-            (_HIDDEN, _HIDDEN): Stream(1, 8, 2, 3, 4),
-            (_INNER, _HIDDEN): Stream(1, 8, 2, 3, 2),
-            (_HIDDEN, _INNER): Stream(1, 8, 2, 3, 2),
-            (130528, _HIDDEN): Stream(1, 8, 2, 3, 4),
-        },
-        4: {
-            (3 * _HIDDEN, _HIDDEN): Stream(1, 8, 4, 3, 1),
-            (_HIDDEN, _HIDDEN): Stream(1, 8, 2, 3, 4),
-            (_INNER, _HIDDEN): Stream(1, 8, 4, 3, 1),
-            (_HIDDEN, _INNER): Stream(2, 8, 2, 3, 1),
-        },
-    }
-)
-_OTHER = QuantizedFamily()
+_HOPPER: Streams = {
+    8: {
+        (3 * _HIDDEN, _HIDDEN): Stream(1, 8, 2, 3, 2),
+        (_HIDDEN, _HIDDEN): Stream(1, 8, 2, 3, 4),
+        (_INNER, _HIDDEN): Stream(1, 8, 2, 3, 2),
+        (_HIDDEN, _INNER): Stream(1, 8, 2, 3, 2),
+        (130528, _HIDDEN): Stream(1, 8, 2, 3, 4),
+    },
+    4: {
+        (3 * _HIDDEN, _HIDDEN): Stream(1, 8, 4, 3, 1),
+        (_HIDDEN, _HIDDEN): Stream(1, 8, 2, 3, 4),
+        (_INNER, _HIDDEN): Stream(1, 8, 4, 3, 1),
+        (_HIDDEN, _INNER): Stream(2, 8, 2, 3, 1),
+    },
+}
+_OTHER: Streams = {}
 # Bytes of a weight row that a warp takes in one step.
 CHUNK_BYTES = 64
 
 
-def quantized_family(device: torch.device) -> QuantizedFamily:
-    """The tables for ``device``."""
+def streams_for(device: torch.device) -> Streams:
+    """The table for ``device``."""
     return _HOPPER if configs.capability(device) >= (9, 0) else _OTHER
 
 
-def quantized_config(tables: QuantizedFamily, bits: int, tiles: int, n: int, k: int) -> Quantized:
-    """Configuration of the product with an integer weight [n, k] and 8 * ``tiles`` rows of x, more than eight."""
-    config = tables.tables.get((bits, tiles), {}).get((n, k), _DEFAULT[tiles])
-    chunks = k * bits // 8 // CHUNK_BYTES
-    columns = min(config.column_warps, 1 << int(math.log2(max(chunks, 1))))
-    return Quantized(config.row_warps, columns, min(config.depth, -(-chunks // columns)))
+def quantized_config(bits: int, tiles: int, k: int) -> Quantized:
+    """Configuration of the product with an integer weight [N, k] and 8 * ``tiles`` rows of x, more than eight."""
+    config = _DEFAULT[tiles]
+    columns, depth = _fitted(bits, k, config.column_warps, config.depth)
+    return Quantized(config.row_warps, columns, depth)
 
 
-def stream_config(tables: QuantizedFamily, bits: int, n: int, k: int) -> Stream:
+def stream_config(streams: Streams, bits: int, n: int, k: int) -> Stream:
     """Configuration of the product with an integer weight [n, k] and up to eight rows of x."""
-    config = tables.streams.get(bits, {}).get((n, k), _DEFAULT_STREAM)
+    config = streams.get(bits, {}).get((n, k), _DEFAULT_STREAM)
+    warps, depth = _fitted(bits, k, config.warps, config.depth)
+    return replace(config, warps=warps, depth=depth)
+
+
+def _fitted(bits: int, k: int, warps: int, depth: int) -> tuple[int, int]:
+    """No more warps to a row of ``k`` columns, and no more steps ahead, than it has chunks for."""
     chunks = k * bits // 8 // CHUNK_BYTES
-    warps = min(config.warps, 1 << int(math.log2(max(chunks, 1))))
-    return replace(config, warps=warps, depth=min(config.depth, -(-chunks // warps)))
+    warps = min(warps, 1 << int(math.log2(max(chunks, 1))))
+    return warps, min(depth, -(-chunks // warps))
