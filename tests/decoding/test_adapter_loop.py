@@ -67,17 +67,7 @@ def test_on_a_gpu(name):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    from dataclasses import replace
+    from interpreter_blocks import use_large_blocks
 
-    from faster_chatglm_6b.ops.triton import configs, quantized_gemv
-
-    # Few large blocks, which the interpreter runs faster.
-    attention = configs.Attention(256, 4, 1)
-    configs._CONSUMER = replace(
-        configs.FAMILIES[8, 6],
-        gemv_default=configs.Gemv(256, 512, 4),
-        attention=attention,
-        attention_short=attention,
-    )
-    quantized_gemv.BLOCK_N = 256
+    use_large_blocks()
     check(sys.argv[1], "cpu", torch.float32, 3)

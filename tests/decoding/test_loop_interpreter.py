@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import traceback
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,20 +33,12 @@ TABLE = {check.__name__: check for check in table_checks.EVERYWHERE}
 def run_all() -> dict[str, str | None]:
     """Name of each check and what went wrong, None where nothing did."""
     import torch
+    from interpreter_blocks import use_large_blocks
 
     from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
-    from faster_chatglm_6b.ops.triton import configs
 
     torch.set_num_threads(1)
-    # The interpreter runs program after program: few large blocks take seconds where a GPU's small ones take minutes.
-    attention = configs.Attention(512, 4, 1)
-    large = replace(
-        configs.FAMILIES[8, 6],
-        gemv_default=configs.Gemv(256, 512, 4),
-        attention=attention,
-        attention_short=attention,
-    )
-    configs._CONSUMER = large
+    use_large_blocks(keys=512)
     model = ChatGLMForConditionalGeneration.from_pretrained(GOLDEN / "ckpt" / "tiny").float().eval()
     cases = json.loads((GOLDEN / "golden" / "tiny" / "generate.json").read_text("utf-8"))["cases"]
     cases = {case["name"]: case for case in cases}

@@ -62,22 +62,14 @@ def small_model():
 def main() -> None:
     """Answer requests with None or what went wrong."""
     import traceback
-    from dataclasses import replace
 
     import torch
+    from interpreter_blocks import use_large_blocks
 
-    from faster_chatglm_6b.ops.triton import configs
     from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 
     torch.set_num_threads(1)
-    # Few large blocks, which the interpreter runs faster.
-    attention = configs.Attention(256, 4, 1)
-    configs._CONSUMER = replace(
-        configs.FAMILIES[8, 6],
-        gemv_default=configs.Gemv(1024, 64, 4),
-        attention=attention,
-        attention_short=attention,
-    )
+    use_large_blocks(gemv=(1024, 64, 4))
     model, tokenizer = small_model(), ChatGLMTokenizer.from_pretrained(CHECKPOINT)
 
     def answer(request):

@@ -158,18 +158,9 @@ class TestOnAGPU:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    from dataclasses import replace
+    from interpreter_blocks import use_large_blocks
 
-    from faster_chatglm_6b.ops.triton import configs
-
-    # Few large blocks, which the interpreter runs faster.
-    attention = configs.Attention(256, 4, 1)
-    configs._CONSUMER = replace(
-        configs.FAMILIES[8, 6],
-        gemv_default=configs.Gemv(256, 512, 4),
-        attention=attention,
-        attention_short=attention,
-    )
+    use_large_blocks()
     tuned = load(sys.argv[1], "cpu")
     stock_tokens(tuned, sys.argv[1], tokens=4)
     for check in CHECKS if sys.argv[1] == "embedding" else ():
