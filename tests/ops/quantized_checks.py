@@ -8,10 +8,13 @@ from operator_checks import ALPHA, assert_close, gelu64, layer_norm64, poison, r
 from faster_chatglm_6b.ops import triton as kernels
 from faster_chatglm_6b.ops.reference import unpack_int4
 from faster_chatglm_6b.ops.triton.dequantize import dequantize
-from faster_chatglm_6b.ops.triton.quantized_configs import Quantized, Stream
+from faster_chatglm_6b.ops.triton.quantized_configs import Quantized, Row, Stream
 from faster_chatglm_6b.ops.triton.quantized_gemv import launch_quantized_gemv
 from faster_chatglm_6b.ops.triton.quantized_matmul import launch_quantized_matmul, serves
+from faster_chatglm_6b.ops.triton.quantized_row import launch_quantized_row
 from faster_chatglm_6b.ops.triton.quantized_stream import launch_quantized_stream
+
+LAUNCHES = {Quantized: launch_quantized_matmul, Stream: launch_quantized_stream, Row: launch_quantized_row}
 
 
 def quantized_weight(
@@ -62,14 +65,14 @@ def check_quantized_config(
     n: int,
     k: int,
     group_size: int,
-    config: Quantized | Stream,
+    config: Quantized | Stream | Row,
 ) -> None:
     """A tensor-core kernel in one configuration; its sums are float32, so only the rounding of out counts."""
     w, scale, exact = quantized_weight(device, bits, n, k, group_size)
     x, bias, residual = random(device, dtype, rows, k) + 1, random(device, dtype, n), random(device, dtype, rows, n)
     assert serves(x, w, bits, group_size)
     out = poison(device, dtype, rows, n)
-    launch = launch_quantized_stream if isinstance(config, Stream) else launch_quantized_matmul
+    launch = LAUNCHES[type(config)]
     launch(x, w, scale, bits, group_size, bias, residual, ALPHA, False, out, config)
     assert_close(out, expected_product(x, exact, bias, residual, False))
     error = (out.double() - expected_product(x, exact, bias, residual, False)).norm() / out.double().norm()

@@ -13,11 +13,14 @@ from launches import HIDDEN, INNER, WEIGHTS, meta  # noqa: E402
 from faster_chatglm_6b.ops.triton.dequantize import dequantize  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized_configs import (  # noqa: E402
     quantized_config,
+    row_config,
+    rows_for,
     stream_config,
     streams_for,
 )
 from faster_chatglm_6b.ops.triton.quantized_gemv import launch_quantized_gemv  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized_matmul import launch_quantized_matmul, tiles_of  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized_row import launch_quantized_row  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized_stream import launch_quantized_stream  # noqa: E402
 
 CAPABILITIES = (80, 86, 89, 90)
@@ -29,7 +32,9 @@ def product(capability: int, dtype: torch.dtype, bits: int, rows: int, n: int, k
     device = torch.device("meta")
 
     def call() -> None:
-        if rows <= 8:
+        if rows == 1:
+            launch, config = launch_quantized_row, row_config(rows_for(device), bits, n, k)
+        elif rows <= 8:
             launch, config = launch_quantized_stream, stream_config(streams_for(device), bits, n, k)
         else:
             launch, config = launch_quantized_matmul, quantized_config(bits, tiles_of(rows), k)

@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="Triton is not installed, so there are no k
 
 import quantized_checks as checks  # noqa: E402
 
-from faster_chatglm_6b.ops.triton.quantized_configs import Quantized, Stream  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized_configs import Quantized, Row, Stream  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized_layout import layout_holds  # noqa: E402
 
 pytestmark = [
@@ -67,12 +67,21 @@ def test_configurations(bits, dtype):
 
 @BITS
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("rows", [2, 7])
 def test_stream_configurations(bits, dtype, rows):
     # One round and several, one tile of rows and more per program, uneven rows and columns.
     for config in (Stream(1, 4, 8, 2, 3), Stream(1, 8, 2, 3, 1), Stream(2, 4, 1, 5, 2), Stream(1, 1, 3, 2, 1, 96)):
         for n, k, group_size in ((300, 1152, -1), (5000, 2048, 128)):
             checks.check_quantized_config(DEVICE, dtype, bits, rows, n, k, group_size, config)
+
+
+@BITS
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=["fp16", "bf16"])
+def test_row_configurations(bits, dtype):
+    # One round and several, one block of x and several, one tile of rows and more per program, uneven rows and columns.
+    for config in (Row(4, 8, 2, 3), Row(8, 2, 3, 1), Row(2, 4, 5, 2), Row(1, 8, 1, 1, 128), Row(1, 1, 4, 8)):
+        for n, k, group_size in ((300, 1152, -1), (5000, 2048, 128), (70, 4096, -1)):
+            checks.check_quantized_config(DEVICE, dtype, bits, 1, n, k, group_size, config)
 
 
 @BITS

@@ -36,10 +36,15 @@ CASES = [
     ("quantized_config", HALF, [4, 12, 16, 640, 128, "Quantized(1, 2, 1)"]),
     ("quantized_config", HALF, [8, 25, 48, 128, -1, "Quantized(4, 1, 2)"]),
     # One round and several, uneven rows and columns, two tiles of rows.
-    ("quantized_config", HALF, [4, 1, 300, 1152, -1, "Stream(1, 2, 2, 3, 1)"]),
-    ("quantized_config", HALF, [8, 1, 48, 256, -1, "Stream(1, 4, 1, 2, 1)"]),
+    ("quantized_config", HALF, [4, 2, 300, 1152, -1, "Stream(1, 2, 2, 3, 1)"]),
+    ("quantized_config", HALF, [8, 3, 48, 256, -1, "Stream(1, 4, 1, 2, 1)"]),
     ("quantized_config", HALF, [8, 5, 37, 512, 128, "Stream(2, 2, 2, 2, 1)"]),
     ("quantized_config", HALF, [4, 8, 40, 512, -1, "Stream(2, 1, 2, 4, 2)"]),
+    ("quantized_config", HALF, [4, 1, 300, 1152, -1, "Row(2, 2, 3, 1)"]),
+    ("quantized_config", HALF, [8, 1, 48, 256, -1, "Row(4, 1, 2, 1)"]),
+    ("quantized_config", HALF, [8, 1, 37, 2048, 128, "Row(2, 4, 2, 1)"]),
+    ("quantized_config", HALF, [4, 1, 20, 4096, -1, "Row(2, 8, 1, 1)"]),
+    ("quantized_config", HALF, [4, 1, 40, 512, 128, "Row(1, 2, 4, 2)"]),
     ("quantized_gemv", SINGLE, [8, 2, 7, 700, 7]),
     ("quantized_gemv", SINGLE, [4, 1, 7, 1500, -1]),
     ("large_values", None, [4, 256]),
@@ -53,7 +58,7 @@ NAMES = [f"{check}-{dtype}-{arguments}" for check, dtype, arguments in CASES]
 
 
 def _configuration(text: str) -> object:
-    """The ``Quantized`` or ``Stream`` that ``text`` spells."""
+    """The ``Quantized``, ``Stream`` or ``Row`` that ``text`` spells."""
     import quantized_checks
 
     name, numbers = text.rstrip(")").split("(")

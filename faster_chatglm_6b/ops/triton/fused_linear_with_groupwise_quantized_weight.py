@@ -5,10 +5,11 @@ import torch
 from .common import require
 from .dequantize import dequantize
 from .fused_matmul_bias import fused_matmul_bias
-from .quantized_configs import quantized_config, stream_config, streams_for
+from .quantized_configs import quantized_config, row_config, rows_for, stream_config, streams_for
 from .quantized_gemv import launch_quantized_gemv
 from .quantized_layout import layout_holds
 from .quantized_matmul import launch_quantized_matmul, serves, tiles_of
+from .quantized_row import launch_quantized_row
 from .quantized_stream import MOST_ROWS as MOST_STREAM_ROWS
 from .quantized_stream import launch_quantized_stream
 from .skip_layer_norm import skip_layer_norm
@@ -69,7 +70,9 @@ def fused_linear_with_groupwise_quantized_weight(
     group_size = -1 if groups == 1 else group_size
     if serves(x_rows, w, num_bits, group_size) and layout_holds(x.device, x.dtype, num_bits):
         arguments = (x_rows, w, w_scale, num_bits, group_size, bias, residual, beta, gelu, out.view(rows, n))
-        if rows <= MOST_STREAM_ROWS:
+        if rows == 1:
+            launch_quantized_row(*arguments, row_config(rows_for(x.device), num_bits, n, k))
+        elif rows <= MOST_STREAM_ROWS:
             launch_quantized_stream(*arguments, stream_config(streams_for(x.device), num_bits, n, k))
         else:
             launch_quantized_matmul(*arguments, quantized_config(num_bits, tiles_of(rows), k))

@@ -40,8 +40,24 @@ class Stream:
     registers: int | None = None
 
 
+@dataclass(frozen=True)
+class Row:
+    """For one row of x: a program takes 16 weight rows at a time; its ``warps`` share their columns.
+
+    A round is ``depth`` (1, 2, 4 or 8) steps of 64 bytes per warp and row, and ``stages`` - 1 rounds are under way.
+    ``programs`` and ``registers`` as in ``Stream``.
+    """
+
+    warps: int
+    depth: int
+    stages: int
+    programs: int
+    registers: int | None = None
+
+
 # Of one GPU family: bits, then the weight's shape.
 Streams = dict[int, dict[tuple[int, int], Stream]]
+Rows = dict[int, dict[tuple[int, int], Row]]
 
 _DEFAULT = {2: Quantized(1, 8, 2), 4: Quantized(1, 4, 1), 8: Quantized(1, 4, 1)}
 _DEFAULT_STREAM = Stream(1, 8, 2, 3, 2)
@@ -62,6 +78,20 @@ _HOPPER: Streams = {
     },
 }
 _OTHER: Streams = {}
+_DEFAULT_ROW = Row(4, 4, 3, 2)
+_HOPPER_ROWS: Rows = {
+    8: {
+        (3 * _HIDDEN, _HIDDEN): Row(8, 4, 3, 2),
+        (_HIDDEN, _HIDDEN): Row(8, 4, 3, 2),
+        (_INNER, _HIDDEN): Row(8, 4, 3, 2),
+        (_HIDDEN, _INNER): Row(16, 4, 3, 1),
+        (130528, _HIDDEN): Row(8, 4, 3, 2),
+    },
+    4: {
+        (_HIDDEN, _INNER): Row(16, 4, 3, 1),
+    },
+}
+_OTHER_ROWS: Rows = {}
 # Bytes of a weight row that a warp takes in one step.
 CHUNK_BYTES = 64
 
@@ -69,6 +99,18 @@ CHUNK_BYTES = 64
 def streams_for(device: torch.device) -> Streams:
     """The table for ``device``."""
     return _HOPPER if configs.capability(device) >= (9, 0) else _OTHER
+
+
+def rows_for(device: torch.device) -> Rows:
+    """The table of one row of x for ``device``."""
+    return _HOPPER_ROWS if configs.capability(device) >= (9, 0) else _OTHER_ROWS
+
+
+def row_config(rows: Rows, bits: int, n: int, k: int) -> Row:
+    """Configuration of the product with an integer weight [n, k] and one row of x."""
+    config = rows.get(bits, {}).get((n, k), _DEFAULT_ROW)
+    warps, depth = _fitted(bits, k, config.warps, config.depth)
+    return replace(config, warps=warps, depth=1 << int(math.log2(depth)))
 
 
 def quantized_config(bits: int, tiles: int, k: int) -> Quantized:

@@ -5,8 +5,9 @@ import logging
 
 import torch
 
-from .quantized_configs import Quantized, Stream
+from .quantized_configs import Quantized, Row, Stream
 from .quantized_matmul import launch_quantized_matmul
+from .quantized_row import launch_quantized_row
 from .quantized_stream import launch_quantized_stream
 
 _logger = logging.getLogger(__name__)
@@ -27,9 +28,10 @@ def layout_holds(device: torch.device, dtype: torch.dtype, bits: int) -> bool:
         arguments = (weight, scale, bits, -1, None, None, 1.0, False)
         launch_quantized_matmul(x, *arguments, out, Quantized(1, 2, 2))
         holds = torch.equal(out, expected)
-        for rows in (1, 8):
-            launch_quantized_stream(x[:rows], *arguments, out[:rows], Stream(1, 2, 2, 2, 1))
-            holds = holds and torch.equal(out[:rows], expected[:rows])
+        launch_quantized_stream(x[:8], *arguments, out[:8], Stream(1, 2, 2, 2, 1))
+        holds = holds and torch.equal(out[:8], expected[:8])
+        launch_quantized_row(x[:1], *arguments, out[:1], Row(2, 2, 2, 1))
+        holds = holds and torch.equal(out[:1], expected[:1])
     if not holds:
         _logger.warning("This Triton lays registers out differently; quantised layers take a slower kernel.")
     return holds
