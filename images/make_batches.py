@@ -41,8 +41,11 @@ def draw(data: Path, language: str) -> pyplot.Figure:
         label = words["ours"].format(precision=name, gpu=runs[0]["gpu"])
         panel.plot(x, y, style, marker="o", linewidth=2.2, color=PRECISIONS[runs[0]["weights"]], label=label)
         batches.update(x)
+        # The lines of the others lie between these two.
         if name == "fp16":
             _write_rates(panel, x, y, "black")
+        elif name == "int4":
+            _write_rates(panel, x, y, PRECISIONS["int4"], below=False)
     fastllm = [r for r in elsewhere["records"] if r["system"].startswith("fastllm") and r["weights"] == "fp16"]
     x, y = [r["batch"] for r in fastllm], [r["tokens_per_s"] for r in fastllm]
     label = words["other"].format(**fastllm[0], gpu=elsewhere["gpu"])
@@ -61,9 +64,10 @@ def draw(data: Path, language: str) -> pyplot.Figure:
     return figure
 
 
-def _write_rates(panel: pyplot.Axes, batches: list[int], rates: list[float], color: str) -> None:
+def _write_rates(panel: pyplot.Axes, batches: list[int], rates: list[float], color: str, below: bool = True) -> None:
+    offset = (0, -16 if below else 7)
     for batch, rate in zip(batches, rates, strict=True):
-        panel.annotate(f"{rate:,.0f}", (batch, rate), (0, -16), textcoords="offset points", ha="center", color=color)
+        panel.annotate(f"{rate:,.0f}", (batch, rate), offset, textcoords="offset points", ha="center", color=color)
 
 
 if __name__ == "__main__":

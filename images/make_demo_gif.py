@@ -111,7 +111,7 @@ def main() -> None:
     moments = [number * FRAME for number in range(int(last / FRAME) + 2)]
     frames = [frame(times, -1.0, fonts, small, gpu)] + [frame(times, now, fonts, small, gpu) for now in moments]
     # One palette for all, as the end has every colour, and no dithering: frames differ where text appeared only.
-    palette = frames[-1].quantize(96, dither=Image.Dither.NONE)
+    palette = frames[-1].quantize(96, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     frames = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in frames]
     durations = [int(1000 * BEFORE)] + [int(1000 * FRAME)] * (len(moments) - 1) + [int(1000 * AFTER)]
     options.out.mkdir(parents=True, exist_ok=True)

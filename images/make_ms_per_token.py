@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from matplotlib import pyplot
-from records import ELSEWHERE, SUITE, TABLE, Record, by_precision, floor, read, table_rows
+from records import ELSEWHERE, SUITE, TABLE, Record, by_precision, floor, read, spelled, table_rows
 from style import FLOOR, OTHERS, OURS, draw_all
 
 FILES = (SUITE, TABLE, ELSEWHERE)
@@ -43,7 +43,9 @@ def draw(data: Path, language: str) -> pyplot.Figure:
     others = [record for record in elsewhere["records"] if record["batch"] == 1]
     ceiling = elsewhere["read_ceiling_gb_per_s"]
 
-    bars = [(words["ours"].format(precision=name), run, floor(run), True) for name, run in ours.items()]
+    bars = [
+        (words["ours"].format(precision=spelled(name, language)), run, floor(run), True) for name, run in ours.items()
+    ]
     bars += [(words["torch"].format(precision=run["weights"]), run, floor(run), True) for run in plain]
     for record in others:
         label = words["stock"] if record["system"] == "stock" else record["system"] + " {precision}"

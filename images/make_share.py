@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from matplotlib import pyplot
-from records import ELSEWHERE, SUITE, TABLE, by_precision, floor, read
+from records import ELSEWHERE, SUITE, TABLE, by_precision, floor, read, spelled
 from style import OTHERS, PRECISIONS, draw_all
 
 FILES = (SUITE, TABLE, ELSEWHERE)
@@ -31,7 +31,7 @@ def draw(data: Path, language: str) -> pyplot.Figure:
     for name, run in ours.items():
         panel.bar(len(labels), run["share"], width=0.7, color=PRECISIONS[run["weights"]])
         panel.text(len(labels), run["share"] + 0.015, f"{run['share']:.2f}", ha="center", weight="bold")
-        labels.append(name.replace(", ", ",\n"))
+        labels.append(spelled(name, language).replace(", ", ",\n").replace("，", "，\n"))
     for record in others:
         share = floor(record, elsewhere["read_ceiling_gb_per_s"]) / record["ms_per_step"]
         panel.bar(len(labels), share, width=0.7, color=OTHERS, hatch="////", edgecolor="white")
@@ -40,7 +40,8 @@ def draw(data: Path, language: str) -> pyplot.Figure:
     panel.axhline(1, color="#333333", linewidth=1)
     panel.set_xticks(range(len(labels)), labels, fontsize=9)
     panel.tick_params(axis="x", length=0)
-    panel.set_ylim(0, 1.08)
+    panel.set_ylim(0, 1.24)
+    panel.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     panel.grid(axis="y", color="#e4e7ea")
     panel.set_axisbelow(True)
     panel.set_title(words["title"], fontsize=12)
@@ -51,7 +52,7 @@ def draw(data: Path, language: str) -> pyplot.Figure:
             (0, 0), 1, 1, facecolor=OTHERS, hatch="////", edgecolor="white", label=words["note"].format(**elsewhere)
         ),
     ]
-    panel.legend(handles=handles, loc="upper right", bbox_to_anchor=(1, 0.97), fontsize=9)
+    panel.legend(handles=handles, loc="upper right", fontsize=9)
     return figure
 
 

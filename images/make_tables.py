@@ -16,9 +16,11 @@ from records import (
     by_precision,
     floor,
     has,
+    of_the_suite,
     one_per_run,
     precision,
     read,
+    spelled,
     table_rows,
 )
 
@@ -47,7 +49,9 @@ def headline(language: str, data: Path) -> str:
     shown = {name: ours[name] for name in ("fp16", "int8", "int4") if name in ours}
     times = words["and"].join(words["time"].format(precision=name, **run) for name, run in shown.items())
     shares = words["and"].join(f"{run['share']:.0%}" for run in shown.values())
-    return words["headline"].format(times=times, shares=shares, **ours["fp16"])
+    stock = next(record for record in read(ELSEWHERE, data)["records"] if record["system"] == "stock")
+    low, high = stock["ms_range"]
+    return words["headline"].format(times=times, shares=shares, low=low, high=high, **ours["fp16"])
 
 
 def speed(language: str, data: Path) -> str:
@@ -64,7 +68,7 @@ def speed(language: str, data: Path) -> str:
         if run["new_tokens"] > 1:
             what = _what(run, words)
             numbers = f"{run['ms_per_step']:.2f} | {run['tokens_per_s']:.0f} | {run['share']:.2f}"
-            lines.append(f"| {precision(run)} | {what} | {numbers} |")
+            lines.append(f"| {spelled(precision(run), language)} | {what} | {numbers} |")
     lines.append("")
     if not {"int8", "int4"} & {run["weights"] for run in runs}:
         lines.append(words["no_integers"])
@@ -102,21 +106,43 @@ def experiment(language: str, data: Path) -> str:
     table = read(TABLE, data)
     lines = benchmark_table.markdown(table).splitlines()
     words = WORDS[language]
-    return "\n".join(
-        [
-            words["experiment_header"],
-            *lines[1:],
-            "",
-            words["experiment"].format(**table | {"mode": words[table["mode"]]}),
-        ]
-    )
+    model = table["model"].replace("random weights of the 6B shape", words["random"])
+    conditions = words["experiment"].format(**table | {"mode": words[table["mode"]], "model": model})
+    return "\n".join([words["experiment_header"], *lines[1:], "", _ratios(language, data), "", conditions])
+
+
+def _ratios(language: str, data: Path) -> str:
+    """What the rows of the table say about each other, and next to the suite's records of the same calls."""
+    words = WORDS[language]
+    ours, torch = ({precision(row): row for row in table_rows(name, data)} for name in ("ours", "torch"))
+    rates = [{name: row["tokens_per_s"] for name, row in rows.items()} for rows in (ours, torch)]
+
+    def listed(times: dict[str, float]) -> str:
+        shown = (words["ratio"].format(precision=spelled(name, language), times=times[name]) for name in times)
+        return words["between"].join(shown)
+
+    faster, slower = ({name: rate / rows["fp16"] for name, rate in rows.items() if name != "fp16"} for rows in rates)
+    against = {name: rates[0][name] / rate for name, rate in rates[1].items()}
+    text = words["ratios"].format(ours=listed(against), faster=listed(faster), torch=listed(slower))
+    pairs = [
+        words["pair"].format(precision=name, suite=run["ms_per_step"], table=ours[name]["ms_per_step"])
+        for name, run in of_the_suite(1, data).items()
+        if name in ours
+    ]
+    return f"{text}\n{words['again'].format(pairs=words['between'].join(pairs))}"
 
 
 def comparison(language: str, data: Path) -> str:
     """Ours, plain Torch, and what was measured of others on another card."""
     words, elsewhere = WORDS[language], read(ELSEWHERE, data)
     rows = [
-        (f"**faster_chatglm_6b** {name}", run, run["gpu"], run["share"], words["through"])
+        (
+            f"**faster_chatglm_6b** {spelled(name, language)}",
+            run,
+            run["gpu"],
+            run["share"],
+            words["baseline" if "durations_s" in run else "through"],
+        )
         for name, run in by_precision(data).items()
     ]
     rows += [
@@ -133,12 +159,25 @@ def comparison(language: str, data: Path) -> str:
         time = "{}–{}".format(*record["ms_range"]) if "ms_range" in record else f"{record['ms_per_step']:.2f}"
         lines.append(f"| {name} | {gpu.removeprefix('NVIDIA ')} | {time} | {share:.2f} | {how} |")
     ceiling = elsewhere["read_ceiling_gb_per_s"]
-    scaled = words["and"].join(
-        words["scaled"].format(precision=name, ms=floor(run, ceiling) / run["share"])
-        for name, run in by_precision(data).items()
-        if name in ("fp16", "int8", "int4")
+    ours, others = on_the_other_card(data)
+    times, best = (
+        words["and"].join(words["scaled"].format(precision=name, ms=ms) for name, ms in found.items())
+        for found in (ours, others)
     )
-    return "\n".join([*lines, "", words["estimate"].format(ceiling=ceiling, times=scaled)])
+    return "\n".join([*lines, "", words["estimate"].format(ceiling=ceiling, times=times, others=best)])
+
+
+def on_the_other_card(data: Path = DATA) -> tuple[dict[str, float], dict[str, float]]:
+    """ms per token by precision on the card of ``ELSEWHERE``: what our shares come to there, and the fastest other."""
+    elsewhere = read(ELSEWHERE, data)
+    ours, others = {}, {}
+    for name, run in by_precision(data).items():
+        # int4g is int4 in groups.
+        times = [r["ms_per_step"] for r in elsewhere["records"] if r["batch"] == 1 and r["weights"].rstrip("g") == name]
+        if times:
+            ours[name] = floor(run, elsewhere["read_ceiling_gb_per_s"]) / run["share"]
+            others[name] = min(times)
+    return ours, others
 
 
 def _how(record: Record, language: str) -> str:
@@ -147,14 +186,17 @@ def _how(record: Record, language: str) -> str:
 
 # Least share of the read ceiling, and how many times as fast as fp16.
 _INTEGER_AIMS = {"int8": (0.82, 1.65), "int4": (0.68, 2.4)}
+# The batch at which int4 has to be no slower than fp16.
+_INT4_BATCH = 8
 
 
 def aims(language: str, data: Path) -> str:
     """What the suite checks, and the integer weights' records, against what was asked for."""
     words = WORDS[language]
-    lines = [words["aims_header"], "|---|---|---|---|"]
+    lines, missed = [words["aims_header"], "|---|---|---|---|"], []
 
     def line(what: str, measured: float, aim: str, met: bool) -> None:
+        missed.append(not met)
         lines.append(f"| {what} | {measured:.4g} | {aim} | {words['met'] if met else words['missed']} |")
 
     for check in read(CHECKS_FILE, data):
@@ -168,7 +210,12 @@ def aims(language: str, data: Path) -> str:
                 words["share_aim"].format(name=name), plain[name]["share"], f">= {share}", plain[name]["share"] >= share
             )
             line(words["faster_aim"].format(name=name), times, f">= {faster}", times >= faster)
-    return "\n".join(lines)
+    batch = of_the_suite(_INT4_BATCH, data)
+    if "int4" in batch:
+        times = batch["int4"]["ms_per_step"] / batch["fp16"]["ms_per_step"]
+        line(words["at_batch"].format(name="int4", batch=_INT4_BATCH), times, "<= 1", times <= 1)
+    summary = words["some_missed" if any(missed) else "all_met"].format(missed=sum(missed), count=len(missed))
+    return "\n".join([*lines, "", summary])
 
 
 BLOCKS: dict[str, Callable[[str, Path], str]] = {

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,13 @@ def precision(record: Record) -> str:
     return label
 
 
+def spelled(name: str, language: str) -> str:
+    """A name that ``precision`` gave, in a language."""
+    if language == "zh":
+        name = re.sub(r"groups of (\d+)", r"每组 \1 列", name).replace("head", "输出层").replace(", ", "，")
+    return name
+
+
 def one_per_run(records: list[Record]) -> dict[tuple, Record]:
     """One record of each (backend, precision, mode, batch, prompt_tokens, new_tokens), in the file's order.
 
@@ -68,11 +76,16 @@ def one_per_run(records: list[Record]) -> dict[tuple, Record]:
     return runs
 
 
+def of_the_suite(batch: int, data: Path = DATA) -> dict[str, Record]:
+    """The suite's records of ours, greedy, short prompt, by precision."""
+    wanted = {"backend": "ours", "mode": "greedy", "batch": batch, "prompt_tokens": 20, "new_tokens": 128}
+    runs = one_per_run(read(SUITE, data)).values()
+    return {precision(run): run for run in runs if all(run[key] == value for key, value in wanted.items())}
+
+
 def by_precision(data: Path = DATA) -> dict[str, Record]:
     """Ours, greedy, batch 1, short prompt, by precision: the suite's record, or the table's row where there is none."""
-    wanted = {"backend": "ours", "mode": "greedy", "batch": 1, "prompt_tokens": 20, "new_tokens": 128}
-    runs = one_per_run(read(SUITE, data)).values()
-    found = {precision(run): run for run in runs if all(run[key] == value for key, value in wanted.items())}
+    found = of_the_suite(1, data)
     for row in table_rows("ours", data):
         found.setdefault(precision(row), row)
     return found

@@ -114,3 +114,35 @@ def test_both_languages_have_the_same_sections_tables_and_pictures():
         bullets = sum(line.startswith("- ") for line in prose.splitlines())
         shapes.append((headings, rows, pictures, questions, bullets))
     assert shapes[0] == shapes[1]
+
+
+def test_the_ratios_are_those_of_the_table():
+    """Against the file itself, as above."""
+    rows = {row["name"]: row for row in make_tables.read(make_tables.TABLE)["rows"]}
+    shown = make_tables.experiment("en", make_tables.DATA).split("Over their own fp16")
+    for bits in ("off", "int8", "int4"):
+        ours, torch = rows[f"ours {bits}"], rows[f"torch {bits}"]
+        assert f"{ours['tokens_per_s'] / torch['tokens_per_s']:.2f} ({ours['weights']})" in shown[0]
+        for row, part in zip((ours, torch), shown[1].split("; Torch"), strict=True):
+            times = row["tokens_per_s"] / rows[f"{row['backend']} off"]["tokens_per_s"]
+            assert (f"{times:.2f} ({row['weights']})" in part) == (bits != "off")
+
+
+def test_a_token_takes_less_time_than_in_any_other_system():
+    """As measured, on a faster card, and with the same shares on the card of the others."""
+    ours, others = make_tables.on_the_other_card()
+    measured = make_tables.by_precision()
+    assert set(others) >= {"fp16", "int8", "int4"}
+    assert (others["fp16"], others["int8"], others["int4"]) == (5.88, 4.53, 4.82)
+    for name, fastest in others.items():
+        assert measured[name]["ms_per_step"] < ours[name] < fastest, name
+
+
+def test_aims_that_were_missed_are_counted():
+    for language in make_tables.READMES:
+        words, text = make_tables.WORDS[language], make_tables.aims(language, make_tables.DATA)
+        rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+        missed = sum(line.endswith(f"| {words['missed']} |") for line in rows)
+        assert len(rows) == missed + sum(line.endswith(f"| {words['met']} |") for line in rows)
+        summary = words["some_missed" if missed else "all_met"]
+        assert text.splitlines()[-1] == summary.format(missed=missed, count=len(rows))
