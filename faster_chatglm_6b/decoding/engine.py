@@ -82,13 +82,13 @@ class DecodeEngine:
         if key != self._key:
             self._drop()
             self._key = key
-        session = self._sessions.get(batch)
-        if session is None or session.capacity < tokens:
-            session = self._make(model, batch, capacity_for(tokens))
+        # No name is given to the session of before: it would hold its cache while the new one is made.
+        if batch not in self._sessions or self._sessions[batch].capacity < tokens:
+            self._make(model, batch, capacity_for(tokens))
         self._sessions.move_to_end(batch)
-        return session
+        return self._sessions[batch]
 
-    def _make(self, model: Any, batch: int, capacity: int) -> Session:
+    def _make(self, model: Any, batch: int, capacity: int) -> None:
         self._forget(batch)
         needed = cache_bytes(model, batch, capacity)
         while self._sessions and (
@@ -104,7 +104,6 @@ class DecodeEngine:
             cache = f"a cache of {batch} x {capacity} tokens ({needed / 2**30:.1f} GiB)"
             raise too_little_for_the_loop(model, cache, batch, 0, capacity)
         self._sessions[batch] = session
-        return session
 
     @staticmethod
     def _try_to_make(model: Any, batch: int, capacity: int) -> Session | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..ops.cuda import attention_kernels
-from .capture import capture, no_collection
+from .capture import capture, capture_stream, no_collection
 from .memory import cache_bytes, is_out_of_memory
 from .request import Request
 from .sampling import MOST_END_TOKENS, Sampler
@@ -71,7 +71,7 @@ class Session:
         self.captures, self.capture_failed = self.on_gpu, False
         if self.on_gpu:
             self._pool = torch.cuda.graph_pool_handle()
-            self._capture_stream = torch.cuda.Stream(self.device)
+            self._capture_stream = capture_stream(self, self.device)
             # A blocking event lets the CPU sleep until the token is there.
             self._events = [torch.cuda.Event(blocking=True) for _ in range(_RING_ROWS)]
             self._last: torch.cuda.Event | None = None

@@ -6,6 +6,8 @@ Each takes a tiny golden model on its device and raises AssertionError.
 import copy
 import pickle
 import threading
+import weakref
+from unittest import mock
 
 import torch
 from loop_checks import Recorder, check_equal, expect, prompt
@@ -13,6 +15,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import faster_chatglm_6b
 from faster_chatglm_6b.decoding import loop
+from faster_chatglm_6b.decoding.session import Session
 
 
 def abandoned_streams(model):
@@ -157,7 +160,7 @@ def threads_take_turns(model):
 
 
 def released_cache(model):
-    """release_cache frees at once, or when the open stream ends; a longer request makes a new session."""
+    """release_cache frees at once, or when the open stream ends; a longer request makes a new session in place of the old."""
     engine = loop.engine_of(model)
     ids = prompt(model, 4)
     settings = {"do_sample": False, "max_new_tokens": 2, "eos_token_id": None}
@@ -175,8 +178,15 @@ def released_cache(model):
     session = engine._sessions[1]
     model.generate(ids, **settings)
     assert engine._sessions[1] is session
-    check_equal(model, input_ids=prompt(model, 300), max_new_tokens=2)
-    assert engine._sessions[1] is not session
+    session, make = weakref.ref(session), Session.__init__
+
+    def make_alone(*arguments):
+        assert session() is None, "two caches at once"
+        make(*arguments)
+
+    with mock.patch.object(Session, "__init__", make_alone):
+        check_equal(model, input_ids=prompt(model, 300), max_new_tokens=2)
+    assert session() is None and engine._sessions[1].capacity >= 302
 
 
 EVERYWHERE = (

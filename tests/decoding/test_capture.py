@@ -1,6 +1,7 @@
 """How a capture is left, with a graph in place of CUDA's; test_faults_gpu.py does it to real ones."""
 
 import gc
+from collections import defaultdict
 
 import pytest
 import torch
@@ -49,6 +50,22 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(torch._C, name, note, raising=False)
     return made
+
+
+def test_streams_are_taken_up_again(monkeypatch):
+    """One for each owner that lives, whatever came and went before."""
+    monkeypatch.setattr(capture, "_idle_streams", defaultdict(list))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: [device])
+    owners = [Tensor() for _ in range(3)]
+    streams = [capture.capture_stream(owner, Tensor.device) for owner in owners]
+    assert len({id(stream) for stream in streams}) == 3
+    for _ in range(40):
+        owners[1] = None
+        owners[1] = Tensor()
+        assert capture.capture_stream(owners[1], Tensor.device) is streams[1]
+    owners.clear()
+    other = torch.device("cuda", 1)
+    assert capture.capture_stream(Tensor(), other) == [other]
 
 
 def test_a_good_capture(calls):
