@@ -160,7 +160,7 @@ def threads_take_turns(model):
 
 
 def released_cache(model):
-    """release_cache frees at once, or when the open stream ends; a longer request makes a new session in place of the old."""
+    """release_cache frees at once, or when the open stream ends; a longer request replaces the session."""
     engine = loop.engine_of(model)
     ids = prompt(model, 4)
     settings = {"do_sample": False, "max_new_tokens": 2, "eos_token_id": None}

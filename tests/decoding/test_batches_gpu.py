@@ -11,8 +11,6 @@ from loop_checks import expect  # noqa: E402
 from near_ties import margin, measured_near_tie  # noqa: E402
 from random_batches import WAYS, check_beams, expected_rows, inputs_of, random_batches, single_runs  # noqa: E402
 
-from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration  # noqa: E402
-
 # Of the rows, and of the margin that is measured; a wrong kernel would measure far more.
 MOST_DIFFERENT = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.4}
 LARGEST_MARGIN = {torch.float32: 1e-3, torch.float16: 0.5, torch.bfloat16: 4.0}
@@ -53,8 +51,8 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("dtype", MOST_DIFFERENT, ids=str)
-def test_200_random_batches(tiny_dir, tiny_tokenizer, dtype):
-    model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir).to(dtype).cuda().eval()
+def test_200_random_batches(load_on_gpu, tiny_tokenizer, dtype):
+    model = load_on_gpu(dtype)
     different, rows, near_tie = compare(model, tiny_tokenizer, 200)
     print(f"{dtype}: {different} of {rows} rows differ at a near-tie of less than {near_tie:.6f}")
     assert near_tie < LARGEST_MARGIN[dtype]
@@ -62,7 +60,6 @@ def test_200_random_batches(tiny_dir, tiny_tokenizer, dtype):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_beams(tiny_dir, tiny_tokenizer, way):
+def test_beams(single, tiny_tokenizer, way):
     """On the plain path, which beams take."""
-    model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir).float().cuda().eval()
-    check_beams(model, tiny_tokenizer, single_runs(model), way, 6)
+    check_beams(single, tiny_tokenizer, single_runs(single), way, 6)

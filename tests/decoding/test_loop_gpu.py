@@ -31,22 +31,6 @@ EVERYWHERE = loop_checks.EVERYWHERE + lifecycle_checks.EVERYWHERE
 EXACT = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
 
 
-def load(tiny_dir, dtype):
-    from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
-
-    return ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, torch_dtype=dtype).cuda().eval()
-
-
-@pytest.fixture(scope="module")
-def single(tiny_dir):
-    return load(tiny_dir, torch.float32)
-
-
-@pytest.fixture(scope="module")
-def half(tiny_dir):
-    return load(tiny_dir, torch.float16)
-
-
 @pytest.mark.parametrize(
     "check", loop_checks.EVERYWHERE + lifecycle_checks.EVERYWHERE, ids=lambda check: check.__name__
 )
@@ -156,13 +140,13 @@ def test_the_count_of_synchronisations_can_fail():
     assert any("synchroniz" in str(w.message) for w in caught)
 
 
-def test_memory_is_freed(tiny_dir, half):
+def test_memory_is_freed(load_on_gpu, half):
     # Scratch memory that the process keeps for the prompt's kernels.
     half.generate(prompt(half, 10), **EXACT)
     gc.collect()
     torch.cuda.synchronize()
     empty = torch.cuda.memory_allocated()
-    model = load(tiny_dir, torch.float16)
+    model = load_on_gpu(torch.float16)
     ids = prompt(model, 10)
     model(ids)
     model.generate(ids, **EXACT)
@@ -232,9 +216,9 @@ def test_too_large_a_cache_takes_the_plain_path(single):
     check_equal(single, input_ids=ids, max_new_tokens=4)
 
 
-def test_moved_weights(tiny_dir):
+def test_moved_weights(load_on_gpu):
     """.half(), .cpu() and back, and loading other values in place."""
-    model = load(tiny_dir, torch.float32)
+    model = load_on_gpu(torch.float32)
     ids = prompt(model, 10)
     first = check_equal(model, input_ids=ids, max_new_tokens=6)
     model.half()

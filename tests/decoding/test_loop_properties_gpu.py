@@ -22,22 +22,6 @@ pytestmark = [
 NEAR_TIE = {torch.float32: 1e-3, torch.float16: 0.1}
 
 
-def load(tiny_dir, dtype):
-    from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
-
-    return ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, torch_dtype=dtype).cuda().eval()
-
-
-@pytest.fixture(scope="module")
-def single(tiny_dir):
-    return load(tiny_dir, torch.float32)
-
-
-@pytest.fixture(scope="module")
-def half(tiny_dir):
-    return load(tiny_dir, torch.float16)
-
-
 @pytest.fixture(scope="module")
 def counted():
     """What happened, to be shown with pytest -s."""

@@ -1,0 +1,29 @@
+"""The tiny golden model on a GPU."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def load_on_gpu(tiny_dir) -> Callable[[torch.dtype], torch.nn.Module]:
+    """Load the tiny checkpoint anew in a dtype, for a test that changes the model or counts its memory."""
+    from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+
+    def load(dtype):
+        return ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, torch_dtype=dtype).cuda().eval()
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def single(load_on_gpu):
+    """The tiny checkpoint in float32."""
+    return load_on_gpu(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def half(load_on_gpu):
+    """The tiny checkpoint in float16."""
+    return load_on_gpu(torch.float16)
