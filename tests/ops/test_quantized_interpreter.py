@@ -3,20 +3,16 @@
 In the interpreter a plain emulation stands for the inline PTX; everything around it is the real kernel.
 """
 
-import json
-import os
-import subprocess
 import sys
-import time
-import traceback
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to interpret")
 
-HALF, SINGLE = "float16", "float32"
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+from interpreted_cases import HALF, SINGLE, name_of, run_and_print, run_in_a_process  # noqa: E402
+
 # (check, dtype, arguments).
 CASES = [
     ("quantized", HALF, [8, 1, 37, 64, -1, "residual"]),
@@ -54,50 +50,19 @@ CASES = [
     ("dequantize", HALF, [8, 50, 128, 32]),
     ("layer_norm_quantized", HALF, [4, 2, 17, 128]),
 ]
-NAMES = [f"{check}-{dtype}-{arguments}" for check, dtype, arguments in CASES]
-
-
-def _configuration(text: str) -> object:
-    """The ``Quantized``, ``Stream`` or ``Row`` that ``text`` spells."""
-    import quantized_checks
-
-    name, numbers = text.rstrip(")").split("(")
-    return getattr(quantized_checks, name)(*json.loads(f"[{numbers}]"))
-
-
-def _run_cases() -> None:
-    """Run every case and print a JSON object: name to None or the traceback."""
-    root = Path(__file__).parents[2]
-    sys.path[:0] = [str(root), str(Path(__file__).parent)]
-    import quantized_checks
-
-    results = {}
-    for name, (check, dtype, arguments) in zip(NAMES, CASES, strict=True):
-        torch.manual_seed(0)
-        start = time.perf_counter()
-        values = [_configuration(argument) if "(" in str(argument) else argument for argument in arguments]
-        try:
-            function = getattr(quantized_checks, f"check_{check}")
-            function("cpu", *([] if dtype is None else [getattr(torch, dtype)]), *values)
-            results[name] = None
-        except Exception:
-            results[name] = traceback.format_exc()
-        print(f"{time.perf_counter() - start:6.2f} s  {name}", file=sys.stderr)
-    print(json.dumps(results))
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, str | None]:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_in_a_process(__file__)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name_of(case) for case in CASES])
 def test_interpreted(name: str, results: dict[str, str | None]) -> None:
     assert results[name] is None, results[name]
 
 
 if __name__ == "__main__":
-    _run_cases()
+    import quantized_checks
+
+    run_and_print(CASES, quantized_checks)

@@ -1,23 +1,15 @@
-"""The kernels in Triton's interpreter, on a CPU, against float64 and transformers' logits processors.
+"""The kernels in Triton's interpreter, on a CPU, against float64 and transformers' logits processors."""
 
-The interpreter is chosen by an environment variable when the kernels are imported, so the cases run in one process of
-their own, which this file starts as a program.
-"""
-
-import json
-import os
-import subprocess
 import sys
-import time
-import traceback
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to interpret")
 
-HALF, SINGLE = "float16", "float32"
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+from interpreted_cases import HALF, SINGLE, name_of, run_and_print, run_in_a_process  # noqa: E402
+
 # (check, dtype, arguments). The interpreter has no bfloat16 products and needs seconds for a sort: small shapes only.
 CASES = [
     ("fast_gelu", HALF, [(3, 701)]),
@@ -59,52 +51,22 @@ CASES = [
     ("distribution", None, ["full", SINGLE, 2500, 1.3, 100, 0.9, 2, 1]),
     ("repeatable", None, ["full", 60]),
 ]
-NAMES = [f"{check}-{dtype}-{arguments}" for check, dtype, arguments in CASES]
-
-
-def _run_cases() -> None:
-    """Run every case and print a JSON object: name to None or the traceback."""
-    root = Path(__file__).parents[2]
-    sys.path[:0] = [str(root), str(Path(__file__).parent)]
-    import operator_checks
-    import sampling_checks
-
-    from faster_chatglm_6b.ops.triton.configs import Dot, Gemv
-
-    results = {}
-    for name, (check, dtype, arguments) in zip(NAMES, CASES, strict=True):
-        torch.manual_seed(0)
-        start = time.perf_counter()
-        function = getattr(operator_checks, f"check_{check}", None) or getattr(sampling_checks, f"check_{check}")
-        values = []
-        for argument in arguments:
-            if isinstance(argument, str) and "(" in argument:
-                kind, numbers = argument.rstrip(")").split("(")
-                argument = {"Gemv": Gemv, "Dot": Dot}[kind](*json.loads(f"[{numbers}]"))
-            elif argument in (HALF, SINGLE):
-                argument = getattr(torch, argument)
-            values.append(argument)
-        try:
-            function("cpu", *([] if dtype is None else [getattr(torch, dtype)]), *values)
-            results[name] = None
-        except Exception:
-            results[name] = traceback.format_exc()
-        print(f"{time.perf_counter() - start:6.2f} s  {name}", file=sys.stderr)
-    print(json.dumps(results))
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, str | None]:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_in_a_process(__file__)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name_of(case) for case in CASES])
 def test_interpreted(name: str, results: dict[str, str | None]) -> None:
     assert results[name] is None, results[name]
 
 
 if __name__ == "__main__":
-    _run_cases()
+    import operator_checks
+    import sampling_checks
+
+    from faster_chatglm_6b.ops.triton import configs
+
+    run_and_print(CASES, operator_checks, sampling_checks, configs)
