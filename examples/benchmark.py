@@ -120,7 +120,7 @@ def contradiction(args: argparse.Namespace) -> str | None:
     if args.table and args.profile:
         return "--profile looks at one run; leave --table out."
     if args.suite and any(value is not None for value in (args.bits, args.quant, args.group_size, args.head_bits)):
-        return "--suite measures float16 weights; leave the options of quantisation out."
+        return "--suite measures float16, int8 and int4 weights; leave the options of quantisation out."
     if (args.group_size or args.head_bits) and not (args.table or args.quant or args.bits in (8, 4)):
         return "--group-size and --head-bits need --bits 8 or --bits 4."
     return None

@@ -5,6 +5,7 @@ goes to FILE with ``_checks`` in its name.
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -29,6 +30,8 @@ RUNS = (
     ("batch 8", 8, 20, 128, "greedy"),
     ("batch 32", 32, 20, 128, "greedy"),
 )
+# Bits, the batches to measure, and the most GB that the weights may hold of the GPU's memory.
+QUANTISED = ((8, (1,), 7.5), (4, (1, 8), 4.6))
 FIRST = "--first-generate"
 
 
@@ -85,6 +88,15 @@ def memory_at_2048(model: torch.nn.Module) -> tuple[float, float]:
     peak = torch.cuda.max_memory_reserved()
     model.release_cache()
     return peak / 1e9, (weights + cache) / 1e9
+
+
+def quantised(name: str | None, bits: int) -> tuple[torch.nn.Module, float]:
+    """The model in int8 or int4, and GB of the GPU's memory that it holds."""
+    model = _measuring.build_model(name)
+    model.quantize(bits)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return model, torch.cuda.memory_reserved() / 1e9
 
 
 def measure(
@@ -146,14 +158,22 @@ def run(args: argparse.Namespace) -> None:
             check(f"first generate, kernel cache {state}, s", times["greedy"], f"<= {limit}", times["greedy"] <= limit)
             print(f"     then the first sampled call: {times['sample']:.2f} s", flush=True)
             print(f"     whole process: {time.perf_counter() - start:.0f} s", flush=True)
-    if args.json:
-        path = Path(args.json)
-        path.with_name(f"{path.stem}_checks.json").write_text(json.dumps(checks, indent=1) + "\n")
     if args.profile:
         for name, batch, prompt, _, mode in RUNS:
             if name in ("greedy", "stream", "batch 8", "batch 32"):
                 print(name)
                 _measuring.profile(model, _measuring.make_prompt(model, batch, prompt), mode, 32)
+    del model
+    for bits, batches, limit in QUANTISED:
+        gc.collect()
+        torch.cuda.empty_cache()
+        model, held = quantised(args.model_name, bits)
+        _measuring.append(args.json, [measure(model, machine, args, batch, 20, 128, "greedy") for batch in batches])
+        check(f"memory after loading int{bits}, GB", held, f"<= {limit}", held <= limit)
+        del model
+    if args.json:
+        path = Path(args.json)
+        path.with_name(f"{path.stem}_checks.json").write_text(json.dumps(checks, indent=1) + "\n")
 
 
 if __name__ == "__main__" and sys.argv[1:] == [FIRST]:

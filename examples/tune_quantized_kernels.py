@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -25,21 +24,17 @@ from _machine import read_ceiling  # noqa: E402
 
 from faster_chatglm_6b.ops import triton as kernels  # noqa: E402
 from faster_chatglm_6b.ops.triton import quantized_configs  # noqa: E402
-from faster_chatglm_6b.ops.triton.quantized_configs import (  # noqa: E402
-    Stream,
-    stream_config,
-    streams_for,
-)
+from faster_chatglm_6b.ops.triton.quantized_configs import Row, row_config, rows_for  # noqa: E402
 
 LAYERS, HIDDEN, HEADS, SIZE, INNER, VOCAB = 28, 4096, 32, 128, 16384, 130528
 QKV, DENSE, UP, DOWN, HEAD = (3 * HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER), (VOCAB, HIDDEN)
 SHAPES = (QKV, DENSE, UP, DOWN, HEAD)
 ALPHA = math.sqrt(2 * LAYERS)
 CANDIDATES = [
-    Stream(*numbers)
+    Row(*numbers)
     for numbers in (
-        (1, 8, 2, 3, 2), (1, 8, 2, 3, 2, 112), (1, 8, 2, 3, 3), (1, 8, 2, 3, 4), (1, 8, 2, 4, 2), (1, 8, 4, 2, 2),
-        (1, 8, 4, 2, 2, 128), (1, 8, 4, 3, 1), (1, 8, 4, 3, 2, 128), (1, 4, 4, 3, 3), (1, 16, 2, 3, 1), (2, 8, 2, 3, 1),
+        (4, 4, 2, 2), (4, 4, 2, 3), (4, 4, 2, 4), (4, 2, 4, 3), (4, 2, 4, 4), (4, 2, 4, 6), (4, 4, 1, 6), (8, 4, 1, 2),
+        (8, 4, 1, 3), (8, 2, 2, 2), (8, 2, 2, 3), (8, 2, 2, 4), (16, 2, 1, 2),
     )
 ]  # fmt: skip
 
@@ -164,19 +159,16 @@ class Step:
         return captured_ms(step)
 
 
-def tune(bits: int) -> dict[tuple[int, int], Stream]:
+def tune(bits: int) -> dict[tuple[int, int], Row]:
     """The fastest configuration of every weight shape in a whole step, one shape after the other, twice."""
     step = Step(bits, 8)
-    best = {shape: stream_config(streams_for(torch.device("cuda")), bits, *shape) for shape in SHAPES}
+    best = {shape: row_config(rows_for(torch.device("cuda")), bits, *shape) for shape in SHAPES}
 
-    def measured(table: dict[tuple[int, int], Stream]) -> float:
+    def measured(table: dict[tuple[int, int], Row]) -> float:
         # The head is of 8 bits whatever the layers are.
-        streams = {bits: table, 8: {HEAD: table[HEAD]} | (table if bits == 8 else {})}
-        quantized_configs._HOPPER = quantized_configs._OTHER = streams
-        try:
-            return step.measure(1)
-        except triton.runtime.errors.OutOfResources:
-            return math.inf
+        rows = {bits: table, 8: {HEAD: table[HEAD]} | (table if bits == 8 else {})}
+        quantized_configs._HOPPER_ROWS = quantized_configs._OTHER_ROWS = rows
+        return step.measure(1)
 
     for _ in range(2):
         for shape in SHAPES:
@@ -189,9 +181,9 @@ def tune(bits: int) -> dict[tuple[int, int], Stream]:
     return best
 
 
-def spell(config: Stream) -> str:
+def spell(config: Row) -> str:
     """The numbers of a configuration."""
-    return ",".join(str(number) for number in dataclasses.astuple(config) if number is not None)
+    return ",".join(str(number) for number in dataclasses.astuple(config))
 
 
 def main() -> None:
@@ -204,9 +196,9 @@ def main() -> None:
     ceiling = read_ceiling()
     print(f"{torch.cuda.get_device_name()}: read ceiling {ceiling:.0f} GB/s", flush=True)
     if arguments.tune:
-        streams = {bits: tune(bits) for bits in (4, 8)}
-        quantized_configs._HOPPER = quantized_configs._OTHER = streams
-        print(f"streams: {streams}", flush=True)
+        rows = {bits: tune(bits) for bits in (4, 8)}
+        quantized_configs._HOPPER_ROWS = quantized_configs._OTHER_ROWS = rows
+        print(f"rows: {rows}", flush=True)
     if not arguments.chain:
         return
     for bits, head_bits, group_size in ((16, 16, -1), (8, 16, -1), (8, 8, -1), (4, 16, -1), (4, 8, -1), (4, 16, 128)):

@@ -87,16 +87,18 @@ def test_layout_is_what_the_tensor_core_instructions_assume(bits, group_size, dt
     (launch,) = product(90, dtype, bits, rows, 3 * HIDDEN, HIDDEN, group_size)
     ir = ahead_of_time.compiled(launch, 90).asm["ttgir"]
     layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ir, re.M))
-    products = re.findall(r"mma\.sync[^\n]*-> tensor<\d+xf32, (#\w+)>", ir)
+    products = [line for line in ir.splitlines() if "mma.sync" in line]
     assert products
-    for name in products:
-        assert "blocked<{sizePerThread = [4], threadsPerWarp = [32]," in layouts[name], layouts[name]
+    per_thread = 1 if rows == 1 else 4
+    for line in products:
+        for name in re.findall(r"tensor<\d+x\w+, (#\w+)>", line):
+            assert f"blocked<{{sizePerThread = [{per_thread}], threadsPerWarp = [32]," in layouts[name], layouts[name]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_weight_is_on_its_way_before_the_wait_and_nothing_else(bits):
     for n, k in WEIGHTS:
-        (launch,) = product(90, HALF, bits, 1, n, k, -1)
+        (launch,) = product(90, HALF, bits, 8, n, k, -1)
         ir = ahead_of_time.compiled(launch, 90).asm["ttgir"]
         wait, loop = ir.index("griddepcontrol.wait"), ir.index("scf.for")
         assert "async_copy_global_to_local" in ir[:loop], "no copy of the weight precedes the loop"
@@ -106,3 +108,19 @@ def test_the_weight_is_on_its_way_before_the_wait_and_nothing_else(bits):
         assert copies and set(copies) == {"pointers"}, set(copies)
         reads = [found.start() for found in re.finditer("ld.global", ir)]
         assert reads and min(reads) > wait, "x or the residual is read before the wait"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_of_one_row_the_weight_is_on_its_way_before_the_wait_and_nothing_else(bits):
+    for n, k in WEIGHTS:
+        (launch,) = product(90, HALF, bits, 1, n, k, -1)
+        kernel = ahead_of_time.compiled(launch, 90)
+        ir, ptx = kernel.asm["ttgir"], kernel.asm["ptx"]
+        wait, loop = ir.index("griddepcontrol.wait"), ir.index("scf.for")
+        assert wait < loop and "cp.async" in ir[:wait], "no copy of the weight precedes the wait"
+        # Scale and bias are the only blocks that Triton itself loads; x and the residual are read by PTX.
+        loads = re.findall(r"%(\w+?)(?:_\d+)? = tt\.load", ir)
+        assert loads and set(loads) <= {"row_scale", "row_bias"}, set(loads)
+        for text, word in ((ir, "ld.global"), (ptx, "ld.global.v4")):
+            reads = [found.start() for found in re.finditer(re.escape(word), text)]
+            assert reads and min(reads) > text.index("griddepcontrol.wait"), "x or the residual is read before the wait"

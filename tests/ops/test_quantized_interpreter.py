@@ -36,11 +36,11 @@ CASES = [
     ("quantized_config", HALF, [8, 3, 48, 256, -1, "Stream(1, 4, 1, 2, 1)"]),
     ("quantized_config", HALF, [8, 5, 37, 512, 128, "Stream(2, 2, 2, 2, 1)"]),
     ("quantized_config", HALF, [4, 8, 40, 512, -1, "Stream(2, 1, 2, 4, 2)"]),
-    ("quantized_config", HALF, [4, 1, 300, 1152, -1, "Row(2, 2, 3, 1)"]),
-    ("quantized_config", HALF, [8, 1, 48, 256, -1, "Row(4, 1, 2, 1)"]),
-    ("quantized_config", HALF, [8, 1, 37, 2048, 128, "Row(2, 4, 2, 1)"]),
-    ("quantized_config", HALF, [4, 1, 20, 4096, -1, "Row(2, 8, 1, 1)"]),
-    ("quantized_config", HALF, [4, 1, 40, 512, 128, "Row(1, 2, 4, 2)"]),
+    ("quantized_config", HALF, [4, 1, 300, 1152, -1, "Row(2, 4, 1, 1)"]),
+    ("quantized_config", HALF, [8, 1, 48, 256, -1, "Row(4, 2, 2, 1)"]),
+    ("quantized_config", HALF, [8, 1, 37, 2048, 128, "Row(2, 2, 2, 1)"]),
+    ("quantized_config", HALF, [4, 1, 20, 4096, -1, "Row(2, 2, 2, 1)"]),
+    ("quantized_config", HALF, [4, 1, 40, 512, 128, "Row(1, 4, 3, 2)"]),
     ("quantized_gemv", SINGLE, [8, 2, 7, 700, 7]),
     ("quantized_gemv", SINGLE, [4, 1, 7, 1500, -1]),
     ("large_values", None, [4, 256]),
@@ -49,6 +49,8 @@ CASES = [
     ("dequantize", HALF, [8, 7, 99, -1]),
     ("dequantize", HALF, [8, 50, 128, 32]),
     ("layer_norm_quantized", HALF, [4, 2, 17, 128]),
+    ("layer_norm_quantized", HALF, [4, 1, 17, 384]),
+    ("layer_norm_quantized", HALF, [8, 1, 40, 256]),
 ]
 
 

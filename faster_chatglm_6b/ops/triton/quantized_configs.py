@@ -28,8 +28,7 @@ class Stream:
     """A program takes 16 * ``tiles`` weight rows at a time; its ``warps`` share their columns.
 
     A round is ``depth`` steps of 64 bytes per warp and row, and ``stages`` - 1 rounds are under way. ``programs``: how
-    many there are at most per multiprocessor; more than fit at once start when others end. ``registers``: most per
-    thread, where the compiler would take so many that fewer programs fit.
+    many there are at most per multiprocessor; more than fit at once start when others end.
     """
 
     tiles: int
@@ -37,22 +36,20 @@ class Stream:
     depth: int
     stages: int
     programs: int
-    registers: int | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """For one row of x: a program takes 16 weight rows at a time; its ``warps`` share their columns.
+    """For one row of x: a program takes 16 weight rows at a time; its ``warps``, up to 16, share their columns.
 
-    A round is ``depth`` (1, 2, 4 or 8) steps of 64 bytes per warp and row, and ``stages`` - 1 rounds are under way.
-    ``programs`` and ``registers`` as in ``Stream``.
+    ``lead`` turns of ``span`` (2 or 4) steps of 64 bytes per warp and row are under way, as far as 47 KiB of shared
+    memory go: a step takes ``warps`` KiB. ``programs`` as in ``Stream``.
     """
 
     warps: int
-    depth: int
-    stages: int
+    span: int
+    lead: int
     programs: int
-    registers: int | None = None
 
 
 # Of one GPU family: bits, then the weight's shape.
@@ -78,17 +75,20 @@ _HOPPER: Streams = {
     },
 }
 _OTHER: Streams = {}
-_DEFAULT_ROW = Row(4, 4, 3, 2)
+_DEFAULT_ROW = Row(4, 4, 1, 4)
 _HOPPER_ROWS: Rows = {
     8: {
-        (3 * _HIDDEN, _HIDDEN): Row(8, 4, 3, 2),
-        (_HIDDEN, _HIDDEN): Row(8, 4, 3, 2),
-        (_INNER, _HIDDEN): Row(8, 4, 3, 2),
-        (_HIDDEN, _INNER): Row(16, 4, 3, 1),
-        (130528, _HIDDEN): Row(8, 4, 3, 2),
+        (3 * _HIDDEN, _HIDDEN): Row(4, 2, 3, 6),
+        (_HIDDEN, _HIDDEN): Row(4, 4, 1, 2),
+        (_INNER, _HIDDEN): Row(8, 4, 1, 4),
+        (_HIDDEN, _INNER): Row(8, 4, 1, 2),
+        (130528, _HIDDEN): Row(4, 2, 4, 6),
     },
     4: {
-        (_HIDDEN, _INNER): Row(16, 4, 3, 1),
+        (3 * _HIDDEN, _HIDDEN): Row(4, 4, 1, 6),
+        (_HIDDEN, _HIDDEN): Row(4, 4, 1, 2),
+        (_INNER, _HIDDEN): Row(4, 4, 2, 4),
+        (_HIDDEN, _INNER): Row(8, 4, 1, 2),
     },
 }
 _OTHER_ROWS: Rows = {}
@@ -109,8 +109,8 @@ def rows_for(device: torch.device) -> Rows:
 def row_config(rows: Rows, bits: int, n: int, k: int) -> Row:
     """Configuration of the product with an integer weight [n, k] and one row of x."""
     config = rows.get(bits, {}).get((n, k), _DEFAULT_ROW)
-    warps, depth = _fitted(bits, k, config.warps, config.depth)
-    return replace(config, warps=warps, depth=1 << int(math.log2(depth)))
+    warps, _ = _fitted(bits, k, config.warps, 1)
+    return replace(config, warps=warps)
 
 
 def quantized_config(bits: int, tiles: int, k: int) -> Quantized:

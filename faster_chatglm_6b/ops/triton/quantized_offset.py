@@ -16,70 +16,50 @@ def _move(pairs: list[tuple[str, str]]) -> list[str]:
     return [f"mov.f32 {target}, {source};" for target, source in pairs]
 
 
-def _step(bits: int, chains: list[str], above: list[str], below: list[str], x: list[str]) -> list[str]:
-    """PTX of one step for 16 weight rows: the products with its four words per row, each added to one of ``chains``.
+def _multiply(bits: int) -> tl.constexpr:
+    """PTX of one step for 16 weight rows.
 
-    In four bits the odd chains are 16 times as large as the even ones, as the high nibbles stay where they are.
+    Operands: four chains of sums, 4 words each; the words of row g, then of row g + 8; x as ``arrange`` leaves it, 4
+    words per piece; the chains as they were. Four chains, so that no product waits for the one before. In four bits the
+    odd chains are 16 times as large as the even ones, as the high nibbles stay where they are.
     """
-    lines = [".reg .b32 p, q, r, s, t, u, v, w, y, z;"]
+    pieces = 16 // bits
+    before = 24 + 4 * pieces
+    sums = [f"{chain}{i}" for chain in "abcd" for i in range(4)]
+    lines = [f".reg .f32 {', '.join(sums)};", ".reg .b32 p, q, r, s, t, u, v, w, y, z;"]
+    lines += _move([(name, f"${before + i}") for i, name in enumerate(sums)])
     for word in range(4):
+        above, below = f"${16 + word}", f"${20 + word}"
         if bits == 4:
             low, high = "0x000F000F, 0x00080008, 0x6A", "0x00F000F0, 0x00800080, 0x6A"
-            even, odd = (chains[(2 * word + i) % len(chains)] for i in range(2))
+            x = [f"${24 + 4 * word + i}" for i in range(4)]
+            even, odd = ("a", "b") if word % 2 == 0 else ("c", "d")
             lines += [
-                f"shr.u32 y, {above[word]}, 8;",
-                f"shr.u32 z, {below[word]}, 8;",
-                f"lop3.b32 p, {above[word]}, {low};",
-                f"lop3.b32 q, {below[word]}, {low};",
+                f"shr.u32 y, {above}, 8;",
+                f"shr.u32 z, {below}, 8;",
+                f"lop3.b32 p, {above}, {low};",
+                f"lop3.b32 q, {below}, {low};",
                 f"lop3.b32 r, y, {low};",
                 f"lop3.b32 s, z, {low};",
-                f"lop3.b32 t, {above[word]}, {high};",
-                f"lop3.b32 u, {below[word]}, {high};",
+                f"lop3.b32 t, {above}, {high};",
+                f"lop3.b32 u, {below}, {high};",
                 f"lop3.b32 v, y, {high};",
                 f"lop3.b32 w, z, {high};",
-                mma("f16", even, ["p", "q", "r", "s"], (x[4 * word], x[4 * word + 1])),
-                mma("f16", odd, ["t", "u", "v", "w"], (x[4 * word + 2], x[4 * word + 3])),
+                mma("f16", even, ["p", "q", "r", "s"], (x[0], x[1])),
+                mma("f16", odd, ["t", "u", "v", "w"], (x[2], x[3])),
             ]
         else:
-            first = 4 * (word // 2) + 2 * (word % 2)
+            x = [f"${24 + 4 * (word // 2) + 2 * (word % 2) + i}" for i in range(2)]
             lines += [
-                f"xor.b32 y, {above[word]}, 0x80808080;",
-                f"xor.b32 z, {below[word]}, 0x80808080;",
+                f"xor.b32 y, {above}, 0x80808080;",
+                f"xor.b32 z, {below}, 0x80808080;",
                 "prmt.b32 p, y, 0, 0x4140;",
                 "prmt.b32 q, z, 0, 0x4140;",
                 "prmt.b32 r, y, 0, 0x4342;",
                 "prmt.b32 s, z, 0, 0x4342;",
-                mma("f16", chains[word % len(chains)], ["p", "q", "r", "s"], (x[first], x[first + 1])),
+                mma("f16", "abcd"[word], ["p", "q", "r", "s"], (x[0], x[1])),
             ]
-    return lines
-
-
-def _operands(first: int, count: int) -> list[str]:
-    return [f"${first + i}" for i in range(count)]
-
-
-def _multiply(bits: int) -> tl.constexpr:
-    """PTX that adds one step to four chains of sums, so that no product waits for the one before.
-
-    Operands: the chains, 4 words each; the words of row g, then of row g + 8; x as ``arrange`` leaves it, 4 words per
-    piece; the chains as they were.
-    """
-    words = 4 * 16 // bits
-    sums = [f"{chain}{i}" for chain in "abcd" for i in range(4)]
-    lines = [f".reg .f32 {', '.join(sums)};"]
-    lines += _move(list(zip(sums, _operands(24 + words, 16), strict=True)))
-    lines += _step(bits, list("abcd"), _operands(16, 4), _operands(20, 4), _operands(24, words))
-    return join_lines(*lines, *_move(list(zip(_operands(0, 16), sums, strict=True))))
-
-
-def _multiply_once(bits: int) -> tl.constexpr:
-    """PTX of one step alone. Operands: 4 sums; the words of row g, then of row g + 8; x as above."""
-    sums = [f"{chain}{i}" for chain in "ab" for i in range(4)]
-    lines = [f".reg .f32 {', '.join(sums)};", *(f"mov.f32 {name}, 0f00000000;" for name in sums)]
-    lines += _step(bits, list("ab"), _operands(4, 4), _operands(8, 4), _operands(12, 4 * 16 // bits))
-    if bits == 4:
-        return join_lines(*lines, *(f"fma.rn.f32 ${i}, b{i}, 0f3D800000, a{i};" for i in range(4)))  # 1 / 16
-    return join_lines(*lines, *(f"add.f32 ${i}, a{i}, b{i};" for i in range(4)))
+    return join_lines(*lines, *_move([(f"${i}", name) for i, name in enumerate(sums)]))
 
 
 def _offset(bits: int) -> tl.constexpr:
@@ -110,9 +90,6 @@ _ARRANGED = tl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r")
 _MULTIPLY4, _MULTIPLY8, _OFFSET4, _OFFSET8 = _multiply(4), _multiply(8), _offset(4), _offset(8)
 _MULTIPLY4_OPERANDS = tl.constexpr(",".join(["=f"] * 16 + ["r"] * 24 + ["f"] * 16))
 _MULTIPLY8_OPERANDS = tl.constexpr(",".join(["=f"] * 16 + ["r"] * 16 + ["f"] * 16))
-_MULTIPLY4_ONCE, _MULTIPLY8_ONCE = _multiply_once(4), _multiply_once(8)
-_MULTIPLY4_ONCE_OPERANDS = tl.constexpr(",".join(["=f"] * 4 + ["r"] * 24))
-_MULTIPLY8_ONCE_OPERANDS = tl.constexpr(",".join(["=f"] * 4 + ["r"] * 16))
 _OFFSET4_OPERANDS = tl.constexpr(",".join(["=f"] * 8 + ["r"] * 16 + ["f"] * 8))
 _OFFSET8_OPERANDS = tl.constexpr(",".join(["=f"] * 8 + ["r"] * 8 + ["f"] * 8))
 
@@ -152,22 +129,6 @@ def multiply_counts(a, b, x, sums, BITS: tl.constexpr, INTERPRETED: tl.constexpr
             (tl.float32, tl.float32, tl.float32, tl.float32),
             True,
             4,
-        )
-    return sums
-
-
-@triton.jit
-def multiply_once(a, b, x, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The counts in the words ``a`` and ``b`` times x: one float32 block, in the unit of the even chains above."""
-    if INTERPRETED:
-        sums = interpreted_product(a, b, x, BITS, False)
-    elif BITS == 4:
-        sums = tl.inline_asm_elementwise(
-            _MULTIPLY4_ONCE, _MULTIPLY4_ONCE_OPERANDS, [a, b, x[0], x[1], x[2], x[3]], tl.float32, True, 4
-        )
-    else:
-        sums = tl.inline_asm_elementwise(
-            _MULTIPLY8_ONCE, _MULTIPLY8_ONCE_OPERANDS, [a, b, x[0], x[1]], tl.float32, True, 4
         )
     return sums
 

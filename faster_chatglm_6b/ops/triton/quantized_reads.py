@@ -36,9 +36,15 @@ def zero_after_wait():
 
 
 @triton.jit
-def load_pieces(pointers, wanted, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """16 / BITS pieces of x, four words per lane each, one behind the other; 0 where not ``wanted``."""
+def load_x(x, chunk, index, M, KW: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The x that belongs to the words of a chunk: 16 / BITS pieces of four words per lane each.
+
+    Lanes whose row of x does not exist hold 0.
+    """
     PIECES: tl.constexpr = 16 // BITS
+    row = index // 16 % 8
+    wanted = (row < M) & (chunk < KW // 16)
+    pointers = x + (row * (KW * PIECES) + chunk * (16 * PIECES) + index // 4 % 4 * (4 * PIECES) + index % 4)
     if INTERPRETED:
         pieces = ()
         for piece in tl.static_range(PIECES):
@@ -57,19 +63,6 @@ def load_pieces(pointers, wanted, BITS: tl.constexpr, INTERPRETED: tl.constexpr)
             _READ2, _READ2_OPERANDS, [pointers.to(tl.int64), wanted.to(tl.int32)], (tl.int32, tl.int32), False, 4
         )
     return pieces
-
-
-@triton.jit
-def load_x(x, chunk, index, M, KW: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The x that belongs to the words of a chunk: 16 / BITS pieces of four words per lane each.
-
-    Lanes whose row of x does not exist hold 0.
-    """
-    PIECES: tl.constexpr = 16 // BITS
-    row = index // 16 % 8
-    wanted = (row < M) & (chunk < KW // 16)
-    pointers = x + (row * (KW * PIECES) + chunk * (16 * PIECES) + index // 4 % 4 * (4 * PIECES) + index % 4)
-    return load_pieces(pointers, wanted, BITS, INTERPRETED)
 
 
 @triton.jit

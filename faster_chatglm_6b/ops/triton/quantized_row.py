@@ -1,11 +1,10 @@
 """x W^T for one row of x and an int8 or int4 weight: programs that stream weight rows through shared memory.
 
-The weight does not depend on the kernel before, so its first rounds are under way before the wait for that kernel;
-Triton's software pipelining puts their copies before the loop, and the wait stands in the first round of the loop.
+The weight does not depend on the kernel before, so the first steps are under way before the wait for that kernel.
 
 One row of x would leave seven of the eight columns of ``mma.m16n8k16`` empty. Instead each column holds another part of
-the row: in step n of a warp its products with the weights of that step are right in column n only, and that column is
-added to the sums. So a warp keeps eight steps' x in the registers of one, for all rows that its program takes.
+the row: of eight steps, a warp's products with the weights of step n are right in column n only, and that column is
+added to the sums. So a warp keeps eight steps' x in the registers of one, for all weight rows that it takes.
 """
 
 import torch
@@ -15,112 +14,84 @@ import triton.language as tl
 from .common import gelu, multiprocessor_count, pdl_options, start_successor, wait_for_predecessor
 from .configs import interpreted, uses_pdl
 from .quantized_configs import CHUNK_BYTES, Row
-from .quantized_mma import multiply, unpack
-from .quantized_offset import arrange, multiply_once, offset
-from .quantized_reads import load_pieces, read_half, zero_after_wait
+from .quantized_reads import read_half, zero_after_wait
+from .quantized_ring import (
+    allocate,
+    arrange,
+    copy_step,
+    load_x,
+    multiply_step,
+    offset,
+    read_step,
+    ring,
+    row_sums,
+    wait,
+    wait_for_copy,
+)
+
+# With what Triton adds, more than 48 KiB would need to be asked for.
+MOST_KIB = 47
+# Words per thread of x that stay in registers; where there are more, each is read again for every tile.
+MOST_WORDS_KEPT = tl.constexpr(16)
 
 
 @triton.jit
-def load_words(
-    weight,
-    start,
-    first,
-    index,
-    N,
-    KW: tl.constexpr,
-    WARPS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """A round's words: per step four words per lane of row g and of row g + 8; ``first`` is its first step.
+def weight_pointers(weight, start, step, thread, N, KW: tl.constexpr, PER_WARP: tl.constexpr, EVEN_N: tl.constexpr):
+    """Where a thread's weights of a step are, in row g and in row g + 8 of the tile from ``start`` on.
 
-    Steps are constant distances from one address, which the instructions hold. Rows past the end read row N - 1; their
-    results are not stored.
+    Past the end they are those of the last rows; their results are not stored.
     """
-    row = start + index // 16 % 8
-    chunk = first * WARPS + index // 128
-    inside = weight + (chunk * 16 + index % 16)
-    words = ()
-    for step in tl.static_range(DEPTH):
-        pair = ()
-        for block in tl.static_range(2):
-            if EVEN_N:
-                pointers = inside + row.to(tl.int64) * KW + (block * 8 * KW + step * WARPS * 16)
-            else:
-                pointers = inside + tl.minimum(row + block * 8, N - 1).to(tl.int64) * KW + step * WARPS * 16
-            if EVEN:
-                pair = pair + (tl.load(pointers, eviction_policy="evict_first"),)
-            else:
-                mask = chunk + step * WARPS < KW // 16
-                pair = pair + (tl.load(pointers, mask=mask, other=0, eviction_policy="evict_first"),)
-        words = words + (pair,)
-    return words
+    column = (thread // 32 * PER_WARP + step) * 16 + thread % 4 * 4
+    if EVEN_N:
+        row = tl.minimum(start, N - 16) + thread // 4 % 8
+        above = weight + row.to(tl.int64) * KW + column
+        below = above + 8 * KW
+    else:
+        row = start + thread // 4 % 8
+        above = weight + tl.minimum(row, N - 1).to(tl.int64) * KW + column
+        below = weight + tl.minimum(row + 8, N - 1).to(tl.int64) * KW + column
+    return above, below
 
 
 @triton.jit
-def load_row(
-    x, after, index, KW: tl.constexpr, BITS: tl.constexpr, WARPS: tl.constexpr, BLOCKS: tl.constexpr,
-    COUNTS: tl.constexpr, INTERPRETED: tl.constexpr,
+def exists(step, thread, CHUNKS: tl.constexpr, PER_WARP: tl.constexpr):
+    """Whether a thread's warp has that step."""
+    return (step < PER_WARP) & (thread // 32 * PER_WARP + step < CHUNKS)
+
+
+@triton.jit
+def load_block(
+    x, after, block, thread, CHUNKS: tl.constexpr, BITS: tl.constexpr, PER_WARP: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """x of all steps, eight to a block: lane 4 g + t holds that of step g; for counts it is arranged."""
-    PIECES: tl.constexpr = 16 // BITS
-    blocks = ()
-    for block in tl.static_range(BLOCKS):
-        chunk = (8 * block + index // 16 % 8) * WARPS + index // 128
-        pointers = x + (chunk * (16 * PIECES) + index // 4 % 4 * (4 * PIECES) + index % 4 + after)
-        blocks = blocks + (load_pieces(pointers, chunk < KW // 16, BITS, INTERPRETED),)
-    new = ()
-    for block in tl.static_range(BLOCKS):
-        pieces = ()
-        for piece in tl.static_range(PIECES):
-            if COUNTS:
-                pieces = pieces + (arrange(blocks[block][piece], BITS, INTERPRETED),)
-            else:
-                pieces = pieces + (blocks[block][piece],)
-        new = new + (pieces,)
-    return new
-
-
-@triton.jit
-def no_row(zeros, BLOCKS: tl.constexpr, PIECES: tl.constexpr):
-    """``load_row`` of nothing."""
-    blocks = ()
-    for _ in tl.static_range(BLOCKS):
-        pieces = ()
-        for _ in tl.static_range(PIECES):
-            pieces = pieces + (zeros,)
-        blocks = blocks + (pieces,)
-    return blocks
+    """x of eight steps: lane 4 g + t holds that of step g."""
+    WORDS: tl.constexpr = 64 // BITS
+    step = block * 8 + thread // 4 % 8
+    pointers = x + ((thread // 32 * PER_WARP + step) * (4 * WORDS) + thread % 4 * WORDS + after)
+    return load_x(pointers, exists(step, thread, CHUNKS, PER_WARP), BITS, INTERPRETED)
 
 
 @triton.jit
 def choose(blocks, wanted):
-    """Block number ``wanted`` of ``blocks``, each a tuple of pieces."""
+    """Block number ``wanted`` of ``blocks``."""
     chosen = blocks[0]
     for block in tl.static_range(1, len(blocks)):
-        pieces = ()
-        for piece in tl.static_range(len(chosen)):
-            pieces = pieces + (tl.where(wanted == block, blocks[block][piece], chosen[piece]),)
-        chosen = pieces
+        words = ()
+        for i in tl.static_range(len(chosen)):
+            words = words + (tl.where(wanted == block, blocks[block][i], chosen[i]),)
+        chosen = words
     return chosen
 
 
 @triton.jit
-def add_step(
-    sums, words, x, less, wanted, scales, BITS: tl.constexpr, BFLOAT: tl.constexpr, GROUPED: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+def copy_weights(
+    place, above, below, step, wanted, thread, CHUNKS: tl.constexpr, PER_WARP: tl.constexpr, SLOT: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    """The sums with one step's products added where ``wanted``; ``less`` and ``scales`` belong to groups."""
-    if BFLOAT:
-        a = unpack(words[0], BITS, True, INTERPRETED)
-        b = unpack(words[1], BITS, True, INTERPRETED)
-        part = multiply(a, b, x, tl.zeros_like(sums), BITS, True, INTERPRETED)
-    else:
-        part = multiply_once(words[0], words[1], x, BITS, INTERPRETED)
-    if GROUPED:
-        part = (part + less) * scales
-    return tl.where(wanted, sums + part, sums)
+    """Start copying a step's weights, zeros where not ``wanted``."""
+    if not EVEN:
+        wanted = wanted & exists(step, thread, CHUNKS, PER_WARP)
+    copy_step(place, place + SLOT // 2, above, below, tl.zeros_like(thread) + tl.where(wanted, 16, 0))
 
 
 @triton.jit
@@ -150,8 +121,10 @@ def quantized_row_kernel(
     BFLOAT: tl.constexpr,
     GROUP_CHUNKS: tl.constexpr,  # chunks that share a scale, 0 for whole rows
     WARPS: tl.constexpr,
-    DEPTH: tl.constexpr,  # 1, 2, 4 or 8
-    STAGES: tl.constexpr,
+    SPAN: tl.constexpr,  # steps of a turn: 2 or 4
+    LEAD: tl.constexpr,  # turns under way
+    RING: tl.constexpr,  # PTX that allocates LEAD turns of all warps
+    WAIT: tl.constexpr,  # PTX that waits for the oldest step of LEAD turns
     EVEN_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -161,78 +134,128 @@ def quantized_row_kernel(
 ):
     """A program takes 16 weight rows, a tile, at a time, every so many rows, until there are no more.
 
-    The warps share the columns of a row in chunks of 64 bytes; step n of warp w is chunk n WARPS + w. A round is DEPTH
-    steps; STAGES - 1 rounds are under way.
+    The warps share the columns of a row in chunks of 64 bytes; each takes contiguous ones, one in a step. A turn is
+    SPAN steps; LEAD turns are under way.
     """
     start_successor(PDL)
     CHUNKS: tl.constexpr = KW // 16
-    STEPS: tl.constexpr = (CHUNKS + WARPS - 1) // WARPS
-    ROUNDS: tl.constexpr = (STEPS + DEPTH - 1) // DEPTH
-    BLOCKS: tl.constexpr = (STEPS + 7) // 8
-    EVEN: tl.constexpr = CHUNKS == ROUNDS * DEPTH * WARPS
+    PER_WARP: tl.constexpr = (CHUNKS + WARPS - 1) // WARPS
+    TURNS: tl.constexpr = (PER_WARP + SPAN - 1) // SPAN
+    BLOCKS: tl.constexpr = (PER_WARP + 7) // 8
+    EVEN: tl.constexpr = CHUNKS == TURNS * SPAN * WARPS
+    KEPT: tl.constexpr = BLOCKS * (64 // BITS) <= MOST_WORDS_KEPT
     GROUPED: tl.constexpr = GROUP_CHUNKS != 0
     GROUPS: tl.constexpr = CHUNKS // max(GROUP_CHUNKS, 1)
     COUNTS: tl.constexpr = not BFLOAT
     UNIT: tl.constexpr = 16777216.0 if COUNTS and not INTERPRETED else 1.0
-    index = tl.arange(0, 128 * WARPS)
-    # Of the product's columns, which are steps here, lane 4 g + t holds 2 t and 2 t + 1 of the rows g and g + 8.
-    column = index % 16 // 4 * 2 + index % 2
-    block_row = tl.arange(0, 16) // 2 + tl.arange(0, 16) % 2 * 8
+    SLOT: tl.constexpr = WARPS * 1024
+    thread = tl.arange(0, 32 * WARPS)
+    # Lanes 4 g + t of the sums have the rows g + 8 t, and nothing where t > 1.
+    lane = tl.arange(0, 32)
+    block_row = tl.where(lane % 4 < 2, lane // 4 + lane % 4 * 8, N)
     first = tl.program_id(0) * 16
     stride = tl.num_programs(0) * 16
-    zeros = tl.zeros([128 * WARPS], tl.float32)
-    sums, less, none = zeros, zeros, zeros
-    after = tl.full([], 0, tl.int32)
-    added = tl.zeros([16], tl.float32)
-    x_row = no_row(tl.zeros([128 * WARPS], tl.int32), BLOCKS, 16 // BITS)
-    next_scale, next_bias = load_parameters(scale, bias, first + block_row, N, GROUPED, HAS_BIAS)
-    for round in tl.range(tl.cdiv(N - first, stride) * ROUNDS, num_stages=STAGES):
-        start = first + round // ROUNDS * stride
-        step_of_round = round % ROUNDS * DEPTH
-        words = load_words(weight, start, step_of_round, index, N, KW, WARPS, DEPTH, EVEN_N, EVEN)
-        row_scale, row_bias = next_scale, next_bias
-        next_start = first + (round + 1) // ROUNDS * stride
-        next_scale, next_bias = load_parameters(scale, bias, next_start + block_row, N, GROUPED, HAS_BIAS)
-        if round == 0:
-            wait_for_predecessor(PDL)
-            if not INTERPRETED:
-                after = zero_after_wait()
-            x_row = load_row(x, after, index, KW, BITS, WARPS, BLOCKS, COUNTS, INTERPRETED)
-            if COUNTS and not GROUPED:
-                for block in tl.static_range(BLOCKS):
-                    less, none = offset(x_row[block], less, none, BITS, INTERPRETED)
-                less += none
-            sums = less
-        if HAS_RESIDUAL:
-            if ROUNDS == 1 or round % ROUNDS == 0:
-                here = start + block_row
-                added = read_half(residual + after + tl.where(here < N, here, 0), INTERPRETED)
-        x_here = choose(x_row, step_of_round // 8)
-        group_less, group_scale = zeros, zeros
-        if GROUPED and COUNTS:
-            group_less, none = offset(x_here, zeros, zeros, BITS, INTERPRETED)
-            group_less += none
-        for step in tl.static_range(DEPTH):
-            if GROUPED:
-                sum_row = tl.minimum(start + index // 16 % 8 + index % 4 // 2 * 8, N - 1)
-                chunk = (step_of_round + step) * WARPS + index // 128
-                group = tl.minimum(chunk // GROUP_CHUNKS, GROUPS - 1)
-                group_scale = tl.load(scale + sum_row * GROUPS + group).to(tl.float32)
-            wanted = column == step_of_round % 8 + step
-            sums = add_step(
-                sums, words[step], x_here, group_less, wanted, group_scale, BITS, BFLOAT, GROUPED, INTERPRETED
+    zeros = tl.zeros([32 * WARPS], tl.float32)
+    turns = tl.cdiv(N - first, stride) * TURNS
+    slot = thread * 16
+    if not INTERPRETED:
+        slot += allocate(RING)
+        for turn in tl.static_range(LEAD):
+            above, below = weight_pointers(
+                weight, first + turn // TURNS * stride, turn % TURNS * SPAN, thread, N, KW, PER_WARP, EVEN_N
             )
-        if ROUNDS == 1 or round % ROUNDS == ROUNDS - 1:
-            both = tl.permute(tl.reshape(sums, [WARPS, 8, 4, 2, 2]), [0, 1, 3, 2, 4])
-            result = tl.sum(tl.reshape(tl.sum(tl.reshape(both, [WARPS, 16, 8]), 2), [WARPS, 16]), 0)
-            result = result * UNIT * row_scale.to(tl.float32) + row_bias.to(tl.float32)
+            for n in tl.static_range(SPAN):
+                copy_weights(
+                    slot + (turn * SPAN + n) * SLOT, above + n * 16, below + n * 16, turn % TURNS * SPAN + n,
+                    turn < turns, thread, CHUNKS, PER_WARP, SLOT, EVEN,
+                )  # fmt: skip
+    row_scale, row_bias = load_parameters(scale, bias, first + block_row, N, GROUPED, HAS_BIAS)
+    wait_for_predecessor(PDL)
+    after = tl.full([], 0, tl.int32)
+    if not INTERPRETED:
+        after = zero_after_wait()
+    less = zeros
+    if KEPT:
+        x_row = ()
+        for block in tl.static_range(BLOCKS):
+            x_row = x_row + (load_block(x, after, block, thread, CHUNKS, BITS, PER_WARP, INTERPRETED),)
+        arranged = ()
+        for block in tl.static_range(BLOCKS):
+            arranged = arranged + (arrange(x_row[block], BITS, INTERPRETED),)
+            if COUNTS and not GROUPED:
+                even, odd = offset(arranged[block], zeros, BITS, INTERPRETED)
+                less += even + odd
+        x_row = arranged
+        x_here, x_next = x_row[0], x_row[0]
+    else:
+        x_next = load_block(x, after, 0, thread, CHUNKS, BITS, PER_WARP, INTERPRETED)
+        x_here = x_next
+    top, bottom = less, less
+    less_even, less_odd = zeros, zeros
+    added = tl.zeros([32], tl.float32)
+    for turn in tl.range(turns, num_stages=1):
+        start = first + turn // TURNS * stride
+        first_step = turn % TURNS * SPAN
+        next_start = first + (turn + LEAD) // TURNS * stride
+        next_step = (turn + LEAD) % TURNS * SPAN
+        next_above, next_below = weight_pointers(weight, next_start, next_step, thread, N, KW, PER_WARP, EVEN_N)
+        if KEPT:
+            x_here = choose(x_row, first_step // 8)
+            if COUNTS and GROUPED:
+                less_even, less_odd = offset(x_here, zeros, BITS, INTERPRETED)
+        elif first_step % 8 == 0:
+            # Read eight steps ahead, as it takes as long as the L2 cache does.
+            x_here = arrange(x_next, BITS, INTERPRETED)
+            x_next = load_block(x, after, (first_step // 8 + 1) % BLOCKS, thread, CHUNKS, BITS, PER_WARP, INTERPRETED)
+            if COUNTS:
+                less_even, less_odd = offset(x_here, zeros, BITS, INTERPRETED)
+                if not GROUPED:
+                    top += less_even + less_odd
+                    bottom += less_even + less_odd
+        if HAS_RESIDUAL:
+            if TURNS == 1 or first_step == 0:
+                row = start + block_row
+                added = read_half(residual + after + tl.where(row < N, row, 0), INTERPRETED)
+        place = slot + turn % LEAD * (SPAN * SLOT)
+        for n in tl.static_range(SPAN):
+            step = first_step + n
+            if INTERPRETED:
+                above, below = weight_pointers(weight, start, step, thread, N, KW, PER_WARP, EVEN_N)
+                here = exists(step, thread, CHUNKS, PER_WARP)
+                words = ()
+                for i in tl.static_range(8):
+                    words = words + (tl.load((above if i < 4 else below) + i % 4, mask=here, other=0),)
+            else:
+                wait_for_copy(WAIT)
+                words = read_step(place + n * SLOT, place + n * SLOT + SLOT // 2)
+            part, part_below = multiply_step(words, x_here, n % 2, BITS, BFLOAT, INTERPRETED)
+            if not INTERPRETED:
+                copy_weights(
+                    place + n * SLOT, next_above + n * 16, next_below + n * 16, next_step + n, turn + LEAD < turns,
+                    thread, CHUNKS, PER_WARP, SLOT, EVEN,
+                )  # fmt: skip
+            if GROUPED:
+                row = start + thread // 4 % 8
+                group = tl.minimum((thread // 32 * PER_WARP + step) // GROUP_CHUNKS, GROUPS - 1)
+                if COUNTS:
+                    surplus = less_odd if n % 2 == 1 else less_even
+                    part += surplus
+                    part_below += surplus
+                part *= tl.load(scale + tl.minimum(row, N - 1) * GROUPS + group).to(tl.float32)
+                part_below *= tl.load(scale + tl.minimum(row + 8, N - 1) * GROUPS + group).to(tl.float32)
+            wanted = thread % 4 == first_step % 8 // 2 + n // 2
+            top = tl.where(wanted, top + part, top)
+            bottom = tl.where(wanted, bottom + part_below, bottom)
+        if TURNS == 1 or turn % TURNS == TURNS - 1:
+            result = row_sums(top, bottom, INTERPRETED) * UNIT * row_scale.to(tl.float32) + row_bias.to(tl.float32)
             if GELU:
                 result = gelu(result)
             if HAS_RESIDUAL:
                 result += beta * added
             out_row = start + block_row
             tl.store(out + out_row, result, mask=out_row < N)
-            sums = less
+            row_scale, row_bias = load_parameters(scale, bias, start + stride + block_row, N, GROUPED, HAS_BIAS)
+            top, bottom = less, less
 
 
 def launch_quantized_row(
@@ -248,14 +271,11 @@ def launch_quantized_row(
     out: torch.Tensor,
     config: Row,
 ) -> None:
-    """out [1, N] = epilogue(x [1, K] W^T), ``weight`` int8 [N, K * bits / 8]; contiguous, ``serves`` is true.
-
-    ``config.registers`` holds for one row of halves and one scale per weight row; the other kernels need more.
-    """
+    """out [1, N] = epilogue(x [1, K] W^T), ``weight`` int8 [N, K * bits / 8]; contiguous, ``serves`` is true."""
     n = weight.shape[0]
-    smallest = group_size < 0 and x.dtype == torch.float16
     pdl = uses_pdl(x.device)
     programs = multiprocessor_count(x.device) * config.programs
+    span, lead = turns_under_way(config)
     quantized_row_kernel[(min(triton.cdiv(n, 16), programs),)](
         x.view(torch.int32),
         weight.view(torch.int32),
@@ -270,8 +290,10 @@ def launch_quantized_row(
         BFLOAT=x.dtype == torch.bfloat16,
         GROUP_CHUNKS=0 if group_size < 0 else group_size * bits // 8 // CHUNK_BYTES,
         WARPS=config.warps,
-        DEPTH=config.depth,
-        STAGES=config.stages,
+        SPAN=span,
+        LEAD=lead,
+        RING=ring(config.warps * span * lead * 1024),
+        WAIT=wait(span * lead),
         EVEN_N=n % 16 == 0,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
@@ -279,6 +301,11 @@ def launch_quantized_row(
         PDL=pdl,
         INTERPRETED=interpreted(),
         num_warps=config.warps,
-        maxnreg=config.registers if smallest else None,
         **pdl_options(pdl),
     )
+
+
+def turns_under_way(config: Row) -> tuple[int, int]:
+    """Steps of a turn and how many turns are under way, in what shared memory there is."""
+    span = config.span if config.warps * config.span <= MOST_KIB else 2
+    return span, min(config.lead, MOST_KIB // (config.warps * span))

@@ -1,4 +1,4 @@
-"""x W^T for 1 to 8 rows of x and an int8 or int4 weight: programs that stream weight rows through shared memory.
+"""x W^T for 2 to 8 rows of x and an int8 or int4 weight: programs that stream weight rows through shared memory.
 
 The weight does not depend on the kernel before, so its first rounds are under way before the wait for that kernel;
 Triton's software pipelining puts their copies before the loop, and the wait stands in the first round of the loop.
@@ -141,7 +141,6 @@ def quantized_stream_kernel(
     WARPS: tl.constexpr,
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
-    SINGLE: tl.constexpr,
     EVEN_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -152,7 +151,7 @@ def quantized_stream_kernel(
     """A program takes 16 * TILES weight rows at a time, every so many rows, until there are no more.
 
     The warps share the columns of a row. A round is DEPTH chunks of 64 bytes per warp and row; STAGES - 1 rounds are
-    under way. SINGLE: x has one row, and only its sums meet over the warps.
+    under way.
     """
     start_successor(PDL)
     ROWS: tl.constexpr = 16 * TILES
@@ -164,13 +163,9 @@ def quantized_stream_kernel(
     index = tl.arange(0, 128 * WARPS)
     part = index // 128
     # The sums after those of the warps are added: lane 4 g + t has the rows g and g + 8.
-    if SINGLE:
-        block_row = tl.arange(0, 16) // 2 + tl.arange(0, 16) % 2 * 8
-        m = tl.zeros([16], tl.int32)
-    else:
-        entry = tl.arange(0, 128)
-        block_row = entry % 32 // 4 + entry // 64 * 8
-        m = entry % 4 * 2 + entry // 32 % 2
+    entry = tl.arange(0, 128)
+    block_row = entry % 32 // 4 + entry // 64 * 8
+    m = entry % 4 * 2 + entry // 32 % 2
     first = tl.program_id(0) * ROWS
     stride = tl.num_programs(0) * ROWS
     zeros = tl.zeros([128 * WARPS], tl.float32)
@@ -223,15 +218,9 @@ def quantized_stream_kernel(
         if ROUNDS == 1 or round % ROUNDS == ROUNDS - 1:
             for tile in tl.static_range(TILES):
                 both = finish(sums[tile], less, BITS, BFLOAT, GROUPED, INTERPRETED)
-                if SINGLE:
-                    # The other columns of the product belong to no row of x.
-                    both = tl.where(index % 16 // 4 * 2 + index % 2 == 0, both, 0.0)
-                    both = tl.permute(tl.reshape(both, [WARPS, 8, 4, 2, 2]), [0, 1, 3, 2, 4])
-                    result = tl.sum(tl.reshape(tl.sum(tl.reshape(both, [WARPS, 16, 8]), 2), [WARPS, 16]), 0)
-                else:
-                    # In this order the warps' sums meet without conflicts in shared memory.
-                    both = tl.permute(tl.reshape(both, [WARPS, 32, 4]), [0, 2, 1])
-                    result = tl.sum(tl.reshape(both, [WARPS, 128]), 0)
+                # In this order the warps' sums meet without conflicts in shared memory.
+                both = tl.permute(tl.reshape(both, [WARPS, 32, 4]), [0, 2, 1])
+                result = tl.sum(tl.reshape(both, [WARPS, 128]), 0)
                 result = result * row_scales[tile].to(tl.float32) + row_biases[tile].to(tl.float32)
                 if GELU:
                     result = gelu(result)
@@ -269,12 +258,8 @@ def launch_quantized_stream(
     out: torch.Tensor,
     config: Stream,
 ) -> None:
-    """out [M, N] = epilogue(x [M, K] W^T), M <= 8, ``weight`` int8 [N, K * bits / 8]; contiguous, ``serves`` is true.
-
-    ``config.registers`` holds for one row of halves and one scale per weight row; the other kernels need more.
-    """
-    n, single = weight.shape[0], x.shape[0] == 1
-    smallest = single and group_size < 0 and x.dtype == torch.float16
+    """out [M, N] = epilogue(x [M, K] W^T), 2 <= M <= 8; ``weight`` int8 [N, K * bits / 8]; contiguous, ``serves``."""
+    n = weight.shape[0]
     pdl = uses_pdl(x.device)
     programs = multiprocessor_count(x.device) * config.programs
     quantized_stream_kernel[(min(triton.cdiv(n, 16 * config.tiles), programs),)](
@@ -295,7 +280,6 @@ def launch_quantized_stream(
         WARPS=config.warps,
         DEPTH=config.depth,
         STAGES=config.stages,
-        SINGLE=single,
         EVEN_N=n % (16 * config.tiles) == 0,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
@@ -303,6 +287,5 @@ def launch_quantized_stream(
         PDL=pdl,
         INTERPRETED=interpreted(),
         num_warps=config.warps,
-        maxnreg=config.registers if smallest else None,
         **pdl_options(pdl),
     )
