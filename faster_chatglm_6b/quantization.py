@@ -29,17 +29,27 @@ def quantize_weight(weight: torch.Tensor, bits: int, group_size: int = -1) -> tu
         float16 [out], or [out, in / group_size] with groups.
     """
     limit = 2 ** (bits - 1) - 1
+    rows, columns = weight.shape
+    # Made before anything else is: in the holes that float numbers leave, they would keep those from the driver.
+    give_back(weight.device)
+    integers = torch.empty(rows, columns * bits // 8, dtype=torch.int8, device=weight.device)
     # In float32 and rounded to the weight's dtype, which is how a device without half-precision arithmetic has it too.
     groups = weight.float().view(weight.shape[0], -1, weight.shape[1] if group_size < 0 else group_size)
     scale = (groups.abs().amax(dim=-1) / limit).to(weight.dtype).half()
     quotients = groups / scale.float()[..., None]
     if weight.dtype == torch.float16:
         quotients = quotients.half().float()
-    integers = torch.round(quotients).nan_to_num_(0).clamp_(-limit - 1, limit)
-    integers = integers.to(torch.int8).view(weight.shape)
+    rounded = torch.round(quotients).nan_to_num_(0).clamp_(-limit - 1, limit)
+    rounded = rounded.to(torch.int8).view(weight.shape)
     if bits == 4:
-        integers = (integers[:, ::2] << 4) | (integers[:, 1::2] & 0xF)
-    return integers, scale.squeeze(1) if group_size < 0 else scale
+        rounded = (rounded[:, ::2] << 4) | (rounded[:, 1::2] & 0xF)
+    return integers.copy_(rounded), scale.squeeze(1) if group_size < 0 else scale
+
+
+def give_back(device: torch.device) -> None:
+    """Let the driver have the memory that freed tensors leave in PyTorch's cache; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class QuantizedLinear(Linear):
@@ -68,8 +78,9 @@ class QuantizedLinear(Linear):
     @classmethod
     def of(cls, linear: nn.Linear, bits: int, group_size: int = -1) -> "QuantizedLinear":
         """The quantised form of a float layer, on its device."""
-        layer = cls(linear.in_features, linear.out_features, False, bits, group_size, device=linear.weight.device)
         integers, scale = quantize_weight(linear.weight.detach(), bits, group_size)
+        # On the CPU, where memory that nobody writes costs nothing: both tensors are replaced.
+        layer = cls(linear.in_features, linear.out_features, False, bits, group_size, device="cpu")
         layer.weight, layer.weight_scale, layer.bias = frozen(integers), frozen(scale), linear.bias
         return layer
 
@@ -220,6 +231,7 @@ class QuantizationMixin:
         if head_bits:
             self.lm_head = QuantizedLinear.of(self.lm_head, head_bits)
             config.tie_word_embeddings = False
+        give_back(self.lm_head.weight.device)
         config.quantization_bit = bits
         config.quantization_group_size = group_size
         config.quantization_head_bits = head_bits

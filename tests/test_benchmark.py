@@ -135,7 +135,11 @@ REFUSED = {
     ("--group-size", "128"): "--group-size and --head-bits need --bits 8 or --bits 4.",
     ("--table", "--no-fast"): "--table measures both backends, quantised and not; leave --fast out.",
     ("--table", "--suite"): "--table was given with --suite; run one after the other.",
-    ("--suite", "--bits", "8"): "--suite measures float16, int8 and int4 weights; leave the options of quantisation out.",
+    (
+        "--suite",
+        "--bits",
+        "8",
+    ): "--suite measures float16, int8 and int4 weights; leave the options of quantisation out.",
     ("--quick",): "--quick shortens --table and --suite; give one of them, or fewer --iters.",
 }
 
