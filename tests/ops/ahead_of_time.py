@@ -121,5 +121,5 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
         usage = subprocess.run(
             [_CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return Resources(kernel.metadata.shared, int(registers), int(stack))
+    registers, stack, static = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage).groups())
+    return Resources(kernel.metadata.shared + static, registers, stack)

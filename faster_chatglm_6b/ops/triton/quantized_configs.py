@@ -75,7 +75,7 @@ _HOPPER: Streams = {
     },
 }
 _OTHER: Streams = {}
-_DEFAULT_ROW = Row(4, 4, 1, 4)
+_DEFAULT_ROW = Row(4, 4, 2, 3)
 _HOPPER_ROWS: Rows = {
     8: {
         (3 * _HIDDEN, _HIDDEN): Row(4, 2, 3, 6),
