@@ -146,3 +146,7 @@ def test_aims_that_were_missed_are_counted():
         assert len(rows) == missed + sum(line.endswith(f"| {words['met']} |") for line in rows)
         summary = words["some_missed" if missed else "all_met"]
         assert text.splitlines()[-1] == summary.format(missed=missed, count=len(rows))
+        # Beside each check of the suite stands what the full run before measured.
+        for before in make_tables.read(make_tables.CHECKS_BEFORE, make_tables.DATA):
+            what = before["what"] if language == "en" else make_tables.WORDS["checks_zh"][before["what"]]
+            assert any(row.startswith(f"| {what} | {before['measured']:.4g} | ") for row in rows), what
