@@ -43,7 +43,9 @@ def quantize_weight(weight: torch.Tensor, bits: int, group_size: int = -1) -> tu
     rounded = rounded.to(torch.int8).view(weight.shape)
     if bits == 4:
         rounded = (rounded[:, ::2] << 4) | (rounded[:, 1::2] & 0xF)
-    return integers.copy_(rounded), scale.squeeze(1) if group_size < 0 else scale
+    # In a statement of its own: OneFlow's returns nothing.
+    integers.copy_(rounded)
+    return integers, scale.squeeze(1) if group_size < 0 else scale
 
 
 def give_back(device: torch.device) -> None:
