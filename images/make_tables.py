@@ -29,7 +29,7 @@ READMES = {"en": "README.md", "zh": "README.zh.md"}
 # What the generated parts say, by language, and the names of the suite's checks in Chinese.
 WORDS = json.loads((Path(__file__).parent / "words.json").read_text("utf-8"))
 CHECKS_FILE = "benchmark_h200_checks.json"
-# The same checks by the full suite, earlier, on another card of the kind.
+# The same checks by an earlier run of the suite, on another card of the kind.
 CHECKS_BEFORE = "benchmark_h200_checks_before.json"
 _BLOCK = re.compile(r"(<!-- (\w+): [^\n]* -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -126,6 +126,8 @@ def _ratios(language: str, data: Path) -> str:
     faster, slower = ({name: rate / rows["fp16"] for name, rate in rows.items() if name != "fp16"} for rows in rates)
     against = {name: rates[0][name] / rate for name, rate in rates[1].items()}
     text = words["ratios"].format(ours=listed(against), faster=listed(faster), torch=listed(slower))
+    whole = {name: torch[name]["average_s"] / ours[name]["average_s"] for name in torch}
+    text += "\n" + words["whole_calls"].format(times=listed(whole))
     pairs = [
         words["pair"].format(precision=name, suite=run["ms_per_step"], table=ours[name]["ms_per_step"])
         for name, run in of_the_suite(1, data).items()
