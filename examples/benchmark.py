@@ -76,7 +76,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     mode = work.add_mutually_exclusive_group()
     mode.add_argument("--sample", dest="mode", action="store_const", const="sample", help="as chat samples")
     mode.add_argument("--stream", dest="mode", action="store_const", const="stream", help="as stream_chat samples")
-    work.add_argument("--iters", type=count, help="measured iterations (20; 5 with --suite)")
+    work.add_argument("--iters", type=count, help="measured iterations (20; 15 with --suite)")
     work.add_argument("--warmup-iters", type=count, help="iterations before them (1; 2 with --suite)")
     whole = parser.add_argument_group("whole experiments")
     whole.add_argument("--table", action="store_true", help="both backends, quantisation off, 8 and 4, in 5 runs each")
@@ -138,7 +138,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.backend = args.backend or BACKENDS[args.fast is False]
     args.bits = args.bits or (8 if args.quant else 16)
     args.runs = args.runs or (1 if args.quick else 5)
-    args.iters = args.iters or (3 if args.quick else 5 if args.suite else 20)
+    args.iters = args.iters or (3 if args.quick else 15 if args.suite else 20)
     args.warmup_iters = args.warmup_iters or (2 if args.suite and not args.quick else 1)
     if args.prompt_tokens is None and (args.suite or not args.model_name):
         args.prompt_tokens = 20

@@ -32,7 +32,8 @@ RUNS = (
 )
 # Bits, the batches to measure, and the most GB that the weights may hold of the GPU's memory.
 QUANTISED = ((8, (1,), 7.5), (4, (1, 8), 4.6))
-FIRST = "--first-generate"
+# What this file does in a process of its own.
+FIRST, HELD = "--first-generate", "--memory-of"
 
 
 def first_generate() -> None:
@@ -46,11 +47,18 @@ def first_generate() -> None:
     print(json.dumps(times))
 
 
-def in_new_process(cache: str) -> dict[str, float]:
-    """``first_generate`` with Triton's cache in the directory ``cache``."""
-    environment = os.environ | {"TRITON_CACHE_DIR": cache}
+def memory_held(bits: int) -> None:
+    """In a process of its own: GB that PyTorch holds of the GPU's memory once the model is quantised, as JSON."""
+    model = _measuring.build_model(None)
+    model.quantize(bits)
+    print(json.dumps(torch.cuda.memory_reserved() / 1e9))
+
+
+def in_new_process(*arguments: str, cache: str | None = None) -> Any:
+    """What this file prints with these arguments; Triton's cache in the directory ``cache``."""
+    environment = os.environ | ({} if cache is None else {"TRITON_CACHE_DIR": cache})
     done = subprocess.run(
-        [sys.executable, __file__, FIRST], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True, timeout=300
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -88,15 +96,6 @@ def memory_at_2048(model: torch.nn.Module) -> tuple[float, float]:
     peak = torch.cuda.max_memory_reserved()
     model.release_cache()
     return peak / 1e9, (weights + cache) / 1e9
-
-
-def quantised(name: str | None, bits: int) -> tuple[torch.nn.Module, float]:
-    """The model in int8 or int4, and GB of the GPU's memory that it holds."""
-    model = _measuring.build_model(name)
-    model.quantize(bits)
-    gc.collect()
-    torch.cuda.empty_cache()
-    return model, torch.cuda.memory_reserved() / 1e9
 
 
 def measure(
@@ -154,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as cache:
         for state, limit in (("empty", 20), ("filled", 3)):
             start = time.perf_counter()
-            times = in_new_process(cache)
+            times = in_new_process(FIRST, cache=cache)
             check(f"first generate, kernel cache {state}, s", times["greedy"], f"<= {limit}", times["greedy"] <= limit)
             print(f"     then the first sampled call: {times['sample']:.2f} s", flush=True)
             print(f"     whole process: {time.perf_counter() - start:.0f} s", flush=True)
@@ -167,7 +166,8 @@ def run(args: argparse.Namespace) -> None:
     for bits, batches, limit in QUANTISED:
         gc.collect()
         torch.cuda.empty_cache()
-        model, held = quantised(args.model_name, bits)
+        held = in_new_process(HELD, str(bits))
+        model = _measuring.build_model(args.model_name).quantize(bits)
         _measuring.append(args.json, [measure(model, machine, args, batch, 20, 128, "greedy") for batch in batches])
         check(f"memory after loading int{bits}, GB", held, f"<= {limit}", held <= limit)
         del model
@@ -176,6 +176,6 @@ def run(args: argparse.Namespace) -> None:
         path.with_name(f"{path.stem}_checks.json").write_text(json.dumps(checks, indent=1) + "\n")
 
 
-if __name__ == "__main__" and sys.argv[1:] == [FIRST]:
+if __name__ == "__main__" and sys.argv[1:2] in ([FIRST], [HELD]):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    first_generate()
+    first_generate() if sys.argv[1] == FIRST else memory_held(int(sys.argv[2]))

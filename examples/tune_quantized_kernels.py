@@ -110,7 +110,8 @@ class Step:
         hidden, normed, packed, mixed, inner, logits = (
             torch.zeros(batch, width, **half) for width in (HIDDEN, HIDDEN, 3 * HIDDEN, HIDDEN, INNER, VOCAB)
         )
-        gamma, shift = torch.ones(HIDDEN, **half), torch.zeros(HIDDEN, **half)
+        # Those of every LayerNorm lie elsewhere, as in the model.
+        gammas, shifts = torch.ones(2 * LAYERS + 1, HIDDEN, **half), torch.zeros(2 * LAYERS + 1, HIDDEN, **half)
         capacity = 256 if context < 200 else 2048
         keys, values = (torch.randn(LAYERS, batch, HEADS, capacity, SIZE, **half) for _ in range(2))
         cos, sin = (torch.rand(capacity + 2, SIZE // 4, **half) for _ in range(2))
@@ -130,29 +131,29 @@ class Step:
         )
         tokens = torch.ones(batch, dtype=torch.int64, device="cuda")
 
-        def normalised(product: Product, out: torch.Tensor, gelu: bool = False) -> None:
+        def normalised(norm: int, product: Product, out: torch.Tensor, gelu: bool = False) -> None:
             if product.bits == 16:
                 kernels.layer_norm_matmul_bias(
-                    hidden, gamma, shift, 1e-5, product.weight, product.bias, gelu, normed, out, workspace
+                    hidden, gammas[norm], shifts[norm], 1e-5, product.weight, product.bias, gelu, normed, out, workspace
                 )
             else:
                 kernels.layer_norm_quantized_linear(
-                    hidden, gamma, shift, 1e-5, product.weight, product.scale, product.bias, product.bits,
+                    hidden, gammas[norm], shifts[norm], 1e-5, product.weight, product.scale, product.bias, product.bits,
                     product.group_size, gelu, normed, out, workspace,
                 )  # fmt: skip
 
         def step() -> None:
             kernels.embedding(tokens, self.embedding, out=hidden)
             for index, (qkv, dense, up, down) in enumerate(self.layers):
-                normalised(qkv, packed)
+                normalised(2 * index, qkv, packed)
                 kernels.decode_attention(
                     packed, keys[index], values[index], length, zeros, zeros, zeros, cos, sin,
                     max_length=capacity, stable_state=True, workspace=workspace, out=mixed,
                 )  # fmt: skip
                 dense(mixed, hidden, normed, workspace=workspace)
-                normalised(up, inner, gelu=True)
+                normalised(2 * index + 1, up, inner, gelu=True)
                 down(inner, hidden, normed, workspace=workspace)
-            normalised(self.head, logits)
+            normalised(2 * LAYERS, self.head, logits)
             if greedy:
                 kernels.greedy_sample(logits, state, workspace=workspace)
 

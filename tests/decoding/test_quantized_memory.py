@@ -13,15 +13,15 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 # Two layers as wide as ChatGLM-6B's, so that every weight is as large as there, and a small vocabulary.
-CONFIG = ChatGLMConfig(
-    num_layers=2,
-    vocab_size=6000,
-    bos_token_id=5004,
-    eos_token_id=5005,
-    mask_token_id=5000,
-    gmask_token_id=5001,
-    pad_token_id=3,
-)
+SETTINGS = {
+    "num_layers": 2,
+    "vocab_size": 6000,
+    "bos_token_id": 5004,
+    "eos_token_id": 5005,
+    "mask_token_id": 5000,
+    "gmask_token_id": 5001,
+    "pad_token_id": 3,
+}
 # PyTorch takes memory from the driver in pieces of up to 20 MiB.
 SLACK = 60 << 20
 
@@ -31,7 +31,7 @@ def test_the_float_weights_go_back_to_the_driver(bits):
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
-    model = ChatGLMForConditionalGeneration(CONFIG).half().cuda()
+    model = ChatGLMForConditionalGeneration(ChatGLMConfig(**SETTINGS)).half().cuda()
     held = torch.cuda.memory_reserved() - before
     model.quantize(bits)
     left = torch.cuda.memory_reserved() - before

@@ -1,6 +1,7 @@
 """Checks of the products with integer weights against float64, shared by the interpreter's and the GPU's tests."""
 
 import math
+from dataclasses import replace
 
 import torch
 from operator_checks import ALPHA, assert_close, gelu64, layer_norm64, poison, random
@@ -11,7 +12,8 @@ from faster_chatglm_6b.ops.triton.dequantize import dequantize
 from faster_chatglm_6b.ops.triton.quantized_configs import Quantized, Row, Stream
 from faster_chatglm_6b.ops.triton.quantized_gemv import launch_quantized_gemv
 from faster_chatglm_6b.ops.triton.quantized_matmul import launch_quantized_matmul, serves
-from faster_chatglm_6b.ops.triton.quantized_row import launch_quantized_row
+from faster_chatglm_6b.ops.triton.quantized_norm import LayerNorm
+from faster_chatglm_6b.ops.triton.quantized_row import launch_quantized_row, normalises
 from faster_chatglm_6b.ops.triton.quantized_stream import launch_quantized_stream
 
 LAUNCHES = {Quantized: launch_quantized_matmul, Stream: launch_quantized_stream, Row: launch_quantized_row}
@@ -105,6 +107,27 @@ def check_dequantize(device: str, dtype: torch.dtype, bits: int, n: int, k: int,
     w, scale, exact = quantized_weight(device, bits, n, k, group_size)
     out = dequantize(w, scale, bits, dtype, out=poison(device, dtype, n, k))
     assert torch.equal(out, exact.float().to(dtype))
+
+
+def check_normalised_row(
+    device: str, dtype: torch.dtype, bits: int, n: int, k: int, group_size: int, config: Row, mean: float = 0.0
+) -> None:
+    """The product that normalises its x, of numbers around ``mean``."""
+    w, scale, exact = quantized_weight(device, bits, n, k, group_size)
+    gamma, beta, bias = (random(device, dtype, size) for size in (k, k, n))
+    x = random(device, dtype, 1, k) * 3 + mean
+    assert serves(x, w, bits, group_size) and normalises(bits, k, replace(config, normalises=True))
+    out, normed = poison(device, dtype, 1, n), poison(device, dtype, 1, k)
+    norm = LayerNorm(gamma, beta, 1e-5, normed)
+    launch_quantized_row(x, w, scale, bits, group_size, bias, None, 1.0, True, out, config, norm)
+    assert_close(normed, layer_norm64(x, gamma, beta, 1e-5))
+    assert_close(out, expected_product(normed, exact, bias, None, True))
+    # Nothing to divide by: what is left is beta.
+    launch_quantized_row(
+        torch.full_like(x, 1000.0), w, scale, bits, group_size, bias, None, 1.0, True, out, config, norm
+    )
+    assert (normed - beta).abs().max() <= 0.1
+    assert_close(out, expected_product(normed, exact, bias, None, True))
 
 
 def check_layer_norm_quantized(device: str, dtype: torch.dtype, bits: int, rows: int, n: int, k: int) -> None:

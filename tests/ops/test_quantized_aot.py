@@ -8,10 +8,12 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to compile")
 
 import ahead_of_time  # noqa: E402
+from ahead_of_time import Launch  # noqa: E402
 from launches import HIDDEN, INNER, WEIGHTS, meta  # noqa: E402
 
 from faster_chatglm_6b.ops.triton.dequantize import dequantize  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized_configs import (  # noqa: E402
+    Row,
     quantized_config,
     row_config,
     rows_for,
@@ -20,14 +22,30 @@ from faster_chatglm_6b.ops.triton.quantized_configs import (  # noqa: E402
 )
 from faster_chatglm_6b.ops.triton.quantized_gemv import launch_quantized_gemv  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized_matmul import launch_quantized_matmul, tiles_of  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized_norm import LayerNorm  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized_row import (  # noqa: E402
     launch_quantized_row,
     quantized_row_kernel,
+    words_kept,
 )
 from faster_chatglm_6b.ops.triton.quantized_stream import launch_quantized_stream  # noqa: E402
 
 CAPABILITIES = (80, 86, 89, 90)
 HALF, BFLOAT = torch.float16, torch.bfloat16
+
+
+def normalised_product(capability: int, bits: int, n: int, config: Row) -> Launch:
+    """The launch of a product with LayerNorm in it."""
+
+    def call() -> None:
+        norm = LayerNorm(meta(HALF, HIDDEN), meta(HALF, HIDDEN), 1e-5, meta(HALF, 1, HIDDEN))
+        launch_quantized_row(
+            meta(HALF, 1, HIDDEN), meta(torch.int8, n, HIDDEN * bits // 8), meta(HALF, n), bits, -1, meta(HALF, n),
+            None, 1.0, n == INNER, meta(HALF, 1, n), config, norm,
+        )  # fmt: skip
+
+    (launch,) = ahead_of_time.record(capability, call)
+    return launch
 
 
 def product(capability: int, dtype: torch.dtype, bits: int, rows: int, n: int, k: int, group_size: int) -> list:
@@ -130,3 +148,24 @@ def test_of_one_row_the_weight_is_on_its_way_before_the_wait_and_nothing_else(bi
         for text, word in ((ir, "ld.global"), (ptx, "ld.global.v4")):
             reads = [found.start() for found in re.finditer(re.escape(word), text)]
             assert reads and min(reads) > text.index("griddepcontrol.wait"), "x or the residual is read before the wait"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("bits, config", [(8, Row(4, 2, 3, 6)), (8, Row(8, 4, 1, 4)), (4, Row(4, 4, 2, 3))])
+def test_of_a_row_that_is_normalised_only_x_is_read_after_the_wait(bits, config, capability):
+    launch = normalised_product(capability, bits, 3 * HIDDEN, config)
+    resources = ahead_of_time.compile_launch(launch, capability)
+    assert resources.stack == 0 and resources.shared <= 48 << 10, resources
+    if capability < 90:
+        return
+    ir = ahead_of_time.compiled(launch, capability).asm["ttgir"]
+    before, after = ir.split("griddepcontrol.wait")
+    # gamma and beta, then x.
+    reads = words_kept(bits, HIDDEN, config.warps) // 4
+    assert [part.count("ld.global.v4") for part in (before, after)] == [2 * reads, reads]
+    derived = {"%x"}
+    for line in before.splitlines():
+        names = re.findall(r"%\w+", line)
+        if "=" in line and derived & set(names[1:]):
+            assert "ld.global" not in line and "tt.load" not in line, line
+            derived.add(names[0])

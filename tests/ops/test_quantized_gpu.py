@@ -85,6 +85,16 @@ def test_row_configurations(bits, dtype):
 
 
 @BITS
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=["fp16", "bf16"])
+def test_rows_that_are_normalised(bits, dtype):
+    # One warp and many, one block of x and two, uneven rows and columns; a mean as large as ten deviations.
+    for config in (Row(4, 4, 2, 3), Row(2, 2, 3, 2), Row(8, 4, 1, 4), Row(4, 2, 3, 6)):
+        for n, k, group_size, mean in ((300, 1152, -1, 0.0), (5000, 2048, 128, 30.0), (70, 4096 // bits * 4, -1, 3.0)):
+            checks.check_normalised_row(DEVICE, dtype, bits, n, k, group_size, config, mean)
+
+
+@BITS
 def test_large_values_and_layer_norm(bits):
     checks.check_large_values(DEVICE, bits, 4096)
-    checks.check_layer_norm_quantized(DEVICE, HALF, bits, 1, 12288, 4096)
+    for rows, n, k in ((1, 12288, 4096), (1, 16384, 4096), (2, 12288, 4096), (1, 300, 16384)):
+        checks.check_layer_norm_quantized(DEVICE, HALF, bits, rows, n, k)

@@ -51,6 +51,9 @@ CASES = [
     ("layer_norm_quantized", HALF, [4, 2, 17, 128]),
     ("layer_norm_quantized", HALF, [4, 1, 17, 384]),
     ("layer_norm_quantized", HALF, [8, 1, 40, 256]),
+    ("normalised_row", HALF, [4, 300, 1152, -1, "Row(2, 4, 1, 1)", 10.0]),
+    ("normalised_row", HALF, [8, 37, 1024, 128, "Row(2, 2, 2, 1)"]),
+    ("normalised_row", "bfloat16", [8, 40, 512, -1, "Row(1, 2, 2, 2)"]),
 ]
 
 

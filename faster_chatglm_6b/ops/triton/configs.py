@@ -87,7 +87,7 @@ _HOPPER = Family(
     gemv_default=Gemv(2, 2048, 4),
     gemv_rows=2,
     attention=Attention(128, 4, 4),
-    attention_short=Attention(32, 2, 2),
+    attention_short=Attention(128, 8, 2),
     gemv={
         (4096, 4096): Gemv(2, 4096, 8, 4),
         (4096, 16384): Gemv(4, 1024, 4),

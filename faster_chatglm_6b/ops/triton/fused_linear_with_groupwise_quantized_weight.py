@@ -9,7 +9,8 @@ from .quantized_configs import quantized_config, row_config, rows_for, stream_co
 from .quantized_gemv import launch_quantized_gemv
 from .quantized_layout import layout_holds
 from .quantized_matmul import launch_quantized_matmul, serves, tiles_of
-from .quantized_row import launch_quantized_row
+from .quantized_norm import LayerNorm
+from .quantized_row import launch_quantized_row, normalises
 from .quantized_stream import MOST_ROWS as MOST_STREAM_ROWS
 from .quantized_stream import launch_quantized_stream
 from .skip_layer_norm import skip_layer_norm
@@ -68,7 +69,7 @@ def fused_linear_with_groupwise_quantized_weight(
         require(residual.shape == out.shape, f"residual is {tuple(residual.shape)}; it must be {tuple(out.shape)}")
         residual = residual.contiguous()
     group_size = -1 if groups == 1 else group_size
-    if serves(x_rows, w, num_bits, group_size) and layout_holds(x.device, x.dtype, num_bits):
+    if _serves(x_rows, w, num_bits, group_size):
         arguments = (x_rows, w, w_scale, num_bits, group_size, bias, residual, beta, gelu, out.view(rows, n))
         if rows == 1:
             launch_quantized_row(*arguments, row_config(rows_for(x.device), num_bits, n, k))
@@ -81,6 +82,11 @@ def fused_linear_with_groupwise_quantized_weight(
     else:
         _library(x_rows, w, w_scale, bias, num_bits, residual, beta, gelu, out.view(rows, n), workspace)
     return out
+
+
+def _serves(x: torch.Tensor, w: torch.Tensor, bits: int, group_size: int) -> bool:
+    """Whether the kernels on tensor cores take x [M, K]."""
+    return serves(x, w, bits, group_size) and layout_holds(x.device, x.dtype, bits)
 
 
 def _library(
@@ -131,7 +137,8 @@ def layer_norm_quantized_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The product above of ``skip_layer_norm(x, gamma, beta)``, and the normalised x.
 
-    Two launches: under programmatic dependent launch the product's weights are on their way while LayerNorm runs.
+    Two launches, or one where the tables say that it is faster (``Row.normalises``). Of two, under programmatic
+    dependent launch, the product's weights are on their way while LayerNorm runs.
 
     Args:
         x: [..., K]. gamma, beta: [K]. The rest as above.
@@ -140,8 +147,32 @@ def layer_norm_quantized_linear(
         out [..., N] and normed_out [..., K].
     """
     normed_out = torch.empty_like(x) if normed_out is None else normed_out
+    norm = LayerNorm(gamma, beta, epsilon, normed_out)
+    if _is_one_launch(x, norm, w, w_scale, num_bits, group_size):
+        (n, k), shape = (w.shape[0], x.shape[-1]), x.shape[:-1]
+        out = x.new_empty(*shape, n) if out is None else out
+        config = row_config(rows_for(x.device), num_bits, n, k)
+        row = x.reshape(1, k).contiguous()
+        launch_quantized_row(row, w, w_scale, num_bits, group_size, bias, None, 1.0, gelu, out.view(1, n), config, norm)
+        return out, normed_out
     skip_layer_norm(x, gamma, beta, epsilon=epsilon, out=normed_out)
     out = fused_linear_with_groupwise_quantized_weight(
         normed_out, w, w_scale, bias, num_bits, group_size, gelu=gelu, out=out, workspace=workspace
     )
     return out, normed_out
+
+
+def _is_one_launch(
+    x: torch.Tensor, norm: LayerNorm, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group_size: int
+) -> bool:
+    """Whether LayerNorm is part of the product; what does not fit together is left to the two, which say so."""
+    (n, k), groups = (w.shape[0], w.shape[1] * 8 // bits), 1 if group_size < 0 else x.shape[-1] // group_size
+    vectors = (norm.gamma, norm.beta, norm.out.view(-1))
+    return (
+        x.numel() == x.shape[-1] == k
+        and normalises(bits, k, row_config(rows_for(x.device), bits, n, k))
+        and _serves(x.reshape(1, k), w, bits, group_size)
+        and w_scale.numel() == n * groups
+        and all(t.shape == (k,) and t.dtype == x.dtype and t.data_ptr() % 16 == 0 for t in vectors)
+        and all(t.is_contiguous() for t in (*vectors, w, w_scale))
+    )

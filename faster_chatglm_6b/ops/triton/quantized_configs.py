@@ -43,13 +43,15 @@ class Row:
     """For one row of x: a program takes 16 weight rows at a time; its ``warps``, up to 16, share their columns.
 
     ``lead`` turns of ``span`` (2 or 4) steps of 64 bytes per warp and row are under way, as far as 47 KiB of shared
-    memory go: a step takes ``warps`` KiB. ``programs`` as in ``Stream``.
+    memory go: a step takes ``warps`` KiB. ``programs`` as in ``Stream``. ``normalises``: a LayerNorm before the product
+    is part of it, where x fits into registers, and no launch of its own.
     """
 
     warps: int
     span: int
     lead: int
     programs: int
+    normalises: bool = False
 
 
 # Of one GPU family: bits, then the weight's shape.
@@ -78,15 +80,15 @@ _OTHER: Streams = {}
 _DEFAULT_ROW = Row(4, 4, 2, 3)
 _HOPPER_ROWS: Rows = {
     8: {
-        (3 * _HIDDEN, _HIDDEN): Row(4, 2, 3, 6),
+        (3 * _HIDDEN, _HIDDEN): Row(4, 2, 3, 6, normalises=True),
         (_HIDDEN, _HIDDEN): Row(4, 4, 1, 2),
-        (_INNER, _HIDDEN): Row(8, 4, 1, 4),
+        (_INNER, _HIDDEN): Row(8, 4, 1, 4, normalises=True),
         (_HIDDEN, _INNER): Row(8, 4, 1, 2),
         (130528, _HIDDEN): Row(4, 2, 4, 6),
     },
     4: {
         (3 * _HIDDEN, _HIDDEN): Row(4, 4, 1, 6),
-        (_HIDDEN, _HIDDEN): Row(4, 4, 1, 2),
+        (_HIDDEN, _HIDDEN): Row(8, 2, 1, 2),
         (_INNER, _HIDDEN): Row(4, 4, 2, 4),
         (_HIDDEN, _INNER): Row(8, 4, 1, 2),
     },

@@ -14,6 +14,7 @@ import triton.language as tl
 from .common import gelu, multiprocessor_count, pdl_options, start_successor, wait_for_predecessor
 from .configs import interpreted, uses_pdl
 from .quantized_configs import CHUNK_BYTES, Row
+from .quantized_norm import LayerNorm, normalise, statistics, store_words
 from .quantized_reads import read_half, zero_after_wait
 from .quantized_ring import (
     allocate,
@@ -60,15 +61,35 @@ def exists(step, thread, CHUNKS: tl.constexpr, PER_WARP: tl.constexpr):
 
 
 @triton.jit
+def block_pointers(x, after, block, thread, CHUNKS: tl.constexpr, BITS: tl.constexpr, PER_WARP: tl.constexpr):
+    """Where x of eight steps begins for each thread, and whether it is there: lane 4 g + t holds that of step g."""
+    WORDS: tl.constexpr = 64 // BITS
+    step = block * 8 + thread // 4 % 8
+    pointers = x + ((thread // 32 * PER_WARP + step) * (4 * WORDS) + thread % 4 * WORDS + after)
+    return pointers, exists(step, thread, CHUNKS, PER_WARP)
+
+
+@triton.jit
 def load_block(
     x, after, block, thread, CHUNKS: tl.constexpr, BITS: tl.constexpr, PER_WARP: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """x of eight steps: lane 4 g + t holds that of step g."""
-    WORDS: tl.constexpr = 64 // BITS
-    step = block * 8 + thread // 4 % 8
-    pointers = x + ((thread // 32 * PER_WARP + step) * (4 * WORDS) + thread % 4 * WORDS + after)
-    return load_x(pointers, exists(step, thread, CHUNKS, PER_WARP), BITS, INTERPRETED)
+    """x of eight steps."""
+    pointers, here = block_pointers(x, after, block, thread, CHUNKS, BITS, PER_WARP)
+    return load_x(pointers, here, BITS, INTERPRETED)
+
+
+@triton.jit
+def only_existing(blocks, thread, CHUNKS: tl.constexpr, PER_WARP: tl.constexpr):
+    """The blocks with 0 for the steps that a warp does not have."""
+    new = ()
+    for block in tl.static_range(len(blocks)):
+        words = ()
+        for i in tl.static_range(len(blocks[block])):
+            here = exists(block * 8 + thread // 4 % 8, thread, CHUNKS, PER_WARP)
+            words = words + (tl.where(here, blocks[block][i], 0),)
+        new = new + (words,)
+    return new
 
 
 @triton.jit
@@ -114,8 +135,12 @@ def quantized_row_kernel(
     bias,  # [N]
     residual,  # [N]
     out,  # [N]
+    gamma,  # int32 [K / 2], as x
+    shift,  # int32 [K / 2]
+    normed,  # int32 [K / 2]
     N,
     beta,
+    epsilon,
     KW: tl.constexpr,
     BITS: tl.constexpr,
     BFLOAT: tl.constexpr,
@@ -125,6 +150,7 @@ def quantized_row_kernel(
     LEAD: tl.constexpr,  # turns under way
     RING: tl.constexpr,  # PTX that allocates LEAD turns of all warps
     WAIT: tl.constexpr,  # PTX that waits for the oldest step of LEAD turns
+    STATISTICS: tl.constexpr,  # PTX of the sums for LayerNorm, "" for none
     EVEN_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -170,6 +196,12 @@ def quantized_row_kernel(
                     turn < turns, thread, CHUNKS, PER_WARP, SLOT, EVEN,
                 )  # fmt: skip
     row_scale, row_bias = load_parameters(scale, bias, first + block_row, N, GROUPED, HAS_BIAS)
+    NORMALISED: tl.constexpr = STATISTICS != ""
+    if NORMALISED:
+        gammas, shifts = (), ()
+        for block in tl.static_range(BLOCKS):
+            gammas = gammas + (load_block(gamma, 0, block, thread, CHUNKS, BITS, PER_WARP, INTERPRETED),)
+            shifts = shifts + (load_block(shift, 0, block, thread, CHUNKS, BITS, PER_WARP, INTERPRETED),)
     wait_for_predecessor(PDL)
     after = tl.full([], 0, tl.int32)
     if not INTERPRETED:
@@ -179,6 +211,14 @@ def quantized_row_kernel(
         x_row = ()
         for block in tl.static_range(BLOCKS):
             x_row = x_row + (load_block(x, after, block, thread, CHUNKS, BITS, PER_WARP, INTERPRETED),)
+        if NORMALISED:
+            x_row = normalise(x_row, gammas, shifts, KW * (32 // BITS), epsilon, STATISTICS, BFLOAT, INTERPRETED)
+            if CHUNKS != BLOCKS * 8 * WARPS:
+                x_row = only_existing(x_row, thread, CHUNKS, PER_WARP)
+            if tl.program_id(0) == 0:
+                for block in tl.static_range(BLOCKS):
+                    pointers, here = block_pointers(normed, after, block, thread, CHUNKS, BITS, PER_WARP)
+                    store_words(pointers, x_row[block], here)
         arranged = ()
         for block in tl.static_range(BLOCKS):
             arranged = arranged + (arrange(x_row[block], BITS, INTERPRETED),)
@@ -270,9 +310,13 @@ def launch_quantized_row(
     gelu_epilogue: bool,
     out: torch.Tensor,
     config: Row,
+    norm: LayerNorm | None = None,
 ) -> None:
-    """out [1, N] = epilogue(x [1, K] W^T), ``weight`` int8 [N, K * bits / 8]; contiguous, ``serves`` is true."""
-    n = weight.shape[0]
+    """out [1, N] = epilogue(x [1, K] W^T), ``weight`` int8 [N, K * bits / 8]; contiguous, ``serves`` is true.
+
+    With ``norm``, for which ``normalises`` is true, x is normalised first.
+    """
+    (n, k), bfloat = (weight.shape[0], x.shape[1]), x.dtype == torch.bfloat16
     pdl = uses_pdl(x.device)
     programs = multiprocessor_count(x.device) * config.programs
     span, lead = turns_under_way(config)
@@ -283,17 +327,24 @@ def launch_quantized_row(
         scale if bias is None else bias,
         out if residual is None else residual,
         out,
+        *(
+            [x.view(torch.int32)] * 3
+            if norm is None
+            else (t.view(torch.int32) for t in (norm.gamma, norm.beta, norm.out))
+        ),
         n,
         float(beta),
+        0.0 if norm is None else norm.epsilon,
         KW=weight.shape[1] // 4,
         BITS=bits,
-        BFLOAT=x.dtype == torch.bfloat16,
+        BFLOAT=bfloat,
         GROUP_CHUNKS=0 if group_size < 0 else group_size * bits // 8 // CHUNK_BYTES,
         WARPS=config.warps,
         SPAN=span,
         LEAD=lead,
         RING=ring(config.warps * span * lead * 1024),
         WAIT=wait(span * lead),
+        STATISTICS="" if norm is None else statistics(words_kept(bits, k, config.warps), config.warps, bfloat),
         EVEN_N=n % 16 == 0,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
@@ -303,6 +354,17 @@ def launch_quantized_row(
         num_warps=config.warps,
         **pdl_options(pdl),
     )
+
+
+def words_kept(bits: int, k: int, warps: int) -> int:
+    """Words per thread that a row of ``k`` numbers takes."""
+    per_warp = -(-(k * bits // 8 // CHUNK_BYTES) // warps)
+    return -(-per_warp // 8) * (64 // bits)
+
+
+def normalises(bits: int, k: int, config: Row) -> bool:
+    """Whether a LayerNorm of x, of 16 bits a number, is part of the product."""
+    return config.normalises and words_kept(bits, k, config.warps) in (8, 16)
 
 
 def turns_under_way(config: Row) -> tuple[int, int]:
