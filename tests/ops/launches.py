@@ -42,9 +42,9 @@ def operator_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
             k_size=SIZE,
         )
 
-    def decode(splits: int, keys: int) -> Callable[[], object]:
+    def decode(splits: int, keys: int, **more: bool) -> Callable[[], object]:
         counts = int32(batch), int32(batch), int32(batch)
-        options = {"splits": splits, "max_length": keys, "stable_state": keys <= 256, "workspace": workspace}
+        options = {"splits": splits, "max_length": keys, "stable_state": keys <= 256, "workspace": workspace, **more}
         return lambda: kernels.decode_attention(packed, cache, cache, int32(1), *counts, table, table, **options)
 
     return [
@@ -60,6 +60,7 @@ def operator_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
         decode(1, 2048),
         decode(64, 2048),
         decode(8, 256),
+        decode(2, 256, quantized=True),
         lambda: kernels.embedding(meta(torch.int64, batch), meta(dtype, VOCAB, HIDDEN)),
     ]
 

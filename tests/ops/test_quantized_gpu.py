@@ -87,10 +87,14 @@ def test_row_configurations(bits, dtype):
 @BITS
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=["fp16", "bf16"])
 def test_rows_that_are_normalised(bits, dtype):
-    # One warp and many, one block of x and two, uneven rows and columns; a mean as large as ten deviations.
-    for config in (Row(4, 4, 2, 3), Row(2, 2, 3, 2), Row(8, 4, 1, 4), Row(4, 2, 3, 6)):
-        for n, k, group_size, mean in ((300, 1152, -1, 0.0), (5000, 2048, 128, 30.0), (70, 4096 // bits * 4, -1, 3.0)):
-            checks.check_normalised_row(DEVICE, dtype, bits, n, k, group_size, config, mean)
+    # Few warps and many, one block of x and two, uneven rows and columns; a mean as large as ten deviations.
+    for config, n, k, group_size, mean in (
+        (Row(4, 2, 3, 6), 300, 1152, -1, 0.0),
+        (Row(2, 2, 3, 2), 5000, 1024, 128, 30.0),
+        (Row(8, 4, 1, 4), 70, 4096, -1, 3.0),
+        (Row(4, 4, 2, 3), 12288, 4096, -1, 3.0),
+    ):
+        checks.check_normalised_row(DEVICE, dtype, bits, n, k, group_size, config, mean)
 
 
 @BITS

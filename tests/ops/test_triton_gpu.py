@@ -53,6 +53,8 @@ def test_rotary_and_concat(dtype, batch, rows, heads, size):
     [
         (1, 32, 128, 0, None),
         (1, 32, 128, 31, None),
+        (1, 32, 128, 127, None),
+        (1, 32, 128, 240, None),
         (1, 32, 128, 1500, None),
         (1, 32, 128, 777, 64),
         (33, 4, 32, 130, None),
@@ -64,6 +66,7 @@ def test_attention(dtype, batch, heads, size, length, splits):
     operators.check_attention(DEVICE, dtype, batch, heads, size, length, splits)
     operators.check_decode_attention(DEVICE, dtype, batch, heads, size, length, splits)
     operators.check_decode_attention(DEVICE, dtype, batch, heads, size, length, splits, two=False)
+    operators.check_decode_attention(DEVICE, dtype, batch, heads, size, length, splits, quantized=True)
 
 
 @DTYPES

@@ -52,12 +52,14 @@ class Family:
     ``gemv`` serves up to ``gemv_rows`` rows of x. ``layer_norm_gemv`` lists the weights whose GEMV normalises its input
     itself; for the others LayerNorm is a launch of its own. ``dot`` maps the padded number of rows (16, 32, 64) to a
     configuration per weight shape. ``attention_short`` serves up to 256 keys and fewer than
-    256 sequences times heads, ``attention`` the rest.
+    256 sequences times heads, ``attention`` the rest; ``attention_short_quantized`` is ``attention_short`` between
+    products with integer weights, whose programs leave it other room.
     """
 
     gemv_default: Gemv
     attention: Attention
     attention_short: Attention
+    attention_short_quantized: Attention
     gemv_rows: int = 1
     gemv: dict[tuple[int, int], Gemv] = field(default_factory=dict)
     layer_norm_gemv: dict[tuple[int, int], Gemv] = field(default_factory=dict)
@@ -74,6 +76,7 @@ _AMPERE = Family(
     gemv_default=Gemv(2, 2048, 4),
     attention=Attention(64, 4, 2),
     attention_short=Attention(32, 2, 2),
+    attention_short_quantized=Attention(32, 2, 2),
     dot_default=_DOT_DEFAULT,
 )
 # 8.6 and 8.9 have 99 KiB of shared memory per program.
@@ -81,13 +84,15 @@ _CONSUMER = Family(
     gemv_default=Gemv(2, 2048, 4),
     attention=Attention(64, 4, 2),
     attention_short=Attention(32, 2, 2),
+    attention_short_quantized=Attention(32, 2, 2),
     dot_default={**_DOT_DEFAULT, 64: Dot(64, 64, 4, 3)},
 )
 _HOPPER = Family(
     gemv_default=Gemv(2, 2048, 4),
     gemv_rows=2,
     attention=Attention(128, 4, 4),
-    attention_short=Attention(128, 8, 2),
+    attention_short=Attention(32, 2, 2),
+    attention_short_quantized=Attention(128, 8, 2),
     gemv={
         (4096, 4096): Gemv(2, 4096, 8, 4),
         (4096, 16384): Gemv(4, 1024, 4),
@@ -159,9 +164,16 @@ def layer_norm_gemv_config(tables: Family, n: int, k: int, element_size: int) ->
     return None if config is None or element_size != 2 else config
 
 
-def attention_config(tables: Family, pairs: int, max_length: int, element_size: int) -> Attention:
-    """Configuration of decode attention for ``pairs`` sequences times heads and up to ``max_length`` keys."""
-    config = tables.attention_short if pairs < 256 and max_length <= 256 else tables.attention
+def attention_config(
+    tables: Family, pairs: int, max_length: int, element_size: int, quantized: bool = False
+) -> Attention:
+    """Configuration of decode attention for ``pairs`` sequences times heads and up to ``max_length`` keys.
+
+    ``quantized``: between products with integer weights.
+    """
+    config = tables.attention
+    if pairs < 256 and max_length <= 256:
+        config = tables.attention_short_quantized if quantized else tables.attention_short
     return replace(config, block_t=config.block_t * 2 // element_size)
 
 

@@ -205,6 +205,7 @@ def _launch(
     workspace: Workspace | None,
     out: torch.Tensor,
     early: bool = False,
+    quantized: bool = False,
 ) -> None:
     """``rotary``: position, sop_index, cos, sin of the appending kernel, or None."""
     batch, heads, capacity, size = key_cache.shape
@@ -214,7 +215,7 @@ def _launch(
     )
     require(key_cache.stride(3) == 1, "the caches must have a contiguous last axis")
     keys = max_length or capacity
-    config = attention_config(family(key_cache.device), batch * heads, keys, key_cache.element_size())
+    config = attention_config(family(key_cache.device), batch * heads, keys, key_cache.element_size(), quantized)
     workspace = workspace or default_workspace(key_cache.device, batch)
     if splits is None:
         programs = multiprocessor_count(key_cache.device) * config.waves
@@ -308,6 +309,7 @@ def decode_attention(
     splits: int | None = None,
     max_length: int | None = None,
     stable_state: bool = False,
+    quantized: bool = False,
     workspace: Workspace | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -327,6 +329,7 @@ def decode_attention(
         stable_state: the caller promises that no launch that may still run writes anything but ``qkv``: ``length``,
             ``first_key``, ``position``, ``sop_index``, the tables and the filled slots are complete, as in a CUDA graph
             that holds one step and advances the length at its end. Then they are read before the wait.
+        quantized: whether the products around it have integer weights, which decides about speed only.
         out: [B, H * K].
 
     Raises:
@@ -343,5 +346,18 @@ def decode_attention(
     )
     out = qkv.new_empty(batch, heads * size) if out is None else out
     rotary = (position, sop_index, cos, sin)
-    _launch(qkv, key_cache, value_cache, length, first_key, rotary, splits, max_length, workspace, out, stable_state)
+    _launch(
+        qkv,
+        key_cache,
+        value_cache,
+        length,
+        first_key,
+        rotary,
+        splits,
+        max_length,
+        workspace,
+        out,
+        stable_state,
+        quantized,
+    )
     return out
