@@ -148,10 +148,7 @@ def test_aims_that_were_missed_are_counted():
         assert len(rows) == missed + sum(line.endswith(f"| {words['met']} |") for line in rows)
         summary = words["some_missed" if missed else "all_met"]
         assert text.splitlines()[-1] == summary.format(missed=missed, count=len(rows))
-        # Beside each check of the suite stands what the run before measured, or a dash.
-        before = {check["what"]: check["measured"] for check in make_tables.read(make_tables.CHECKS_BEFORE)}
         for check in make_tables.read(make_tables.CHECKS_FILE):
             what = check["what"] if language == "en" else make_tables.WORDS["checks_zh"][check["what"]]
-            earlier = f"{before[check['what']]:.4g}" if check["what"] in before else "–"
             verdict = words["met" if check["met"] else "missed"]
-            assert f"| {what} | {earlier} | {check['measured']:.4g} | {check['must']} | {verdict} |" in rows
+            assert f"| {what} | {check['measured']:.4g} | {check['must']} | {verdict} |" in rows
