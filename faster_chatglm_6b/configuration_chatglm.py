@@ -211,13 +211,14 @@ class ChatGLMConfig(PretrainedConfig):
                 )
         if self.quantization_bit not in (0, 4, 8, None) or isinstance(self.quantization_bit, float):
             raise ValueError(
-                f"config.json gives quantization_bit={self.quantization_bit!r}, but only 0, 4 and 8 exist; "
-                "take config.json from the checkpoint again."
+                f"config.json or an argument gives quantization_bit={self.quantization_bit!r}, but only 0, 4 and 8 "
+                "exist; give one of them, or take config.json from the checkpoint again."
             )
         if self.quantization_head_bits not in (0, 8, None) or isinstance(self.quantization_head_bits, float):
             raise ValueError(
-                f"config.json gives quantization_head_bits={self.quantization_head_bits!r}, but only 8 exists, and "
-                "null for a head that is not quantised; take config.json from the checkpoint again."
+                f"config.json or an argument gives quantization_head_bits={self.quantization_head_bits!r}, but only 8 "
+                "exists, and null (None) for a head that is not quantised; give one of them, or take config.json "
+                "from the checkpoint again."
             )
         if not isinstance(self.layernorm_epsilon, (int, float)) or not 0 < self.layernorm_epsilon < 1:
             raise ValueError(
@@ -230,13 +231,13 @@ class ChatGLMConfig(PretrainedConfig):
 def _check_size(name: str, value: Any, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(
-            f"config.json gives {name}={value!r}, but a positive integer is needed; "
-            "take config.json from the checkpoint again."
+            f"config.json or an argument gives {name}={value!r}, but a positive integer is needed; "
+            "give one, or take config.json from the checkpoint again."
         )
     if value > most:
         raise ValueError(
-            f"config.json gives {name}={value}, but more than {most} is refused; "
-            "take config.json from the checkpoint again."
+            f"config.json or an argument gives {name}={value}, but more than {most} is refused; "
+            "give less, or take config.json from the checkpoint again."
         )
 
 

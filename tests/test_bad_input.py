@@ -186,6 +186,19 @@ def test_integers_of_a_config_without_quantisation(golden_dir, tmp_path, bits):
         ChatGLMForConditionalGeneration.from_pretrained(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"quantization_bit": 5}, "or an argument gives quantization_bit=5, but only 0, 4 and 8 exist; give one"),
+        ({"quantization_bit": 4, "quantization_head_bits": 4}, "or an argument gives quantization_head_bits=4, but"),
+        ({"quantization_bit": 4, "quantization_group_size": 12}, "group_size=12, but it must be even and divide both"),
+    ],
+)
+def test_wrong_settings_of_quantisation_while_loading(checkpoint, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ChatGLMForConditionalGeneration.from_pretrained(checkpoint, **arguments)
+
+
 def test_scales_that_are_not_finite(golden_dir, tmp_path):
     checkpoint = shutil.copytree(golden_dir / "ckpt" / "tiny-int8", tmp_path / "checkpoint")
     tensors = load_file(checkpoint / "model.safetensors")
