@@ -47,9 +47,9 @@ def first_generate() -> None:
     print(json.dumps(times))
 
 
-def memory_held(bits: int) -> None:
+def memory_held(bits: int, name: str | None = None) -> None:
     """In a process of its own: GB that PyTorch holds of the GPU's memory once the model is quantised, as JSON."""
-    model = _measuring.build_model(None)
+    model = _measuring.build_model(name)
     model.quantize(bits)
     print(json.dumps(torch.cuda.memory_reserved() / 1e9))
 
@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> None:
     for bits, batches, limit in QUANTISED:
         gc.collect()
         torch.cuda.empty_cache()
-        held = in_new_process(HELD, str(bits))
+        held = in_new_process(HELD, str(bits), *([args.model_name] if args.model_name else []))
         model = _measuring.build_model(args.model_name).quantize(bits)
         _measuring.append(args.json, [measure(model, machine, args, batch, 20, 128, "greedy") for batch in batches])
         check(f"memory after loading int{bits}, GB", held, f"<= {limit}", held <= limit)
@@ -178,4 +178,4 @@ def run(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__" and sys.argv[1:2] in ([FIRST], [HELD]):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    first_generate() if sys.argv[1] == FIRST else memory_held(int(sys.argv[2]))
+    first_generate() if sys.argv[1] == FIRST else memory_held(int(sys.argv[2]), *sys.argv[3:])
