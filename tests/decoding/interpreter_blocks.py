@@ -20,6 +20,5 @@ def use_large_blocks(gemv: tuple[int, int, int] = (256, 512, 4), keys: int = 256
         gemv_default=configs.Gemv(*gemv),
         attention=attention,
         attention_short=attention,
-        attention_short_quantized=attention,
     )
     quantized_gemv.BLOCK_N = 256

@@ -52,14 +52,14 @@ class Family:
     ``gemv`` serves up to ``gemv_rows`` rows of x. ``layer_norm_gemv`` lists the weights whose GEMV normalises its input
     itself; for the others LayerNorm is a launch of its own. ``dot`` maps the padded number of rows (16, 32, 64) to a
     configuration per weight shape. ``attention_short`` serves up to 256 keys and fewer than
-    256 sequences times heads, ``attention`` the rest; ``attention_short_quantized`` is ``attention_short`` between
-    products with integer weights, whose programs leave it other room.
+    256 sequences times heads, ``attention`` the rest; ``attention_short_quantized``, where there is one, takes the
+    place of ``attention_short`` between products with integer weights, whose programs leave it other room.
     """
 
     gemv_default: Gemv
     attention: Attention
     attention_short: Attention
-    attention_short_quantized: Attention
+    attention_short_quantized: Attention | None = None
     gemv_rows: int = 1
     gemv: dict[tuple[int, int], Gemv] = field(default_factory=dict)
     layer_norm_gemv: dict[tuple[int, int], Gemv] = field(default_factory=dict)
@@ -76,7 +76,6 @@ _AMPERE = Family(
     gemv_default=Gemv(2, 2048, 4),
     attention=Attention(64, 4, 2),
     attention_short=Attention(32, 2, 2),
-    attention_short_quantized=Attention(32, 2, 2),
     dot_default=_DOT_DEFAULT,
 )
 # 8.6 and 8.9 have 99 KiB of shared memory per program.
@@ -84,7 +83,6 @@ _CONSUMER = Family(
     gemv_default=Gemv(2, 2048, 4),
     attention=Attention(64, 4, 2),
     attention_short=Attention(32, 2, 2),
-    attention_short_quantized=Attention(32, 2, 2),
     dot_default={**_DOT_DEFAULT, 64: Dot(64, 64, 4, 3)},
 )
 _HOPPER = Family(
@@ -173,7 +171,7 @@ def attention_config(
     """
     config = tables.attention
     if pairs < 256 and max_length <= 256:
-        config = tables.attention_short_quantized if quantized else tables.attention_short
+        config = (quantized and tables.attention_short_quantized) or tables.attention_short
     return replace(config, block_t=config.block_t * 2 // element_size)
 
 

@@ -5,7 +5,7 @@ import torch
 from .common import require
 from .dequantize import dequantize
 from .fused_matmul_bias import fused_matmul_bias
-from .quantized_configs import quantized_config, row_config, rows_for, stream_config, streams_for
+from .quantized_configs import Row, quantized_config, row_config, rows_for, stream_config, streams_for
 from .quantized_gemv import launch_quantized_gemv
 from .quantized_layout import layout_holds
 from .quantized_matmul import launch_quantized_matmul, serves, tiles_of
@@ -148,10 +148,10 @@ def layer_norm_quantized_linear(
     """
     normed_out = torch.empty_like(x) if normed_out is None else normed_out
     norm = LayerNorm(gamma, beta, epsilon, normed_out)
-    if _is_one_launch(x, norm, w, w_scale, num_bits, group_size):
+    config = _config_of_one_launch(x, norm, w, w_scale, num_bits, group_size)
+    if config is not None:
         (n, k), shape = (w.shape[0], x.shape[-1]), x.shape[:-1]
         out = x.new_empty(*shape, n) if out is None else out
-        config = row_config(rows_for(x.device), num_bits, n, k)
         row = x.reshape(1, k).contiguous()
         launch_quantized_row(row, w, w_scale, num_bits, group_size, bias, None, 1.0, gelu, out.view(1, n), config, norm)
         return out, normed_out
@@ -162,17 +162,19 @@ def layer_norm_quantized_linear(
     return out, normed_out
 
 
-def _is_one_launch(
+def _config_of_one_launch(
     x: torch.Tensor, norm: LayerNorm, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group_size: int
-) -> bool:
-    """Whether LayerNorm is part of the product; what does not fit together is left to the two, which say so."""
+) -> Row | None:
+    """For LayerNorm within the product, or None; what does not fit together is left to two launches, which say so."""
     (n, k), groups = (w.shape[0], w.shape[1] * 8 // bits), 1 if group_size < 0 else x.shape[-1] // group_size
     vectors = (norm.gamma, norm.beta, norm.out.view(-1))
-    return (
+    config = row_config(rows_for(x.device), bits, n, k)
+    fits = (
         x.numel() == x.shape[-1] == k
-        and normalises(bits, k, row_config(rows_for(x.device), bits, n, k))
+        and normalises(bits, k, config)
         and _serves(x.reshape(1, k), w, bits, group_size)
         and w_scale.numel() == n * groups
         and all(t.shape == (k,) and t.dtype == x.dtype and t.data_ptr() % 16 == 0 for t in vectors)
         and all(t.is_contiguous() for t in (*vectors, w, w_scale))
     )
+    return config if fits else None

@@ -192,6 +192,12 @@ def multiply(a, b, x, sums, BITS: tl.constexpr, BFLOAT: tl.constexpr, INTERPRETE
 
 
 @triton.jit
+def low_half(word, BFLOAT: tl.constexpr):
+    """float32 of the 16-bit number in the low half of each word."""
+    return (word & 0xFFFF).to(tl.int16).to(tl.bfloat16 if BFLOAT else tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def interpreted_product(a, b, x, BITS: tl.constexpr, BFLOAT: tl.constexpr):
     """What ``multiply`` adds, without PTX, for Triton's interpreter: it checks the arithmetic of rows and columns."""
     WARPS: tl.constexpr = a.shape[0] // 128
@@ -207,8 +213,8 @@ def interpreted_product(a, b, x, BITS: tl.constexpr, BFLOAT: tl.constexpr):
             SHIFT: tl.constexpr = 32 - BITS - BITS * (j ^ 1 if BITS == 4 else j)
             COLUMN: tl.constexpr = v * PER_WORD + j
             half = tl.reshape(x[COLUMN // 8], [WARPS, 8, 4, 4]) >> (16 * (j % 2))
-            half = tl.sum(tl.where(word == COLUMN % 8 // 2, half & 0xFFFF, 0), 3).to(tl.int16)
-            half = half.to(tl.bfloat16 if BFLOAT else tl.float16, bitcast=True).to(tl.float32)[:, None, :, :]
+            half = tl.sum(tl.where(word == COLUMN % 8 // 2, half, 0), 3)
+            half = low_half(half, BFLOAT)[:, None, :, :]
             q_a = tl.sum(tl.where(word == v, (a << SHIFT) >> (32 - BITS), 0), 3).to(tl.float32)
             q_b = tl.sum(tl.where(word == v, (b << SHIFT) >> (32 - BITS), 0), 3).to(tl.float32)
             above += tl.sum(q_a[:, :, None, :] * half, 3)

@@ -5,13 +5,14 @@ has the words of step g that lie at the columns of t. One tensor-core product of
 sums and squares: the pair as rows 0 to 7 of one operand, ones as rows 8 to 15, and as the columns of the other.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .quantized_mma import join_lines, mma
+from .quantized_mma import join_lines, low_half, mma
 
 
 class LayerNorm(NamedTuple):
@@ -23,6 +24,7 @@ class LayerNorm(NamedTuple):
     out: torch.Tensor
 
 
+@functools.cache
 def statistics(words: int, warps: int, bfloat: bool) -> str:
     """PTX of the sum and the sum of squares of a program's ``words`` words per thread. Operands: both; the words."""
     dtype, ones = ("bf16", "0x3F803F80") if bfloat else ("f16", "0x3C003C00")
@@ -104,10 +106,7 @@ _STATISTICS8 = tl.constexpr(",".join(["=&f"] * 2 + ["r"] * 8))
 @triton.jit
 def halves_of(word, BFLOAT: tl.constexpr):
     """float32 of the two 16-bit numbers of a word."""
-    dtype: tl.constexpr = tl.bfloat16 if BFLOAT else tl.float16
-    low = (word & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
-    high = (word >> 16).to(tl.int16).to(dtype, bitcast=True)
-    return low.to(tl.float32), high.to(tl.float32)
+    return low_half(word, BFLOAT), low_half(word >> 16, BFLOAT)
 
 
 @triton.jit
@@ -135,27 +134,10 @@ def sums_of_row(blocks, STATISTICS: tl.constexpr, BFLOAT: tl.constexpr, INTERPRE
         total = tl.sum(total, 0) + tl.zeros(words[0].shape, tl.float32)
         squares = tl.sum(squares, 0) + tl.zeros(words[0].shape, tl.float32)
     elif len(words) == 16:
-        total, squares = tl.inline_asm_elementwise(
-            STATISTICS,
-            _STATISTICS16,
-            [
-                words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7],
-                words[8], words[9], words[10], words[11], words[12], words[13], words[14], words[15],
-            ],
-            (tl.float32, tl.float32),
-            False,
-            1,
-        )  # fmt: skip
+        total, squares = tl.inline_asm_elementwise(STATISTICS, _STATISTICS16, words, (tl.float32, tl.float32), False, 1)
     else:
         tl.static_assert(len(words) == 8)
-        total, squares = tl.inline_asm_elementwise(
-            STATISTICS,
-            _STATISTICS8,
-            [words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7]],
-            (tl.float32, tl.float32),
-            False,
-            1,
-        )
+        total, squares = tl.inline_asm_elementwise(STATISTICS, _STATISTICS8, words, (tl.float32, tl.float32), False, 1)
     return total, squares
 
 

@@ -9,7 +9,7 @@ has copied itself, so that no barrier is needed, and multiplies it on the tensor
 import triton
 import triton.language as tl
 
-from .quantized_mma import join_lines, mma
+from .quantized_mma import join_lines, low_half, mma
 
 # A step takes half of a line of 128 bytes and the next step the other half: asking for both at once is worth 7 %.
 _COPY = join_lines(
@@ -219,14 +219,7 @@ def load_x(pointers, wanted, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
 def arrange(x, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
     """``load_x``'s words as ``multiply_step`` and ``offset`` take them."""
     if BITS == 4 and not INTERPRETED:
-        x = tl.inline_asm_elementwise(
-            _ARRANGE,
-            _ARRANGE_OPERANDS,
-            [x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11], x[12], x[13], x[14], x[15]],
-            _I16,
-            True,
-            1,
-        )
+        x = tl.inline_asm_elementwise(_ARRANGE, _ARRANGE_OPERANDS, x, _I16, True, 1)
     return x
 
 
@@ -240,34 +233,13 @@ def multiply_step(words, x, ODD: tl.constexpr, BITS: tl.constexpr, BFLOAT: tl.co
             PTX: tl.constexpr = _STEP4_BFLOAT_ODD if ODD else _STEP4_BFLOAT
         else:
             PTX: tl.constexpr = _STEP4_ODD if ODD else _STEP4
-        return tl.inline_asm_elementwise(
-            PTX,
-            _STEP4_OPERANDS,
-            [
-                words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7],
-                x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7],
-                x[8], x[9], x[10], x[11], x[12], x[13], x[14], x[15],
-            ],
-            (tl.float32, tl.float32),
-            True,
-            1,
-        )  # fmt: skip
+        return tl.inline_asm_elementwise(PTX, _STEP4_OPERANDS, words + x, (tl.float32, tl.float32), True, 1)
     else:
         if BFLOAT:
             PTX8: tl.constexpr = _STEP8_BFLOAT_ODD if ODD else _STEP8_BFLOAT
         else:
             PTX8: tl.constexpr = _STEP8_ODD if ODD else _STEP8
-        return tl.inline_asm_elementwise(
-            PTX8,
-            _STEP8_OPERANDS,
-            [
-                words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7],
-                x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7],
-            ],
-            (tl.float32, tl.float32),
-            True,
-            1,
-        )  # fmt: skip
+        return tl.inline_asm_elementwise(PTX8, _STEP8_OPERANDS, words + x, (tl.float32, tl.float32), True, 1)
 
 
 @triton.jit
@@ -276,23 +248,9 @@ def offset(x, zeros, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
     if INTERPRETED:
         return zeros, zeros
     elif BITS == 4:
-        return tl.inline_asm_elementwise(
-            _OFFSET4,
-            _OFFSET4_OPERANDS,
-            [x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11], x[12], x[13], x[14], x[15]],
-            (tl.float32, tl.float32),
-            True,
-            1,
-        )
+        return tl.inline_asm_elementwise(_OFFSET4, _OFFSET4_OPERANDS, x, (tl.float32, tl.float32), True, 1)
     else:
-        return tl.inline_asm_elementwise(
-            _OFFSET8,
-            _OFFSET8_OPERANDS,
-            [x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]],
-            (tl.float32, tl.float32),
-            True,
-            1,
-        )
+        return tl.inline_asm_elementwise(_OFFSET8, _OFFSET8_OPERANDS, x, (tl.float32, tl.float32), True, 1)
 
 
 @triton.jit
@@ -325,8 +283,7 @@ def interpreted_step(words, x, ODD: tl.constexpr, BITS: tl.constexpr, BFLOAT: tl
             # The even column is in the high nibble.
             SHIFT: tl.constexpr = 32 - BITS - BITS * (j ^ 1 if BITS == 4 else j)
             COLUMN: tl.constexpr = v * PER_WORD + j
-            half = ((x[COLUMN // 2] >> (16 * (COLUMN % 2))) & 0xFFFF).to(tl.int16)
-            half = half.to(tl.bfloat16 if BFLOAT else tl.float16, bitcast=True).to(tl.float32)
+            half = low_half(x[COLUMN // 2] >> (16 * (COLUMN % 2)), BFLOAT)
             half = tl.reshape(half, [WARPS, 8, 4])[:, None, :, :]
             q = tl.reshape(((words[v] << SHIFT) >> (32 - BITS)).to(tl.float32), [WARPS, 8, 4])
             above += tl.sum(q[:, :, None, :] * half, 3)

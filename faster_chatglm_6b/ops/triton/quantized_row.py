@@ -84,9 +84,9 @@ def only_existing(blocks, thread, CHUNKS: tl.constexpr, PER_WARP: tl.constexpr):
     """The blocks with 0 for the steps that a warp does not have."""
     new = ()
     for block in tl.static_range(len(blocks)):
+        here = exists(block * 8 + thread // 4 % 8, thread, CHUNKS, PER_WARP)
         words = ()
         for i in tl.static_range(len(blocks[block])):
-            here = exists(block * 8 + thread // 4 % 8, thread, CHUNKS, PER_WARP)
             words = words + (tl.where(here, blocks[block][i], 0),)
         new = new + (words,)
     return new
@@ -214,6 +214,7 @@ def quantized_row_kernel(
         if NORMALISED:
             x_row = normalise(x_row, gammas, shifts, KW * (32 // BITS), epsilon, STATISTICS, BFLOAT, INTERPRETED)
             if CHUNKS != BLOCKS * 8 * WARPS:
+                # Where there is no x, 0 less the mean may be infinite as a half, and times gamma's 0 that is NaN.
                 x_row = only_existing(x_row, thread, CHUNKS, PER_WARP)
             if tl.program_id(0) == 0:
                 for block in tl.static_range(BLOCKS):
