@@ -148,7 +148,7 @@ class Step:
                 normalised(2 * index, qkv, packed)
                 kernels.decode_attention(
                     packed, keys[index], values[index], length, zeros, zeros, zeros, cos, sin,
-                    max_length=capacity, stable_state=True, quantized=qkv.bits < 16, workspace=workspace, out=mixed,
+                    max_length=capacity, stable_state=True, workspace=workspace, out=mixed,
                 )  # fmt: skip
                 dense(mixed, hidden, normed, workspace=workspace)
                 normalised(2 * index + 1, up, inner, gelu=True)

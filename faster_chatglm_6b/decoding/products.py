@@ -7,18 +7,13 @@ import torch
 from ..quantization import QuantizedLinear
 
 
-def is_quantized(linear: Any) -> bool:
-    """Whether a layer's weight is of integers."""
-    return isinstance(linear, QuantizedLinear)
-
-
 def product(
     linear: Any, x: torch.Tensor, residual: torch.Tensor, beta: float, out: torch.Tensor, workspace: Any
 ) -> None:
     """out = linear(x) + beta * residual; x [B, K], residual and out [B, N]."""
     from ..ops import triton as kernels
 
-    if is_quantized(linear):
+    if isinstance(linear, QuantizedLinear):
         kernels.fused_linear_with_groupwise_quantized_weight(
             x,
             linear.weight,
@@ -45,7 +40,7 @@ def normed_product(
 
     parameters = (x, norm.weight, norm.bias, norm.eps, linear.weight)
     rest = {"gelu": gelu, "normed_out": normed_out, "out": out, "workspace": workspace}
-    if is_quantized(linear):
+    if isinstance(linear, QuantizedLinear):
         kernels.layer_norm_quantized_linear(
             *parameters, linear.weight_scale, linear.bias, linear.bits, linear.group_size, **rest
         )

@@ -6,7 +6,7 @@ import torch
 
 from ..prompt_layout import PromptLayout
 from .kv_cache import KVCache
-from .products import is_quantized, normed_product, product
+from .products import normed_product, product
 
 
 class DecodeStep:
@@ -92,7 +92,6 @@ class DecodeStep:
                 self.sin,
                 max_length=most_keys,
                 stable_state=stable_state,
-                quantized=is_quantized(attention.query_key_value),
                 workspace=workspace,
                 out=self._context,
             )

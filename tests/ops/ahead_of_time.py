@@ -123,3 +123,10 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
         ).stdout
     registers, stack, static = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage).groups())
     return Resources(kernel.metadata.shared + static, registers, stack)
+
+
+def check_start_of_the_next(launch: Launch, holds_back: bool) -> None:
+    """A kernel that holds the next one back starts it behind its own wait, any other before it."""
+    ptx = compiled(launch, 90).asm["ptx"]
+    wait, start = (ptx.index(f"griddepcontrol.{word}") for word in ("wait", "launch_dependents"))
+    assert (start > wait) == holds_back, ptx

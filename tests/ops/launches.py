@@ -21,6 +21,15 @@ def int32(*shape: int) -> torch.Tensor:
     return meta(torch.int32, *shape)
 
 
+def decode_attention_launch(dtype: torch.dtype, batch: int, splits: int, keys: int) -> Callable[[], object]:
+    """Decode attention of ``batch`` sequences."""
+    packed, counts = meta(dtype, batch, 3 * HIDDEN), [int32(1)] + 3 * [int32(batch)]
+    cache, table = meta(dtype, batch, HEADS, CAPACITY, SIZE), meta(dtype, POSITIONS, SIZE // 4)
+    options = {"splits": splits, "max_length": keys, "stable_state": keys <= 256}
+    options["workspace"] = kernels.Workspace("meta", batch)
+    return lambda: kernels.decode_attention(packed, cache, cache, *counts, table, table, **options)
+
+
 def operator_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
     """The operators that are no matrix product, in the shapes of a decode step."""
     batch = 2
@@ -42,11 +51,6 @@ def operator_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
             k_size=SIZE,
         )
 
-    def decode(splits: int, keys: int, **more: bool) -> Callable[[], object]:
-        counts = int32(batch), int32(batch), int32(batch)
-        options = {"splits": splits, "max_length": keys, "stable_state": keys <= 256, "workspace": workspace, **more}
-        return lambda: kernels.decode_attention(packed, cache, cache, int32(1), *counts, table, table, **options)
-
     return [
         lambda: kernels.fast_gelu(hidden),
         lambda: kernels.fused_fast_gelu_mul(hidden, hidden),
@@ -57,10 +61,7 @@ def operator_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
         lambda: kernels.fused_multi_head_attention_inference_v2(
             row, cache, cache, int32(1), int32(batch), splits=8, workspace=workspace
         ),
-        decode(1, 2048),
-        decode(64, 2048),
-        decode(8, 256),
-        decode(2, 256, quantized=True),
+        *(decode_attention_launch(dtype, *sizes) for sizes in ((2, 1, 2048), (2, 64, 2048), (2, 8, 256), (1, 2, 256))),
         lambda: kernels.embedding(meta(torch.int64, batch), meta(dtype, VOCAB, HIDDEN)),
     ]
 

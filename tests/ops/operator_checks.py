@@ -164,7 +164,6 @@ def check_decode_attention(
     length: int,
     splits: int | None,
     two: bool = True,
-    quantized: bool = False,
 ) -> None:
     capacity = length + 6
     qkv = random(device, dtype, batch, 3 * heads * size)
@@ -184,9 +183,9 @@ def check_decode_attention(
     workspace.partial.fill_(float("nan"))
     slot = torch.tensor([length], dtype=torch.int32, device=device)
     out = poison(device, dtype, batch, heads * size)
-    state = (slot, first_key, position, sop_index, cos, sin)
-    options = {"splits": splits, "quantized": quantized, "workspace": workspace, "out": out}
-    kernels.decode_attention(qkv, *caches, *state, **options)
+    kernels.decode_attention(
+        qkv, *caches, slot, first_key, position, sop_index, cos, sin, splits=splits, workspace=workspace, out=out
+    )
     query, key, value = qkv.view(batch, heads, 3, size).unbind(2)
     places = [position.long()[:, None], (length - sop_index + 1).long()[:, None]][: 2 if two else 1]
     query, key = rotate64(query, places, cos, sin).to(dtype), rotate64(key, places, cos, sin)

@@ -36,3 +36,9 @@ def test_compiles_within_the_limits(group, capability):
         assert resources.shared <= ahead_of_time.SHARED_MEMORY[capability], f"{launch}: {resources}"
         assert resources.stack == 0, f"{launch}: {resources}"
         assert ("launch_pdl", True) in launch.options or capability < 90, f"{launch} is not launched early"
+
+
+@pytest.mark.parametrize("batch, keys, holds_back", [(1, 256, True), (2, 256, False), (1, 2048, False)])
+def test_attention_between_the_products_of_one_row_holds_the_next_kernel_back(batch, keys, holds_back):
+    (launch,) = ahead_of_time.record(90, launches.decode_attention_launch(torch.float16, batch, 2, keys))
+    ahead_of_time.check_start_of_the_next(launch, holds_back)

@@ -150,6 +150,13 @@ def test_of_one_row_the_weight_is_on_its_way_before_the_wait_and_nothing_else(bi
             assert reads and min(reads) > text.index("griddepcontrol.wait"), "x or the residual is read before the wait"
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_of_one_row_only_the_product_after_attention_holds_the_next_kernel_back(bits):
+    for n, k in WEIGHTS:
+        (launch,) = product(90, HALF, bits, 1, n, k, -1)
+        ahead_of_time.check_start_of_the_next(launch, holds_back=(n, k) == (HIDDEN, HIDDEN))
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("bits, config", [(8, Row(4, 2, 3, 6)), (8, Row(8, 4, 1, 4)), (4, Row(4, 4, 2, 3))])
 def test_of_a_row_that_is_normalised_only_x_is_read_after_the_wait(bits, config, capability):

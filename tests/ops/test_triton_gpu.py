@@ -66,7 +66,6 @@ def test_attention(dtype, batch, heads, size, length, splits):
     operators.check_attention(DEVICE, dtype, batch, heads, size, length, splits)
     operators.check_decode_attention(DEVICE, dtype, batch, heads, size, length, splits)
     operators.check_decode_attention(DEVICE, dtype, batch, heads, size, length, splits, two=False)
-    operators.check_decode_attention(DEVICE, dtype, batch, heads, size, length, splits, quantized=True)
 
 
 @DTYPES

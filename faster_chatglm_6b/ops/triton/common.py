@@ -9,23 +9,31 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def start_successor(PDL: tl.constexpr):
-    """Let the next kernel start once all programs of this one run: the first statement where work precedes the wait."""
-    if PDL:
+def start_successor(PDL: tl.constexpr, HOLDS_BACK: tl.constexpr = False):
+    """Let the next kernel start once all programs of this one run: the first statement where work precedes the wait.
+
+    HOLDS_BACK: not yet, but in ``wait_for_predecessor``.
+    """
+    if PDL and not HOLDS_BACK:
         gdc_launch_dependents()
 
 
 @triton.jit
-def wait_for_predecessor(PDL: tl.constexpr):
+def wait_for_predecessor(PDL: tl.constexpr, HOLDS_BACK: tl.constexpr = False):
     """Let the next kernel start, then wait until every earlier kernel is done and its writes are visible.
+
+    HOLDS_BACK: the other way round, so that of all later kernels only the next one can be waiting.
 
     Under programmatic dependent launch a kernel starts while its predecessor still runs; what the predecessors may
     write must be read after this call only. Every kernel calls it, so that waiting for the predecessor means waiting
     for all before it.
     """
     if PDL:
-        gdc_launch_dependents()
+        if not HOLDS_BACK:
+            gdc_launch_dependents()
         gdc_wait()
+        if HOLDS_BACK:
+            gdc_launch_dependents()
 
 
 _PREFETCH = tl.constexpr("""{

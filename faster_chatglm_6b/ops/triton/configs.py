@@ -38,11 +38,15 @@ class Dot:
 
 @dataclass(frozen=True)
 class Attention:
-    """Decode attention: keys per block, warps, and the number of programs per multiprocessor that splitting aims at."""
+    """Decode attention: keys per block, warps, and the number of programs per multiprocessor that splitting aims at.
+
+    ``holds_back``: with one sequence, the next kernel starts only once the kernel before is done, as in ``Row``.
+    """
 
     block_t: int
     num_warps: int
     waves: int
+    holds_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,14 +56,12 @@ class Family:
     ``gemv`` serves up to ``gemv_rows`` rows of x. ``layer_norm_gemv`` lists the weights whose GEMV normalises its input
     itself; for the others LayerNorm is a launch of its own. ``dot`` maps the padded number of rows (16, 32, 64) to a
     configuration per weight shape. ``attention_short`` serves up to 256 keys and fewer than
-    256 sequences times heads, ``attention`` the rest; ``attention_short_quantized``, where there is one, takes the
-    place of ``attention_short`` between products with integer weights, whose programs leave it other room.
+    256 sequences times heads, ``attention`` the rest.
     """
 
     gemv_default: Gemv
     attention: Attention
     attention_short: Attention
-    attention_short_quantized: Attention | None = None
     gemv_rows: int = 1
     gemv: dict[tuple[int, int], Gemv] = field(default_factory=dict)
     layer_norm_gemv: dict[tuple[int, int], Gemv] = field(default_factory=dict)
@@ -89,8 +91,7 @@ _HOPPER = Family(
     gemv_default=Gemv(2, 2048, 4),
     gemv_rows=2,
     attention=Attention(128, 4, 4),
-    attention_short=Attention(32, 2, 2),
-    attention_short_quantized=Attention(128, 8, 2),
+    attention_short=Attention(128, 8, 2, holds_back=True),
     gemv={
         (4096, 4096): Gemv(2, 4096, 8, 4),
         (4096, 16384): Gemv(4, 1024, 4),
@@ -162,16 +163,9 @@ def layer_norm_gemv_config(tables: Family, n: int, k: int, element_size: int) ->
     return None if config is None or element_size != 2 else config
 
 
-def attention_config(
-    tables: Family, pairs: int, max_length: int, element_size: int, quantized: bool = False
-) -> Attention:
-    """Configuration of decode attention for ``pairs`` sequences times heads and up to ``max_length`` keys.
-
-    ``quantized``: between products with integer weights.
-    """
-    config = tables.attention
-    if pairs < 256 and max_length <= 256:
-        config = (quantized and tables.attention_short_quantized) or tables.attention_short
+def attention_config(tables: Family, pairs: int, max_length: int, element_size: int) -> Attention:
+    """Configuration of decode attention for ``pairs`` sequences times heads and up to ``max_length`` keys."""
+    config = tables.attention_short if pairs < 256 and max_length <= 256 else tables.attention
     return replace(config, block_t=config.block_t * 2 // element_size)
 
 

@@ -75,6 +75,7 @@ def decode_attention_kernel(
     WIDTH: tl.constexpr,
     APPEND: tl.constexpr,
     EARLY: tl.constexpr,
+    HOLDS_BACK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program per (sequence and head, split).
@@ -83,7 +84,7 @@ def decode_attention_kernel(
     to it. Otherwise the query comes rotated and slot ``length`` is filled already.
     EARLY (with APPEND): all but the projection is read before the wait; no kernel that may still run writes it.
     """
-    start_successor(PDL)
+    start_successor(PDL, HOLDS_BACK)
     pair = tl.program_id(0)
     split = tl.program_id(1)
     batch = (pair // heads).to(tl.int64)
@@ -105,7 +106,7 @@ def decode_attention_kernel(
                 offset = cache + start.to(tl.int64) * stride_t
                 prefetch_to_l2(key_cache + offset, 0, 1, ((rows - 1) * stride_t + K) * SIZE)
                 prefetch_to_l2(value_cache + offset, 0, 1, ((rows - 1) * stride_t + K) * SIZE)
-        wait_for_predecessor(PDL)
+        wait_for_predecessor(PDL, HOLDS_BACK)
         # Loads that do not depend on the length come first, so that their latencies overlap.
         if APPEND:
             q_own, q_partner, k_own, k_partner, v_new = load_packed(packed, columns, valid, K, WIDTH)
@@ -126,7 +127,7 @@ def decode_attention_kernel(
             second_position = tl.minimum(tl.maximum(second_position, 0), positions - 1)
         c, s = load_angles(cos, sin, first_position, second_position, columns, valid, WIDTH)
     if EARLY:
-        wait_for_predecessor(PDL)
+        wait_for_predecessor(PDL, HOLDS_BACK)
         q_own, q_partner, k_own, k_partner, v_new = load_packed(packed, columns, valid, K, WIDTH)
     if split < active:
         if APPEND:
@@ -205,7 +206,6 @@ def _launch(
     workspace: Workspace | None,
     out: torch.Tensor,
     early: bool = False,
-    quantized: bool = False,
 ) -> None:
     """``rotary``: position, sop_index, cos, sin of the appending kernel, or None."""
     batch, heads, capacity, size = key_cache.shape
@@ -215,7 +215,7 @@ def _launch(
     )
     require(key_cache.stride(3) == 1, "the caches must have a contiguous last axis")
     keys = max_length or capacity
-    config = attention_config(family(key_cache.device), batch * heads, keys, key_cache.element_size(), quantized)
+    config = attention_config(family(key_cache.device), batch * heads, keys, key_cache.element_size())
     workspace = workspace or default_workspace(key_cache.device, batch)
     if splits is None:
         programs = multiprocessor_count(key_cache.device) * config.waves
@@ -255,6 +255,7 @@ def _launch(
         WIDTH=2 * cos.shape[1] if rotary else size,
         APPEND=rotary is not None,
         EARLY=early and pdl,
+        HOLDS_BACK=config.holds_back and batch == 1,
         PDL=pdl,
         num_warps=config.num_warps,
         **pdl_options(pdl),
@@ -309,7 +310,6 @@ def decode_attention(
     splits: int | None = None,
     max_length: int | None = None,
     stable_state: bool = False,
-    quantized: bool = False,
     workspace: Workspace | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -329,7 +329,6 @@ def decode_attention(
         stable_state: the caller promises that no launch that may still run writes anything but ``qkv``: ``length``,
             ``first_key``, ``position``, ``sop_index``, the tables and the filled slots are complete, as in a CUDA graph
             that holds one step and advances the length at its end. Then they are read before the wait.
-        quantized: whether the products around it have integer weights, which decides about speed only.
         out: [B, H * K].
 
     Raises:
@@ -346,18 +345,5 @@ def decode_attention(
     )
     out = qkv.new_empty(batch, heads * size) if out is None else out
     rotary = (position, sop_index, cos, sin)
-    _launch(
-        qkv,
-        key_cache,
-        value_cache,
-        length,
-        first_key,
-        rotary,
-        splits,
-        max_length,
-        workspace,
-        out,
-        stable_state,
-        quantized,
-    )
+    _launch(qkv, key_cache, value_cache, length, first_key, rotary, splits, max_length, workspace, out, stable_state)
     return out

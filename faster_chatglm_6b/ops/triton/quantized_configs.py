@@ -44,7 +44,9 @@ class Row:
 
     ``lead`` turns of ``span`` (2 or 4) steps of 64 bytes per warp and row are under way, as far as 47 KiB of shared
     memory go: a step takes ``warps`` KiB. ``programs`` as in ``Stream``. ``normalises``: a LayerNorm before the product
-    is part of it, where x fits into registers, and no launch of its own.
+    is part of it, where x fits into registers, and no launch of its own. ``holds_back``: the next kernel starts only
+    once the kernel before is done. Otherwise a small kernel lets its successors' programs in at once, also those that
+    are not next, and they take up room so unevenly that some multiprocessors are left with twice the work of others.
     """
 
     warps: int
@@ -52,6 +54,7 @@ class Row:
     lead: int
     programs: int
     normalises: bool = False
+    holds_back: bool = False
 
 
 # Of one GPU family: bits, then the weight's shape.
@@ -81,14 +84,14 @@ _DEFAULT_ROW = Row(4, 4, 2, 3)
 _HOPPER_ROWS: Rows = {
     8: {
         (3 * _HIDDEN, _HIDDEN): Row(4, 2, 3, 6, normalises=True),
-        (_HIDDEN, _HIDDEN): Row(4, 4, 1, 2),
+        (_HIDDEN, _HIDDEN): Row(8, 4, 1, 2, holds_back=True),
         (_INNER, _HIDDEN): Row(8, 4, 1, 4, normalises=True),
         (_HIDDEN, _INNER): Row(8, 4, 1, 2),
         (130528, _HIDDEN): Row(4, 2, 4, 6),
     },
     4: {
         (3 * _HIDDEN, _HIDDEN): Row(4, 4, 1, 6),
-        (_HIDDEN, _HIDDEN): Row(8, 2, 1, 2),
+        (_HIDDEN, _HIDDEN): Row(8, 4, 1, 2, holds_back=True),
         (_INNER, _HIDDEN): Row(4, 4, 2, 4),
         (_HIDDEN, _INNER): Row(8, 4, 1, 2),
     },

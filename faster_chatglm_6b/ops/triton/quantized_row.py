@@ -155,6 +155,7 @@ def quantized_row_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     GELU: tl.constexpr,
+    HOLDS_BACK: tl.constexpr,
     PDL: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -163,7 +164,7 @@ def quantized_row_kernel(
     The warps share the columns of a row in chunks of 64 bytes; each takes contiguous ones, one in a step. A turn is
     SPAN steps; LEAD turns are under way.
     """
-    start_successor(PDL)
+    start_successor(PDL, HOLDS_BACK)
     CHUNKS: tl.constexpr = KW // 16
     PER_WARP: tl.constexpr = (CHUNKS + WARPS - 1) // WARPS
     TURNS: tl.constexpr = (PER_WARP + SPAN - 1) // SPAN
@@ -202,7 +203,7 @@ def quantized_row_kernel(
         for block in tl.static_range(BLOCKS):
             gammas = gammas + (load_block(gamma, 0, block, thread, CHUNKS, BITS, PER_WARP, INTERPRETED),)
             shifts = shifts + (load_block(shift, 0, block, thread, CHUNKS, BITS, PER_WARP, INTERPRETED),)
-    wait_for_predecessor(PDL)
+    wait_for_predecessor(PDL, HOLDS_BACK)
     after = tl.full([], 0, tl.int32)
     if not INTERPRETED:
         after = zero_after_wait()
@@ -350,6 +351,7 @@ def launch_quantized_row(
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         GELU=gelu_epilogue,
+        HOLDS_BACK=config.holds_back,
         PDL=pdl,
         INTERPRETED=interpreted(),
         num_warps=config.warps,
