@@ -217,7 +217,7 @@ def aims(language: str, data: Path) -> str:
         times = batch["int4"]["ms_per_step"] / batch["fp16"]["ms_per_step"]
         line(words["at_batch"].format(name="int4", batch=_INT4_BATCH), times, "<= 1", times <= 1)
     summary = words["some_missed" if any(missed) else "all_met"].format(missed=sum(missed), count=len(missed))
-    return "\n".join([*lines, "", words["since"], "", summary])
+    return "\n".join([*lines, "", words["cards"], "", summary])
 
 
 BLOCKS: dict[str, Callable[[str, Path], str]] = {
