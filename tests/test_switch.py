@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import remote_code
+import torch
 
 import faster_chatglm_6b
 from faster_chatglm_6b import _status, backend
+from faster_chatglm_6b.ops import cuda
 
 
 def test_import_is_light(tmp_path, record_property):
@@ -215,3 +217,17 @@ def test_report_is_a_snapshot(empty_records):
 def test_unknown_path_of_a_generation():
     with pytest.raises(ValueError, match="'captured' or 'plain', not 'fast'"):
         _status.record_generation("fast", "")
+
+
+@pytest.mark.parametrize(("version", "old"), [("3.4.0", True), ("3.5.0+git12", False), ("3.10.0", False)])
+def test_kernels_tell_a_triton_that_is_too_old(version, old, monkeypatch):
+    """Seen through the interpreter's device, as a GPU is not needed to look at a version."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delenv(cuda.SWITCH, raising=False)
+    reason = cuda.kernels_refusal.__wrapped__(torch.device("cpu"), torch.float16)
+    expected = (
+        f"Triton {version} is too old for the fused kernels, which need 3.5 or newer; torch 2.9 and later bring one"
+    )
+    assert reason == (expected if old else None)

@@ -11,10 +11,13 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..backend import is_too_old
 from ..decoding.kv_cache import KVCache
 from . import Operators, reference, reference_operators
 
 OLDEST_CAPABILITY = (8, 0)
+# Before it, the instructions by which a kernel starts the next one are missing or cannot be called.
+OLDEST_TRITON = "3.5"
 # Prompts have more rows; for them cuBLAS is as fast on the device and cheaper to launch.
 _MOST_GEMV_ROWS = 4
 SWITCH = "FASTER_CHATGLM_6B_KERNELS"
@@ -44,6 +47,13 @@ def kernels_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"there are no fused kernels for {str(dtype).removeprefix('torch.')}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; install it with `pip install triton`"
+    import triton
+
+    if is_too_old(triton.__version__, OLDEST_TRITON):
+        return (
+            f"Triton {triton.__version__} is too old for the fused kernels, which need {OLDEST_TRITON} or newer; "
+            "torch 2.9 and later bring one"
+        )
     if device.type == "cpu":
         return None
     if interpreted:

@@ -53,10 +53,10 @@ def add_step(
     """The sums (one block per eight rows of x) with the products of one chunk of columns per warp added."""
     PIECES: tl.constexpr = 16 // BITS
     X_WORDS: tl.constexpr = KW * PIECES
-    GROUPS: tl.constexpr = (KW + 15) // 16 // max(GROUP_CHUNKS, 1)
     pairs_a = unpack(words_a, BITS, BFLOAT, INTERPRETED)
     pairs_b = unpack(words_b, BITS, BFLOAT, INTERPRETED)
     if GROUP_CHUNKS != 0:
+        GROUPS: tl.constexpr = (KW + 15) // 16 // GROUP_CHUNKS
         group = tl.minimum(chunk // GROUP_CHUNKS, GROUPS - 1)
         group_scale = tl.load(scale + sum_row * GROUPS + group).to(tl.float32)
     x_first = chunk * (16 * PIECES) + index // 4 % 4 * (4 * PIECES) + index % 4

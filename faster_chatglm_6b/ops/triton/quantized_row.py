@@ -172,7 +172,7 @@ def quantized_row_kernel(
     EVEN: tl.constexpr = CHUNKS == TURNS * SPAN * WARPS
     KEPT: tl.constexpr = BLOCKS * (64 // BITS) <= MOST_WORDS_KEPT
     GROUPED: tl.constexpr = GROUP_CHUNKS != 0
-    GROUPS: tl.constexpr = CHUNKS // max(GROUP_CHUNKS, 1)
+    GROUPS: tl.constexpr = CHUNKS // GROUP_CHUNKS if GROUPED else 1
     COUNTS: tl.constexpr = not BFLOAT
     UNIT: tl.constexpr = 16777216.0 if COUNTS and not INTERPRETED else 1.0
     SLOT: tl.constexpr = WARPS * 1024

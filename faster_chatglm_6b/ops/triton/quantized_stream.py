@@ -159,7 +159,7 @@ def quantized_stream_kernel(
     ROUNDS: tl.constexpr = (CHUNKS + WARPS * DEPTH - 1) // (WARPS * DEPTH)
     EVEN: tl.constexpr = KW == ROUNDS * DEPTH * WARPS * 16
     GROUPED: tl.constexpr = GROUP_CHUNKS != 0
-    GROUPS: tl.constexpr = CHUNKS // max(GROUP_CHUNKS, 1)
+    GROUPS: tl.constexpr = CHUNKS // GROUP_CHUNKS if GROUPED else 1
     index = tl.arange(0, 128 * WARPS)
     part = index // 128
     # The sums after those of the warps are added: lane 4 g + t has the rows g and g + 8.
