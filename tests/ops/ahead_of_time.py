@@ -125,6 +125,11 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
     return Resources(kernel.metadata.shared + static, registers, stack)
 
 
+def place_of_wait(text: str) -> int:
+    """Where the wait for the kernel before stands in a kernel's code: Triton 3.9 has a word of its own in its IR."""
+    return re.search(r"griddepcontrol\.wait|tt\.grid_dependency_wait", text).start()
+
+
 def check_start_of_the_next(launch: Launch, holds_back: bool) -> None:
     """A kernel that holds the next one back starts it behind its own wait, any other before it."""
     ptx = compiled(launch, 90).asm["ptx"]

@@ -31,6 +31,9 @@ CASES = [
     ("quantized_config", HALF, [8, 16, 16, 320, -1, "Quantized(1, 2, 2)"]),
     ("quantized_config", HALF, [4, 12, 16, 640, 128, "Quantized(1, 2, 1)"]),
     ("quantized_config", HALF, [8, 25, 48, 128, -1, "Quantized(4, 1, 2)"]),
+    # The few rows that it takes where the streams' layout is another one.
+    ("quantized_config", HALF, [4, 2, 40, 512, -1, "Quantized(1, 4, 1)"]),
+    ("quantized_config", HALF, [8, 8, 37, 512, 128, "Quantized(1, 4, 1)"]),
     # One round and several, uneven rows and columns, two tiles of rows.
     ("quantized_config", HALF, [4, 2, 300, 1152, -1, "Stream(1, 2, 2, 3, 1)"]),
     ("quantized_config", HALF, [8, 3, 48, 256, -1, "Stream(1, 4, 1, 2, 1)"]),

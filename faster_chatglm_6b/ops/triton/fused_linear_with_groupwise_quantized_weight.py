@@ -7,7 +7,7 @@ from .dequantize import dequantize
 from .fused_matmul_bias import fused_matmul_bias
 from .quantized_configs import Row, quantized_config, row_config, rows_for, stream_config, streams_for
 from .quantized_gemv import launch_quantized_gemv
-from .quantized_layout import layout_holds
+from .quantized_layout import STREAMS_KEEP_THEIR_LAYOUT, layout_holds
 from .quantized_matmul import launch_quantized_matmul, serves, tiles_of
 from .quantized_norm import LayerNorm
 from .quantized_row import launch_quantized_row, normalises
@@ -73,7 +73,7 @@ def fused_linear_with_groupwise_quantized_weight(
         arguments = (x_rows, w, w_scale, num_bits, group_size, bias, residual, beta, gelu, out.view(rows, n))
         if rows == 1:
             launch_quantized_row(*arguments, row_config(rows_for(x.device), num_bits, n, k))
-        elif rows <= MOST_STREAM_ROWS:
+        elif rows <= MOST_STREAM_ROWS and STREAMS_KEEP_THEIR_LAYOUT:
             launch_quantized_stream(*arguments, stream_config(streams_for(x.device), num_bits, n, k))
         else:
             launch_quantized_matmul(*arguments, quantized_config(num_bits, tiles_of(rows), k))
