@@ -231,3 +231,19 @@ def test_kernels_tell_a_triton_that_is_too_old(version, old, monkeypatch):
         f"Triton {version} is too old for the fused kernels, which need 3.5 or newer; torch 2.9 and later bring one"
     )
     assert reason == (expected if old else None)
+
+
+def test_a_triton_that_cannot_be_imported_is_a_reason_and_no_error(tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text('raise ImportError("libtriton.so: cannot be opened")')
+    found = remote_code.run_python(
+        """
+import torch
+from faster_chatglm_6b.ops import cuda
+torch.cuda.get_device_capability = lambda device: (9, 0)
+answer(cuda.kernels_refusal(torch.device("cuda"), torch.float16))
+""",
+        tmp_path,
+        TRITON_INTERPRET="0",
+    )
+    assert found == "Triton does not work here: libtriton.so: cannot be opened"

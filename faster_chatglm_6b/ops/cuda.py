@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..backend import is_too_old
+from ..backend import installed_version, is_too_old
 from ..decoding.kv_cache import KVCache
 from . import Operators, reference, reference_operators
 
@@ -47,11 +47,10 @@ def kernels_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"there are no fused kernels for {str(dtype).removeprefix('torch.')}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; install it with `pip install triton`"
-    import triton
-
-    if is_too_old(triton.__version__, OLDEST_TRITON):
+    version = installed_version("triton")
+    if version is not None and is_too_old(version, OLDEST_TRITON):
         return (
-            f"Triton {triton.__version__} is too old for the fused kernels, which need {OLDEST_TRITON} or newer; "
+            f"Triton {version} is too old for the fused kernels, which need {OLDEST_TRITON} or newer; "
             "torch 2.9 and later bring one"
         )
     if device.type == "cpu":
