@@ -3,6 +3,7 @@
 Light on purpose: it imports neither torch nor transformers, so that every other file may record what it does here.
 """
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,14 @@ from . import backend
 
 Choices = dict[str, tuple[str, str]]
 
+logger = logging.getLogger("faster_chatglm_6b")
+
 _lock = threading.Lock()
 _served: Counter[tuple[str, str]] = Counter()
 _passed_through: dict[str, str] = {}
 _operators: dict[str, Choices] = {}
 _generations: Counter[tuple[str, str]] = Counter()
+_notices: dict[str, None] = {}
 
 
 def record_served(kind: str, name: str) -> None:
@@ -51,12 +55,22 @@ def record_generation(path: str, reason: str = "") -> None:
         _generations[path, reason] += 1
 
 
+def record_notice(text: str) -> None:
+    """Notes, and logs the first time, what makes generation other than expected: an unknown transformers, say."""
+    with _lock:
+        is_new = text not in _notices
+        _notices[text] = None
+    if is_new:
+        logger.warning(text)
+
+
 class Status(NamedTuple):
     """A snapshot of the library's state; ``print`` it for the report.
 
     ``served`` counts per (kind, checkpoint); ``passed_through`` maps a related checkpoint to the reason why its own
     code runs; ``operators`` maps "device dtype" to {operator: (implementation, reason)}; ``captured_generations``
-    and ``plain_generations`` map a reason to a count; ``framework`` are lines about transformers, torch and OneFlow.
+    and ``plain_generations`` map a reason to a count; ``framework`` are lines about transformers, torch and OneFlow;
+    ``notices`` are sentences about what was not expected, of the installed transformers for example.
     """
 
     version: str
@@ -74,6 +88,7 @@ class Status(NamedTuple):
     captured_generations: dict[str, int]
     plain_generations: dict[str, int]
     framework: tuple[str, ...]
+    notices: tuple[str, ...]
 
     def __str__(self) -> str:
         lines = [
@@ -82,6 +97,7 @@ class Status(NamedTuple):
             f"  backend        {self.backend} ({self.backend_reason})",
             *(f"  {line}" for line in self.framework),
         ]
+        lines += _section("noticed", self.notices)
         lines += _section("patched", self.patched, "nothing")
         lines += _section(
             "served", [_counted(f"{kind} of {name}", n) for (kind, name), n in self.served.items()], "nothing yet"
@@ -132,6 +148,7 @@ def report(
             captured_generations={why: n for (path, why), n in _generations.items() if path == "captured"},
             plain_generations={why: n for (path, why), n in _generations.items() if path == "plain"},
             framework=tuple(backend.framework_lines()),
+            notices=tuple(_notices),
         )
 
 

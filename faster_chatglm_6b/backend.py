@@ -17,6 +17,8 @@ BACKENDS = ("auto", "torch", "oneflow")
 
 # 4.45 is the oldest release whose cache and mask interfaces the model is tested with.
 OLDEST_TRANSFORMERS = "4.45"
+# The newest release on which the whole test suite ran. Newer ones are served too, and status() names them.
+NEWEST_TESTED_TRANSFORMERS = "5.24.0"
 # 2.4 is the oldest release that transformers 5 works with. Checkpoints of .bin shards need 2.6, whose torch.load is
 # safe with untrusted files: transformers itself refuses to read them with less. Safetensors are not concerned.
 OLDEST_TORCH = "2.4"
@@ -208,7 +210,7 @@ def framework_lines() -> list[str]:
     transformers = installed_version("transformers")
     if not is_oneflow():
         return [
-            f"transformers   {_version_note(transformers, OLDEST_TRANSFORMERS)}",
+            f"transformers   {_version_note(transformers, OLDEST_TRANSFORMERS, NEWEST_TESTED_TRANSFORMERS)}",
             f"torch          {_version_note(installed_version('torch'), OLDEST_TORCH)}",
         ]
     needed = f"{OLDEST_TRANSFORMERS_ON_ONEFLOW} to 4.29.2 is needed"
@@ -219,10 +221,14 @@ def framework_lines() -> list[str]:
     return [f"transformers   {note}", f"oneflow        {installed_version('oneflow')}, in the place of torch"]
 
 
-def _version_note(version: str | None, oldest: str) -> str:
+def _version_note(version: str | None, oldest: str, newest_tested: str | None = None) -> str:
     if version is None:
         return f"not installed ({oldest} or newer is needed)"
-    return f"{version} (too old: {oldest} or newer is needed)" if is_too_old(version, oldest) else version
+    if is_too_old(version, oldest):
+        return f"{version} (too old: {oldest} or newer is needed)"
+    if newest_tested is not None and is_too_old(newest_tested, version):
+        return f"{version} (newer than {newest_tested}, the newest that was tested)"
+    return version
 
 
 def is_too_old(version: str, oldest: str) -> bool:

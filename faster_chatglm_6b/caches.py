@@ -1,10 +1,14 @@
-"""The key-value cache between two steps: transformers' own, or a list of tensors where transformers has none yet."""
+"""The key-value cache between two steps: transformers' own, or a list of tensors where transformers has none yet; and
+what the installed release calls it."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class CacheLayer(NamedTuple):
@@ -58,3 +62,36 @@ try:
     from transformers.cache_utils import Cache, DynamicCache
 except ImportError:
     Cache = DynamicCache = ListCache
+
+
+def _name_in(output_class: type) -> str:
+    """The field of a class of model outputs that holds the cache: a known name, else what is annotated as one."""
+    fields = dataclasses.fields(output_class)
+    known = [name for name in ("cache", "past_key_values") if name in {field.name for field in fields}]
+    annotated = [field.name for field in fields if "Cache" in str(field.type)]
+    return [*known, *annotated, "past_key_values"][0]
+
+
+# In the outputs of a model and in the arguments of generate(): "past_key_values", and "cache" since transformers 5.24.
+CACHE_NAME = _name_in(CausalLMOutputWithPast)
+CACHE_NAMES = tuple(dict.fromkeys((CACHE_NAME, "past_key_values", "cache")))
+
+
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """The cache among keyword arguments: what goes by one of its names, else what is one; None without any.
+
+    Raises:
+        ValueError: two different caches.
+    """
+    named = [arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None]
+    if any(cache is not named[0] for cache in named):
+        raise ValueError("past_key_values and cache are both given, but are two names of one thing; pass one of them.")
+    if named:
+        return named[0]
+    return next((value for value in arguments.values() if isinstance(value, Cache)), None)
+
+
+def put_cache(arguments: MutableMapping[str, Any], cache: Any) -> None:
+    """Hand a cache on to the next step, under the name by which it came, or by which this release knows it."""
+    names = [name for name, value in arguments.items() if name in CACHE_NAMES or isinstance(value, Cache)]
+    arguments[names[0] if names else CACHE_NAME] = cache

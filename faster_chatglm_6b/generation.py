@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from transformers.generation.utils import GenerationMixin
 
-from .caches import Cache
+from .caches import CACHE_NAME, CACHE_NAMES, Cache, cache_in, put_cache
 from .decoding.memory import memory_returned
+from .placement import execution_device
 from .prompt_layout import PromptLayout, cached_tokens
+from .reading import steps_watched, watch_step
 from .streaming import no_single_next_token, streaming
 
-if hasattr(GenerationMixin, "_sample"):
-    from .search import SearchMixin
-else:  # transformers 4.27 to 4.29
+if hasattr(GenerationMixin, "greedy_search") and not hasattr(GenerationMixin, "_sample"):  # transformers 4.27 to 4.29
     from .search_legacy import SearchMixin
+else:
+    from .search import SearchMixin
 
 _log = logging.getLogger("faster_chatglm_6b")
 
@@ -29,11 +31,12 @@ class PrefixGenerationMixin(SearchMixin):
         """transformers' ``generate``, after a check of the prompt.
 
         ``generator``, a ``torch.Generator``, makes sampling repeatable; without one torch's default generator does. A
-        stock tokenizer's 4-D mask and position ids are accepted beside transformers' 2-D mask.
+        stock tokenizer's 4-D mask and position ids are accepted beside transformers' 2-D mask. A cache may be given as
+        ``past_key_values`` or as ``cache``, whatever the installed transformers calls it.
 
         Raises:
-            ValueError: no room for an answer, ids that are no ChatGLM prompt, or a mask that ``generate`` cannot
-            follow.
+            ValueError: no room for an answer, ids that are no ChatGLM prompt, a mask that ``generate`` cannot follow,
+            or two caches.
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:
@@ -42,7 +45,7 @@ class PrefixGenerationMixin(SearchMixin):
                 "besides)."
             )
         # Where memory runs out, this frame stays with the exception: it names nothing but the caller's own tensors.
-        with memory_returned():
+        with memory_returned(), steps_watched():
             return super().generate(
                 inputs,
                 generation_config=generation_config,
@@ -90,25 +93,32 @@ class PrefixGenerationMixin(SearchMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | None = None,
         generator: torch.Generator | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of the next forward: what the cache does not hold yet of input_ids [B, L], with positions and mask.
 
+        They lie on the model's device, also where the ids do not.
+
         Args:
+            past_key_values, cache: names of the cache; one under a third name is found among ``kwargs``.
             prompt_position_ids: positions of the prompt that the caller chose himself; later tokens count on from them.
             generator: of ``generate``, named here so that transformers lets it through.
         """
+        past_key_values = cache_in({"past_key_values": past_key_values, "cache": cache, **kwargs})
         past_length = cached_tokens(past_key_values, self.config)
         length = input_ids.shape[1]
+        watch_step(length, past_length, self.config.use_cache if use_cache is None else use_cache)
         layout = PromptLayout.of(input_ids, self.config, attention_mask)
         position_ids = layout.position_ids(past_length, length, self.config.position_encoding_2d)
         if prompt_position_ids is not None:
             position_ids = _continued(prompt_position_ids, past_length, length)
         one_free_row = past_length == length - 1 and not layout.is_padded
+        device = execution_device(self, self.device)
         model_inputs = {
-            "input_ids": input_ids[:, past_length:].contiguous(),
-            "position_ids": position_ids.to(input_ids.device),
-            "attention_mask": None if one_free_row else layout.hidden(past_length, length).to(input_ids.device),
+            "input_ids": input_ids[:, past_length:].contiguous().to(device),
+            "position_ids": position_ids.to(device),
+            "attention_mask": None if one_free_row else layout.hidden(past_length, length).to(device),
             "past_key_values": past_key_values,
             "use_cache": use_cache,
         }
@@ -117,6 +127,16 @@ class PrefixGenerationMixin(SearchMixin):
         if logits_to_keep is not None:
             model_inputs["logits_to_keep"] = logits_to_keep
         return model_inputs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """transformers' arguments of the next step, with the cache in any case."""
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        cache = getattr(outputs, CACHE_NAME, None)
+        if cache is not None and cache_in(model_kwargs) is None:
+            put_cache(model_kwargs, cache)
+        return model_kwargs
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
         """None: positions follow from the ids at every step (transformers 5 would count all axes on by one)."""
@@ -128,9 +148,12 @@ class PrefixGenerationMixin(SearchMixin):
         """Check the prompt and turn stock's mask and positions into what transformers' ``generate`` understands."""
         kwargs = dict(kwargs)
         mask, position_ids = kwargs.get("attention_mask"), kwargs.pop("position_ids", None)
-        if isinstance(kwargs.get("past_key_values"), Cache):
+        cache = cache_in({name: kwargs.pop(name, None) for name in CACHE_NAMES})
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
+        if isinstance(cache, Cache):
             # Newer transformers mark it themselves: the caller wants to find it filled.
-            kwargs["past_key_values"]._is_user_defined = True
+            cache._is_user_defined = True
         if mask is not None and mask.dim() == 4:
             kwargs["attention_mask"] = _padding_of(mask, input_ids, self.config)
         layout = PromptLayout.of(input_ids, self.config, kwargs.get("attention_mask"))

@@ -8,9 +8,11 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 
 from . import _status
+from .backend import is_too_old
 from .checkpoint_files import HUB_ARGUMENTS, DamagedFile, check_contents, only, weight_files
 from .configuration_chatglm import ChatGLMConfig
 from .hook import checkpoint_code_blocked, is_checkpoint_code_blocked
@@ -20,6 +22,9 @@ from .quantized_loading import load_quantized, quantizes_while_loading
 # How torch, safetensors and transformers say that a file cannot be read.
 _DAMAGE = (SafetensorError, UnpicklingError, EOFError, DamagedFile)
 _DAMAGE_WORDS = ("PytorchStreamReader", "Unable to load weights from pytorch checkpoint file")
+
+# transformers' name of the argument; it warns of the older one.
+_DTYPE = "torch_dtype" if is_too_old(transformers.__version__, "4.56") else "dtype"
 
 _PREFIX = "prefix_encoder."
 # Arguments with which the weights come from somewhere else.
@@ -51,9 +56,8 @@ class CheckpointMixin:
             OSError: weights that are missing, truncated or corrupt.
             ValueError: weights that do not fit config.json, or a config.json that is not one of ChatGLM-6B.
         """
-        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-            kwargs.pop("dtype", None)
-            kwargs["torch_dtype"] = "auto"
+        given = (kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
+        kwargs[_DTYPE] = next((dtype for dtype in given if dtype is not None), "auto")
         config = kwargs.get("config")
         if config is not None and not isinstance(config, ChatGLMConfig) and hasattr(config, "to_dict"):
             kwargs["config"] = ChatGLMConfig.from_dict(config.to_dict())

@@ -3,13 +3,15 @@
 import math
 
 import torch
+import transformers
 from torch import nn
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from .adapters import AdapterHost
-from .caches import Cache, DynamicCache
+from .backend import is_too_old
+from .caches import CACHE_NAME, CACHE_NAMES, Cache, DynamicCache, cache_in
 from .chat import ChatMixin
 from .configuration_chatglm import ChatGLMConfig
 from .generation import PrefixGenerationMixin
@@ -109,7 +111,7 @@ class ChatGLMPreTrainedModel(CheckpointMixin, PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GLMBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]
     _supports_sdpa = True
     _supports_cache_class = True
@@ -120,9 +122,12 @@ class ChatGLMPreTrainedModel(CheckpointMixin, PreTrainedModel):
         if isinstance(module, PrefixEncoder):
             module.reset_parameters()
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """transformers' switch, not reentrant by default: gradients reach a P-Tuning prefix past the layers' inputs."""
-        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+    if is_too_old(transformers.__version__, "5.0"):
+
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+            """transformers' switch, not reentrant by default, as since 5.0: gradients reach a P-Tuning prefix past the
+            layers' inputs."""
+            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -165,6 +170,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | tuple | None = None,
     ) -> BaseModelOutputWithPast | tuple:
         """Run the network; outputs have stock's layouts.
 
@@ -174,6 +180,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             attention_mask: [B, T] with 0 for padding, or bool [B, 1, M, T] with True where hidden; derived from
                 input_ids when left out, a run of pad ids at the start counting as padding.
             past_key_values: a transformers ``Cache``, or stock's tuple of (key, value) [T, B, H, K].
+            cache: another name of past_key_values, which transformers 5.24 brought.
             inputs_embeds: [B, M, hidden], used instead of the embedding of input_ids.
 
         Returns:
@@ -189,7 +196,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         output_attentions = bool(self.config.output_attentions if output_attentions is None else output_attentions)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        cache = _as_cache(past_key_values, use_cache)
+        cache = _as_cache(cache_in({"past_key_values": past_key_values, "cache": cache}), use_cache)
         past_length = cached_tokens(cache, self.config)
         position_ids, hidden, context_length = self._positions_and_mask(
             input_ids, position_ids, attention_mask, inputs_embeds, past_length
@@ -229,7 +236,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         hidden_states = self.final_layernorm(hidden_states, tables[devices[-1]])
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden_states.transpose(0, 1),
-            past_key_values=cache if use_cache else None,
+            **{CACHE_NAME: cache if use_cache else None},
             hidden_states=tuple(h.transpose(0, 1) for h in (*all_hidden_states, hidden_states))
             if output_hidden_states
             else None,
@@ -313,6 +320,7 @@ class ChatGLMForConditionalGeneration(
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
+        cache: Cache | tuple | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """Run the network and the head; arguments as in ``ChatGLMModel.forward``.
 
@@ -334,6 +342,7 @@ class ChatGLMForConditionalGeneration(
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            cache=cache,
         )
         hidden_states = outputs.last_hidden_state.transpose(0, 1)[:, -logits_to_keep:]
         ops = operators_for(
@@ -348,7 +357,7 @@ class ChatGLMForConditionalGeneration(
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -1,14 +1,20 @@
 """The searches that transformers' ``generate()`` ends in: greedy search and sampling through the captured loop."""
 
 import functools
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from transformers.generation.utils import GenerationMixin
 
 from . import _status
 from .decoding.loop import engine_of, generate_ids, generate_tokens
 from .decoding.memory import memory_explained
 from .streaming import no_single_next_token, streaming
+
+for _name in ("_sample", "_beam_search", "_assisted_decoding"):
+    if not hasattr(GenerationMixin, _name):
+        _status.record_notice(f"This transformers has no {_name} any more; what it did takes the plain path, unseen.")
 
 
 class SearchMixin:
@@ -19,7 +25,7 @@ class SearchMixin:
         if streaming.get():
             raise no_single_next_token()
         _status.record_generation("plain", "beam search")
-        with memory_explained(self, args[0], kwargs["generation_config"]):
+        with self._memory_explained(*args, **kwargs):
             return super()._beam_search(*args, **kwargs)
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
@@ -32,8 +38,13 @@ class SearchMixin:
                 "prompt_lookup_num_tokens and assistant_model out."
             )
         _status.record_generation("plain", "assisted decoding")
-        with memory_explained(self, args[0], kwargs["generation_config"]):
+        with self._memory_explained(*args, **kwargs):
             return super()._assisted_decoding(*args, **kwargs)
+
+    def _memory_explained(
+        self, input_ids: torch.Tensor, *args: Any, generation_config: Any = None, **kwargs: Any
+    ) -> AbstractContextManager:
+        return memory_explained(self, input_ids, generation_config or self.generation_config)
 
     def _sample(
         self,

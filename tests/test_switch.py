@@ -163,7 +163,7 @@ def test_revision_is_a_commit():
 @pytest.fixture
 def empty_records(monkeypatch):
     """Records of this test alone."""
-    for name in ("_served", "_passed_through", "_operators", "_generations"):
+    for name in ("_served", "_passed_through", "_operators", "_generations", "_notices"):
         monkeypatch.setattr(_status, name, type(getattr(_status, name))())
 
 
@@ -176,12 +176,15 @@ def test_report_of_everything(empty_records, monkeypatch):
         _status.record_generation(path, reason)
     assert _status.record_passed_through("other/model", "it is another model")
     assert not _status.record_passed_through("other/model", "it is another model")
+    for _ in range(2):
+        _status.record_notice("Something is new.")
 
     chosen = backend.Backend("torch", "because")
     now = _status.report("1.2", "abc", True, "enabled", chosen, patched=("one thing",))
     assert now.served == {("model", "some/where"): 2}
     assert now.captured_generations == {"": 1}
     assert now.plain_generations == {"num_beams=3": 2, "on CPU": 1}
+    assert now.notices == ("Something is new.",)
     assert str(now) == (
         """\
 faster_chatglm_6b 1.2: enabled
@@ -189,6 +192,8 @@ faster_chatglm_6b 1.2: enabled
   backend        torch (because)
   transformers   4.30.2 (too old: 4.45 or newer is needed)
   torch          2.13.0
+  noticed
+    Something is new.
   patched
     one thing
   served

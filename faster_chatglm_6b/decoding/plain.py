@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from ..caches import CACHE_NAME, put_cache
+from ..reading import pad_token
+
 
 def plain_tokens(
     model: Any,
@@ -23,24 +26,25 @@ def plain_tokens(
     those of transformers' own loop with the same seed.
     """
     generator = _on_device(model_kwargs.get("generator"), input_ids.device)
-    pad_token = generation_config._pad_token_tensor
+    pad = pad_token(generation_config)
     finished = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     while not bool(finished.all()):
         # Entered anew for each token: a generator that held it over a yield would switch the caller's autograd off.
         with torch.no_grad():
             inputs = model.prepare_inputs_for_generation(input_ids, **model_kwargs)
             outputs = model(**inputs, return_dict=True)
-            model_kwargs["past_key_values"] = outputs.past_key_values
+            put_cache(model_kwargs, getattr(outputs, CACHE_NAME))
             mask = model_kwargs.get("attention_mask")
             if mask is not None:
                 model_kwargs["attention_mask"] = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), dim=1)
-            scores = logits_processor(input_ids, outputs.logits[:, -1].to(copy=True, dtype=torch.float32))
+            scores = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+            scores = logits_processor(input_ids, scores)
             if generation_config.do_sample:
                 tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1, generator=generator).squeeze(1)
             else:
                 tokens = scores.argmax(dim=-1)
-            if pad_token is not None:
-                tokens = torch.where(finished, pad_token.to(tokens.device), tokens)
+            if pad is not None:
+                tokens = torch.where(finished, pad.to(tokens.device), tokens)
             input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)
             finished = finished | stopping_criteria(input_ids, None)
         if streamer is not None:

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
+from ..caches import cache_in
 from ..prompt_layout import PromptLayout
+from ..reading import pad_token, unfollowed_arguments, unfollowed_settings
 from .sampling import MOST_END_TOKENS, CannotServe, SamplingPlan, plan_sampling
 
 MOST_SEQUENCES = 128
-# Arguments of transformers' loop that the captured loop follows or has no use for.
-_UNDERSTOOD = {"attention_mask", "past_key_values", "use_cache", "logits_to_keep", "cache_position", "generator"}
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class Request:
         eos_ids = tuple(dict.fromkeys(int(token) for c in ends for token in c.eos_token_id.reshape(-1)))
         if len(eos_ids) > MOST_END_TOKENS:
             raise CannotServe(f"there are more than {MOST_END_TOKENS} end tokens")
-        pad = generation_config._pad_token_tensor
+        pad = pad_token(generation_config)
         return cls(
-            input_ids=input_ids,
+            input_ids=input_ids.to(model.lm_head.weight.device),
             attention_mask=mask if layout.is_padded else None,
             layout=layout,
             plan=plan,
@@ -119,10 +119,10 @@ def _check_mode(model: Any, input_ids: torch.Tensor, generation_config: Any, mod
         raise CannotServe("the model is the assistant of another one")
     if not model.config.position_encoding_2d:
         raise CannotServe("position_encoding_2d is False")
-    unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in _UNDERSTOOD)
-    if unknown:
-        raise CannotServe(f"{', '.join(unknown)} given")
-    cache = model_kwargs.get("past_key_values")
+    unfollowed = [*unfollowed_arguments(type(model), model_kwargs), *unfollowed_settings(generation_config)]
+    if unfollowed:
+        raise CannotServe(f"{', '.join(unfollowed)} given")
+    cache = cache_in(model_kwargs)
     if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0):
         raise CannotServe("past_key_values given")
     if input_ids.shape[0] > MOST_SEQUENCES:

@@ -93,15 +93,21 @@ def _known() -> dict[type, Any]:
     """Reader of each known processor, by exact type, in the order in which transformers applies them."""
     from ..chat import InvalidScoreLogitsProcessor
 
-    return {
-        logits_process.RepetitionPenaltyLogitsProcessor: _repetition_penalty,
-        logits_process.NoRepeatNGramLogitsProcessor: lambda processor, layout: {"ngram_size": processor.ngram_size},
-        logits_process.MinLengthLogitsProcessor: _min_length,
-        logits_process.MinNewTokensLengthLogitsProcessor: _min_new_tokens,
+    readers = {
+        "RepetitionPenaltyLogitsProcessor": _repetition_penalty,
+        "NoRepeatNGramLogitsProcessor": lambda processor, layout: {"ngram_size": processor.ngram_size},
+        "MinLengthLogitsProcessor": _min_length,
+        "MinNewTokensLengthLogitsProcessor": _min_new_tokens,
         InvalidScoreLogitsProcessor: lambda processor, layout: {"invalid_rule": True},
-        logits_process.TemperatureLogitsWarper: lambda processor, layout: {"temperature": processor.temperature},
-        logits_process.TopKLogitsWarper: _top_k,
-        logits_process.TopPLogitsWarper: _top_p,
+        "TemperatureLogitsWarper": lambda processor, layout: {"temperature": processor.temperature},
+        "TopKLogitsWarper": _top_k,
+        "TopPLogitsWarper": _top_p,
+    }
+    # By name: a release without one of them is no reason to fail.
+    return {
+        kind: reader
+        for name, reader in readers.items()
+        if (kind := getattr(logits_process, name, None) if isinstance(name, str) else name) is not None
     }
 
 
@@ -123,7 +129,10 @@ def plan_sampling(processors: Iterable[Any], do_sample: bool, layout: PromptLayo
         if rank <= last:
             raise CannotServe(f"{name} stands in another place of the processors than transformers puts it")
         last = rank
-        read = known[type(processor)](processor, layout)
+        try:
+            read = known[type(processor)](processor, layout)
+        except AttributeError as error:
+            raise CannotServe(f"{name} of this transformers keeps its parameters in another way ({error})") from error
         if "minimum" in read and "minimum" in values:
             if read["minimum_eos"] != values["minimum_eos"]:
                 raise CannotServe("min_length and min_new_tokens forbid different end tokens")

@@ -1,5 +1,6 @@
 """The captured loop on a GPU, against transformers' own loop over the same model."""
 
+import contextlib
 import gc
 import sys
 import threading
@@ -13,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import lifecycle_checks  # noqa: E402
 import loop_checks  # noqa: E402
+import release_checks  # noqa: E402
 import table_checks  # noqa: E402
 from loop_checks import check_equal, expect, padded, plain_path, prompt  # noqa: E402
 from near_ties import assert_equal_up_to_near_ties  # noqa: E402
@@ -27,15 +29,27 @@ pytestmark = [
 # Where two paths round differently, a token may differ only if the two best logits are nearer than this: a few units in
 # the last place of the tiny model's float16 logits, whose magnitude is below 16.
 NEAR_TIE = 0.05
-EVERYWHERE = loop_checks.EVERYWHERE + lifecycle_checks.EVERYWHERE
+EVERYWHERE = loop_checks.EVERYWHERE + lifecycle_checks.EVERYWHERE + release_checks.EVERYWHERE
 EXACT = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
 
 
-@pytest.mark.parametrize(
-    "check", loop_checks.EVERYWHERE + lifecycle_checks.EVERYWHERE, ids=lambda check: check.__name__
-)
+@pytest.mark.parametrize("check", EVERYWHERE, ids=lambda check: check.__name__)
 def test_as_in_the_interpreter(single, check):
     check(single)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_ids_on_the_cpu(single, captured):
+    """transformers 5.24 takes them, and moves them to the model; the answer is where the ids are."""
+    ids = prompt(single, 6, batch=2)
+    settings = {"do_sample": False, "max_new_tokens": 4, "repetition_penalty": 1.3}
+    with contextlib.nullcontext() if captured else loop_checks.plain_path():
+        expected = single.generate(ids, **settings)
+        with loop_checks.expect(captured=2 * captured, plain=2 * (not captured)):
+            output = single.generate(ids.cpu(), **settings)
+            tokens = list(single.stream_tokens(ids.cpu(), **settings))
+    assert output.device.type == "cpu" and output.tolist() == expected.tolist()
+    assert torch.stack(tokens, dim=1).tolist() == expected[:, 6:].tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

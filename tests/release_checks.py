@@ -1,0 +1,196 @@
+"""What a newer transformers may do, simulated, for the interpreter and the GPU; and the tools of the tripwire."""
+
+import contextlib
+import logging
+from unittest import mock
+
+import torch
+from transformers import GenerationConfig
+
+import faster_chatglm_6b
+from faster_chatglm_6b import _status, reading
+from faster_chatglm_6b.caches import CACHE_NAME
+from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration as Model
+
+PROMPT = [[20, 30, 40, 50, 60, 321, 324]]
+
+
+@contextlib.contextmanager
+def rows_read(model):
+    """The number of tokens that each forward of the network reads."""
+    rows = []
+
+    def note(module, arguments, kwargs):
+        given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        rows.append((arguments[0] if arguments else given).shape[1])
+
+    handle = model.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def notices():
+    """The sentences that are recorded inside, and that the log gets each of them once."""
+    records, found = [], []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger = logging.getLogger("faster_chatglm_6b")
+    logger.addHandler(handler)
+    try:
+        with mock.patch.object(_status, "_notices", {}):
+            yield found
+            found += faster_chatglm_6b.status().notices
+            assert all(sentence in str(faster_chatglm_6b.status()) for sentence in found)
+    finally:
+        logger.removeHandler(handler)
+    assert sorted(found) == sorted(one.getMessage() for one in records if one.getMessage() in found), records
+
+
+@contextlib.contextmanager
+def arguments_changed(change):
+    """``change`` works on the keyword arguments with which ``generate`` calls ``_sample``."""
+    original = Model._sample
+
+    def _sample(self, *args, **kwargs):
+        change(kwargs)
+        return original(self, *args, **kwargs)
+
+    with mock.patch.object(Model, "_sample", _sample):
+        yield
+
+
+def _generate(model, **kwargs):
+    ids = torch.tensor(PROMPT, device=model.device)
+    settings = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": None, **kwargs}
+    return model.generate(ids, **settings).tolist()
+
+
+def _served():
+    status = faster_chatglm_6b.status()
+    return dict(status.captured_generations), dict(status.plain_generations)
+
+
+def _check(model, captured, change, reason=None):
+    """The same tokens with and without the change, on the path that serves the model; plain for a ``reason``."""
+    expected = _generate(model)
+    before = _served()
+    with arguments_changed(change):
+        assert _generate(model) == expected
+    after = _served()
+    new = [sum(now.values()) - sum(then.values()) for now, then in zip(after, before, strict=True)]
+    assert new == ([1, 0] if captured and reason is None else [0, 1]), (before, after)
+    if reason is not None and captured:
+        assert after[1].get(reason, 0) - before[1].get(reason, 0) == 1, after
+
+
+def rename_cache(kwargs):
+    """As a release with another name would pass it. transformers 5.0 lets the model make the first one."""
+    if CACHE_NAME in kwargs:
+        kwargs["memory"] = kwargs.pop(CACHE_NAME)
+
+
+def a_renamed_cache(model, captured=True):
+    """An empty cache under a name that nobody knows is still the cache, in streams too."""
+
+    with notices() as found:
+        _check(model, captured, rename_cache)
+        expected = _generate(model)[0][len(PROMPT[0]) :]
+        with arguments_changed(rename_cache):
+            ids = torch.tensor(PROMPT, device=model.device)
+            tokens = list(model.stream_tokens(ids, do_sample=False, max_new_tokens=3, eos_token_id=None))
+        assert [int(token[0]) for token in tokens] == expected
+    assert not found
+
+
+def new_arguments(model, captured=True):
+    """None and False cost nothing; what no model of ours reads costs a sentence."""
+    with notices() as found:
+        _check(model, captured, lambda kwargs: kwargs.update(novelty=None, other=False))
+        assert not faster_chatglm_6b.status().notices
+        _check(model, captured, lambda kwargs: kwargs.update(novelty=torch.arange(3), output_attentions=False))
+    assert len(found) == 1 and "hands the argument novelty to its decoding loop" in found[0]
+
+
+def new_arguments_of_the_search(model, captured=True):
+    """A new parameter of transformers' own loop: its default is served, another value is left to that loop."""
+    known = reading._defaults(reading.GenerationMixin._sample)
+    with mock.patch.dict(known, {"novelty": 7}):
+        _check(model, captured, lambda kwargs: kwargs.update(novelty=7))
+        _check(model, captured, lambda kwargs: kwargs.update(novelty=8), reason="novelty given")
+
+
+def new_settings(model, captured=True):
+    """A new field of GenerationConfig: its default is served, another value goes to transformers' loop."""
+    original = GenerationConfig.__init__
+
+    def __init__(self, **kwargs):
+        self.novelty = kwargs.pop("novelty", 5)
+        original(self, **kwargs)
+
+    def set_to(value):
+        return lambda kwargs: setattr(kwargs["generation_config"], "novelty", value)
+
+    reading._setting_defaults.cache_clear()
+    try:
+        with mock.patch.object(GenerationConfig, "__init__", __init__):
+            _check(model, captured, set_to(5))
+            _check(model, captured, set_to(None))
+            _check(model, captured, set_to(6), reason="novelty given")
+    finally:
+        reading._setting_defaults.cache_clear()
+
+
+def a_pad_token_in_another_place(model, captured=True):
+    """The private name of the derived pad token may go; rows that ended are padded all the same."""
+    ids = torch.tensor([PROMPT[0], [9, *PROMPT[0][1:]]], device=model.device)
+    free = model.generate(ids, do_sample=False, max_new_tokens=4, eos_token_id=None)
+    settings = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 3}
+    settings["eos_token_id"] = [int(free[0, -4]), int(free[1, -1])]
+    expected = model.generate(ids, **settings).tolist()
+
+    def hide(kwargs):
+        config = kwargs["generation_config"]
+        kept[:] = [config._pad_token_tensor]
+        del config._pad_token_tensor
+
+    kept = []
+    with notices() as found, arguments_changed(hide):
+        # transformers' own loop of today reads it, so only ours can be asked on the plain path.
+        answers = torch.stack(list(model.stream_tokens(ids, **settings)), dim=1).tolist()
+    assert [row[len(PROMPT[0]) :] for row in expected] == answers
+    assert len(found) == 1 and "derived pad token" in found[0]
+
+
+def processors_in_another_form(model, captured=True):
+    """A processor whose parameters moved, or whose class is gone, goes to transformers' loop with the reason."""
+    from transformers.generation import logits_process
+
+    from faster_chatglm_6b.decoding.sampling import _known
+
+    processor = logits_process.RepetitionPenaltyLogitsProcessor(penalty=1.2)
+    processor.__dict__["strength"] = processor.__dict__.pop("penalty")
+    type_of = type(processor)
+    with mock.patch.object(type_of, "__call__", lambda self, ids, scores: scores):
+        for stays in (True, False):
+            before = _served()[1]
+            ids = torch.tensor(PROMPT, device=model.device)
+            with contextlib.nullcontext() if stays else mock.patch.object(logits_process, type_of.__name__, None):
+                assert (type_of in _known()) is stays
+                model.generate(ids, do_sample=False, max_new_tokens=2, logits_processor=[processor])
+            after = _served()[1]
+            new = [reason for reason in after if after[reason] != before.get(reason, 0)]
+            wanted = "keeps its parameters in another way" if stays else "is not among the processors"
+            assert not captured or (len(new) == 1 and wanted in new[0]), new
+
+
+EVERYWHERE = (
+    a_renamed_cache,
+    new_arguments,
+    new_arguments_of_the_search,
+    new_settings,
+    a_pad_token_in_another_place,
+    processors_in_another_form,
+)

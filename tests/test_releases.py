@@ -1,0 +1,294 @@
+"""The tripwire for new releases of transformers: each step of any generation reads what is new and no more."""
+
+import copy
+import dataclasses
+import logging
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import release_checks
+import torch
+import transformers
+from release_checks import PROMPT, notices, rows_read
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import faster_chatglm_6b
+from faster_chatglm_6b import backend
+from faster_chatglm_6b.caches import CACHE_NAME, CACHE_NAMES, cache_in
+from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
+from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "examples" / "tiny_chatglm"
+IDS = torch.tensor(PROMPT)
+NEW = 6
+STEPS = [IDS.shape[1]] + [1] * (NEW - 1)
+SETTINGS = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None}
+
+
+# transformers calls the assistant in a way that it deprecates itself.
+ITS_OWN = "Passing `generation_config` together with generation-related arguments"
+
+
+@pytest.fixture
+def quiet():
+    """No word of deprecation from transformers, and nothing noticed about it, in the test's own generations."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    log = logging.getLogger("transformers")
+    transformers.utils.logging.warning_once.cache_clear()
+    log.addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught, notices() as found:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        log.removeHandler(handler)
+    said = [record.getMessage() for record in records] + [str(one.message) for one in caught]
+    assert not [sentence for sentence in said if "deprecat" in sentence.lower() and not sentence.startswith(ITS_OWN)]
+    assert not found
+
+
+@pytest.fixture(params=["float", "int8", "prefix", "projected prefix", "LoRA", "merged LoRA"])
+def model(request, golden_dir, tiny_dir):
+    """The tiny checkpoint in each form in which people use it."""
+    if "prefix" in request.param:
+        folder = golden_dir / "ckpt" / f"tiny-ptuning-proj{int('projected' in request.param)}"
+        config = ChatGLMConfig.from_pretrained(folder)
+        model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, config=config).float().eval()
+        begin = "transformer.prefix_encoder."
+        state = {name.removeprefix(begin): value for name, value in load_file(folder / "model.safetensors").items()}
+        model.transformer.prefix_encoder.load_state_dict(state)
+        return model
+    folder = golden_dir / "ckpt" / ("tiny-int8" if request.param == "int8" else "tiny")
+    model = ChatGLMForConditionalGeneration.from_pretrained(folder).float().eval()
+    if "LoRA" not in request.param:
+        return model
+    peft = pytest.importorskip("peft", reason="adapters need peft: pip install peft")
+    import torch.distributed.tensor  # noqa: F401 PEFT asks for it by name, and transformers 4.45 does not import it
+
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False)).eval()
+    return adapted.merge_and_unload() if "merged" in request.param else adapted
+
+
+class Quiet(BaseStreamer):
+    def put(self, value):
+        pass
+
+    def end(self):
+        pass
+
+
+def network_of(model):
+    """Our model, out of the wrapper that PEFT puts around it."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+CALLS = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "streamer": {"streamer": Quiet()},
+    "beams": {"num_beams": 3},
+    "sampled beams": {"num_beams": 2, "do_sample": True},
+    "several answers": {"num_return_sequences": 2, "do_sample": True},
+    "scores": {"return_dict_in_generate": True, "output_scores": True},
+    "processors": {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2},
+    "cache given": {"past_key_values": DynamicCache},
+    "cache given under its newer name": {"cache": DynamicCache},
+    "generator": {"do_sample": True, "generator": lambda: torch.Generator().manual_seed(0)},
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_each_step_reads_one_token(model, call, quiet):
+    given = {name: value() if callable(value) else value for name, value in CALLS[call].items()}
+    inner = network_of(model)
+    with rows_read(inner) as rows:
+        model.generate(input_ids=IDS, **{**SETTINGS, **given})
+    assert rows == STEPS
+
+
+def test_a_padded_batch_and_embeddings(model, quiet):
+    inner = network_of(model)
+    ids = torch.cat((torch.tensor([[3, 3, *PROMPT[0][2:]]]), IDS))
+    embeds = inner.get_input_embeddings()(IDS).detach()
+    for inputs in ({"input_ids": ids}, {"input_ids": IDS, "inputs_embeds": embeds}):
+        with rows_read(inner) as rows:
+            model.generate(**inputs, **SETTINGS)
+        assert rows == STEPS
+
+
+def test_streams_read_one_token_per_step(model, tiny_tokenizer, quiet):
+    inner = network_of(model)
+    with rows_read(inner) as rows:
+        list(model.stream_tokens(IDS, **SETTINGS))
+    assert rows == STEPS
+    with rows_read(inner) as rows:
+        list(model.stream_chat(tiny_tokenizer, "你好", **SETTINGS))
+    assert len(rows) == NEW and rows[1:] == STEPS[1:]
+
+
+def test_a_filled_cache_is_gone_on_with(tiny_model, quiet):
+    """Turns that hand their cache on, under either name, read what is new."""
+    whole = tiny_model.generate(IDS, **{**SETTINGS, "max_new_tokens": 2 * NEW}).tolist()
+    for name in ("past_key_values", "cache"):
+        cache = DynamicCache()
+        first = tiny_model.generate(IDS, **SETTINGS, **{name: cache})
+        assert cache.get_seq_length() == first.shape[1] - 1
+        with rows_read(tiny_model) as rows:
+            second = tiny_model.generate(first, **SETTINGS, **{name: cache})
+        assert second.tolist() == whole and rows == [1] * NEW
+
+
+def test_two_caches_are_refused(tiny_model):
+    two = {"past_key_values": DynamicCache(), "cache": DynamicCache()}
+    for call in (lambda: tiny_model.generate(IDS, **SETTINGS, **two), lambda: tiny_model(IDS, **two)):
+        with pytest.raises(ValueError, match="past_key_values and cache are both given, but are two names"):
+            call()
+    one = DynamicCache()
+    assert cache_in({"past_key_values": one, "cache": one}) is one and cache_in({"cache": None}) is None
+
+
+def test_assisted_decoding(tiny_model, quiet):
+    """A draft of at most three tokens and the token before it, never the whole sequence; the same tokens."""
+    # transformers 4 and 5.0 fail here without an end token: one that is not said.
+    settings = {**SETTINGS, "eos_token_id": 0}
+    expected = tiny_model.generate(IDS, **settings).tolist()
+    assert len(expected[0]) == len(PROMPT[0]) + NEW
+    assistant = copy.deepcopy(tiny_model)
+    assistant.generation_config.num_assistant_tokens = 3
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    with rows_read(tiny_model) as rows, rows_read(assistant) as drafts:
+        output = tiny_model.generate(IDS, **settings, assistant_model=assistant)
+    assert output.tolist() == expected
+    assert len(rows) < NEW and len(PROMPT[0]) < rows[0] <= len(PROMPT[0]) + 3 and max(rows[1:]) <= 4
+    assert drafts[0] == len(PROMPT[0]) and max(drafts[1:]) <= 2
+    for given in ({}, {"past_key_values": DynamicCache()}):
+        with rows_read(tiny_model) as rows:
+            output = tiny_model.generate(IDS, **settings, prompt_lookup_num_tokens=3, **given)
+        assert output.tolist() == expected and max(rows[1:]) <= 4
+
+
+def test_outputs_hold_the_cache_under_the_releases_name(tiny_model, quiet):
+    field = {one.name for one in dataclasses.fields(CausalLMOutputWithPast)} & set(CACHE_NAMES)
+    assert field == {CACHE_NAME}
+    for network in (tiny_model, tiny_model.transformer):
+        with torch.no_grad():
+            output = network(IDS, use_cache=True)
+            position_ids = torch.tensor([[[5], [2]]])
+            again = {"input_ids": torch.tensor([[7]]), "position_ids": position_ids}
+            followed = [
+                network(**again, **{name: copy.deepcopy(output[CACHE_NAME])})[0].tolist()
+                for name in ("past_key_values", "cache")
+            ]
+        assert CACHE_NAME in output and followed[0] == followed[1]
+
+
+@pytest.mark.parametrize("check", release_checks.EVERYWHERE, ids=lambda check: check.__name__)
+def test_a_newer_release_on_the_plain_path(tiny_model, check):
+    check(tiny_model, captured=False)
+
+
+def test_a_renamed_cache_reaches_every_step(tiny_model, quiet):
+    with release_checks.arguments_changed(release_checks.rename_cache):
+        with rows_read(tiny_model) as rows:
+            tiny_model.generate(IDS, **SETTINGS)
+    assert rows == STEPS
+
+
+def test_a_cache_that_transformers_does_not_hand_on(tiny_model, quiet):
+    """Should a release look for it elsewhere in the outputs, the next step gets it all the same."""
+    original = transformers.generation.utils.GenerationMixin._update_model_kwargs_for_generation
+
+    def without_cache(self, outputs, model_kwargs, **kwargs):
+        kept = original(self, outputs, model_kwargs, **kwargs)
+        return {name: value for name, value in kept.items() if name not in CACHE_NAMES}
+
+    owner = transformers.generation.utils.GenerationMixin
+    with mock.patch.object(owner, "_update_model_kwargs_for_generation", without_cache), rows_read(tiny_model) as rows:
+        tiny_model.generate(IDS, **SETTINGS)
+    assert rows == STEPS
+
+
+def test_a_lost_cache_is_said_once(tiny_model):
+    original = ChatGLMForConditionalGeneration.prepare_inputs_for_generation
+
+    def without_cache(self, *args, **kwargs):
+        return original(self, *args, **{name: value for name, value in kwargs.items() if name not in CACHE_NAMES})
+
+    expected = tiny_model.generate(IDS, **SETTINGS).tolist()
+    owner = ChatGLMForConditionalGeneration
+    with notices() as found, mock.patch.object(owner, "prepare_inputs_for_generation", without_cache):
+        for _ in range(2):
+            assert tiny_model.generate(IDS, **SETTINGS).tolist() == expected
+        tiny_model.generate(IDS, **SETTINGS, use_cache=False)
+    assert len(found) == 1 and "hands no cache from step to step" in found[0]
+
+
+def test_no_cache_is_what_the_caller_asked_for(tiny_model, quiet):
+    with rows_read(tiny_model) as rows:
+        tiny_model.generate(IDS, **SETTINGS, use_cache=False)
+    assert rows == [len(PROMPT[0]) + step for step in range(NEW)]
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}, {"quantization_bit": 8}])
+def test_loading_and_saving(options, tmp_path, quiet):
+    """The name of the dtype's argument changed in 4.56."""
+    settings = {"trust_remote_code": True}
+    tokenizer = AutoTokenizer.from_pretrained(TINY, **settings)
+    model = AutoModel.from_pretrained(TINY, **settings, **options)
+    assert model.dtype == options.get("dtype", torch.float16)
+    for one in (tokenizer, model):
+        one.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path, **settings)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, **settings, config=config)
+    assert all(torch.equal(one, again.state_dict()[name]) for name, one in model.state_dict().items())
+
+
+def test_training_with_checkpointing_through_the_trainer(tiny_dir, tmp_path):
+    """transformers 5.24 gave the switch a new name and new arguments, which the Trainer passes."""
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate: pip install accelerate")
+    model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir).float()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    name = next(name for name in names if name in TrainingArguments.__dataclass_fields__)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_strategy="no", **{name: True}
+    )
+    examples = [{"input_ids": IDS[0], "labels": IDS[0]}] * 2
+    Trainer(model=model, args=arguments, train_dataset=examples).train()
+    assert model.transformer.gradient_checkpointing
+    assert all(not torch.equal(before[name], one) for name, one in model.named_parameters() if "lm_head" not in name)
+
+
+@pytest.mark.parametrize(
+    ("version", "note"),
+    [
+        ("99.1.0", "99.1.0 (newer than {newest}, the newest that was tested)"),
+        (backend.NEWEST_TESTED_TRANSFORMERS, "{newest}"),
+        ("4.57.6", "4.57.6"),
+    ],
+)
+def test_a_release_newer_than_the_newest_tested_is_named(version, note, monkeypatch):
+    monkeypatch.setattr(backend, "installed_version", {"transformers": version}.get)
+    line = f"  transformers   {note.format(newest=backend.NEWEST_TESTED_TRANSFORMERS)}"
+    assert line in str(faster_chatglm_6b.status()).splitlines()
+
+
+def test_the_newest_tested_release_is_the_one_that_the_readmes_name():
+    for name in ("README.md", "README.zh.md"):
+        assert f"| {backend.NEWEST_TESTED_TRANSFORMERS} |" in (ROOT / name).read_text("utf-8")
