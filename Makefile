@@ -3,7 +3,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-TRANSFORMERS ?= 5.23.0
+# The newest release that PyPI serves, as a user's pip install takes it; TRANSFORMERS=4.57.6 names another one.
+TRANSFORMERS ?= newest
 ARGS ?=
 
 comma := ,
@@ -16,7 +17,8 @@ PYTHON310 ?= $(shell for python in python3.10 $(or $(PYENV_ROOT),$(HOME)/.pyenv)
 VENV_ONEFLOW ?= .venv-oneflow
 ONEFLOW_PY := $(VENV_ONEFLOW)/bin/python
 # The web demo's tests run beside transformers 5: Gradio and transformers 4 ask for different releases of huggingface_hub.
-EXTRAS := dev$(comma)pictures$(if $(filter 5.%,$(TRANSFORMERS)),$(comma)web)
+EXTRAS := dev$(comma)pictures$(if $(filter 4.%,$(TRANSFORMERS)),,$(comma)web)
+REQUIREMENT := transformers$(if $(filter newest,$(TRANSFORMERS)),,==$(TRANSFORMERS))
 READY := $(VENV)/.ready-$(TRANSFORMERS)
 READY_DEV := $(VENV)/.ready-dev-$(TRANSFORMERS)
 
@@ -75,6 +77,7 @@ define install_interpreter
 endef
 
 # The stamps of one environment replace each other: only the version of transformers that was installed last is ready.
+# "newest" is what was newest then; make clean, and the next make looks again.
 $(READY) $(READY_DEV): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 		"$(PYTHON) is Python %d.%d, but 3.10 or newer is needed; name one: make PYTHON=python3.11" % sys.version_info[:2])'
@@ -82,7 +85,7 @@ $(READY) $(READY_DEV): pyproject.toml setup.py
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@rm -f $(VENV)/.ready-*
 	@$(install_torch)
-	@$(PIP) install -q -e '.$(if $(findstring .ready-dev,$@),[$(EXTRAS)])' 'transformers==$(TRANSFORMERS)'
+	@$(PIP) install -q -e '.$(if $(findstring .ready-dev,$@),[$(EXTRAS)])' --upgrade '$(REQUIREMENT)'
 	@$(if $(findstring .ready-dev,$@),$(install_interpreter))
 	@touch $(VENV)/.ready-$(TRANSFORMERS) $@
 
