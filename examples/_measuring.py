@@ -182,9 +182,7 @@ def measure(model: torch.nn.Module, ids: torch.Tensor, args: argparse.Namespace,
         if args.new_tokens > 1:
             first.append(timed(lambda: run_once(model, ids, args.mode, 1)))
     # In turns, so that what else the machine does weighs on both alike.
-    step = statistics.median(whole)
-    if first:
-        step = (step - statistics.median(first)) / (args.new_tokens - 1)
+    step = step_of(whole, first, args.new_tokens)
     moved = bytes_per_step(model, batch, prompt_tokens, args.new_tokens)
     rate, ceiling = moved / step / 1e9, machine.read_ceiling
     values = (
@@ -211,6 +209,22 @@ def measure(model: torch.nn.Module, ids: torch.Tensor, args: argparse.Namespace,
         " ".join(["python", *sys.argv]),
     )
     return Run(whole, dict(zip(KEYS, values, strict=True)))
+
+
+def step_of(whole: list[float], first: list[float], new_tokens: int) -> float:
+    """Seconds per token after the first, of whole calls less those for one token; with the prompt if noise hides it."""
+    step = statistics.median(whole)
+    if not first:
+        return step
+    rest = step - statistics.median(first)
+    if rest > 0:
+        return rest / (new_tokens - 1)
+    print(
+        f"One token took as long as {new_tokens}: the machine is busy, or the iterations are few. The rates count the "
+        "prompt too.",
+        file=sys.stderr,
+    )
+    return step / new_tokens
 
 
 def weights_of(model: torch.nn.Module) -> str:

@@ -61,6 +61,14 @@ def test_one_run_prints_the_closing_line_and_a_row_and_appends_its_record(tmp_pa
     assert second["command"] == " ".join(["python", "examples/benchmark.py", *options])
 
 
+def test_noise_does_not_make_a_step_negative(example, capsys):
+    step_of = example("_measuring").step_of
+    assert step_of([3.0, 1.0, 2.0], [0.5, 0.5, 0.5], 4) == pytest.approx(0.5) and step_of([2.0], [], 1) == 2.0
+    assert capsys.readouterr().err == ""
+    assert step_of([2.0], [2.0], 4) == step_of([2.0], [9.0], 4) == 0.5
+    assert "One token took as long as 4: the machine is busy" in capsys.readouterr().err
+
+
 def test_the_table_runs_every_row_in_turn(tmp_path, example):
     file = tmp_path / "table.json"
     done = run_benchmark(
