@@ -91,7 +91,11 @@ def cache_in(arguments: Mapping[str, Any]) -> Any:
     return next((value for value in arguments.values() if isinstance(value, Cache)), None)
 
 
-def put_cache(arguments: MutableMapping[str, Any], cache: Any) -> None:
-    """Hand a cache on to the next step, under the name by which it came, or by which this release knows it."""
-    names = [name for name, value in arguments.items() if name in CACHE_NAMES or isinstance(value, Cache)]
-    arguments[names[0] if names else CACHE_NAME] = cache
+def take_cache(arguments: MutableMapping[str, Any]) -> Any:
+    """Take the cache out of keyword arguments, under whatever name; None without any. Raises as ``cache_in``."""
+    cache = cache_in(arguments)
+    for name in [
+        name for name, value in arguments.items() if name in CACHE_NAMES or (cache is not None and value is cache)
+    ]:
+        del arguments[name]
+    return cache

@@ -1,6 +1,7 @@
 """``chat``, ``stream_chat`` and ``process_response``, with the arguments and results of the checkpoint's own code, and
 ``chat_batch``, which it lacks."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 
 from .detokenizer import IncrementalDetokenizer
 from .generation import no_room
-from .placement import execution_device
+from .placement import input_device
 from .prompts import build_prompt, process_response
 from .tokenization_chatglm import ChatGLMTokenizer
 
@@ -71,8 +72,9 @@ class ChatMixin:
         """
         history = list(history or [])
         input_ids = self._chat_input_ids(tokenizer, query, history)
+        kwargs["num_beams"] = num_beams
         settings = _chat_settings(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
-        output_ids = self.generate(input_ids, num_beams=num_beams, **settings)
+        output_ids = self.generate(input_ids, **_in_one_place(settings))
         response = process_response(tokenizer.decode(output_ids[0, input_ids.shape[1] :].tolist()))
         return response, [*history, (query, response)]
 
@@ -111,6 +113,7 @@ class ChatMixin:
         prompts = [self._chat_ids(tokenizer, *turn) for turn in zip(queries, histories, strict=True)]
         lengths = [len(ids) for ids in prompts]
         longest = max(lengths)
+        kwargs["num_beams"] = num_beams
         settings = _chat_settings(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
         # Answers that end early are filled up with it, and decoding leaves it out.
         settings["pad_token_id"] = tokenizer.pad_token_id
@@ -122,12 +125,11 @@ class ChatMixin:
             settings["max_length"] = longest + max(room)
         padded = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
         mask = [[0] * (longest - length) + [1] * length for length in lengths]
-        device = execution_device(self, self.device)
+        device = input_device(self, torch.device("cpu"))
         output_ids = self.generate(
             torch.tensor(padded, device=device),
             attention_mask=torch.tensor(mask, device=device),
-            num_beams=num_beams,
-            **settings,
+            **_in_one_place(settings),
         )
         # The first of several returned sequences, as chat takes it.
         answers = output_ids[:: len(output_ids) // len(prompts), longest:].tolist()
@@ -157,7 +159,7 @@ class ChatMixin:
         history = list(history or [])
         input_ids = self._chat_input_ids(tokenizer, query, history)
         settings = _chat_settings(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
-        tokens = self.stream_tokens(input_ids, **settings)
+        tokens = self.stream_tokens(input_ids, **_in_one_place(settings))
         return self._stream_responses(tokenizer, query, history, tokens)
 
     def _stream_responses(
@@ -177,7 +179,7 @@ class ChatMixin:
 
     def _chat_input_ids(self, tokenizer: ChatGLMTokenizer, query: str, history: History) -> torch.Tensor:
         """Ids [1, length] of a turn's prompt, on the model's device."""
-        return torch.tensor([self._chat_ids(tokenizer, query, history)], device=execution_device(self, self.device))
+        return torch.tensor([self._chat_ids(tokenizer, query, history)], device=input_device(self, torch.device("cpu")))
 
     def _chat_ids(self, tokenizer: ChatGLMTokenizer, query: str, history: History) -> list[int]:
         if not isinstance(query, str) or not query.strip():
@@ -213,11 +215,26 @@ def _chat_settings(
     """Arguments of ``generate`` for a chat turn. The caller's list of processors is copied, not extended."""
     processors = LogitsProcessorList([*(logits_processor or []), InvalidScoreLogitsProcessor()])
     settings = {"do_sample": do_sample, "logits_processor": processors, **kwargs}
-    if settings.get("max_new_tokens") is None:
+    config = settings.get("generation_config")
+    if settings.get("max_new_tokens") is None and getattr(config, "max_new_tokens", None) is None:
         settings["max_length"] = max_length
     if do_sample:
         settings |= {"top_p": top_p, "temperature": temperature}
     return settings
+
+
+def _in_one_place(settings: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``generate``, those that a given ``generation_config`` has a field for in a copy of it:
+    transformers 5 warns of settings in two places. As before, the arguments of chat win."""
+    if settings.get("generation_config") is None:
+        return settings
+    config = copy.deepcopy(settings["generation_config"])
+    arguments = {"generation_config": config}
+    for name, value in settings.items():
+        if name not in arguments:
+            target = vars(config) if hasattr(config, name) else arguments
+            target[name] = value
+    return arguments
 
 
 def _check_batch(queries: Sequence[str], histories: Sequence[History | None] | None, kwargs: dict[str, Any]) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from transformers.generation.utils import GenerationMixin
 
-from .caches import CACHE_NAME, CACHE_NAMES, Cache, cache_in, put_cache
+from .caches import CACHE_NAME, CACHE_NAMES, Cache, cache_in, take_cache
 from .decoding.memory import memory_returned
-from .placement import execution_device
+from .placement import input_device
 from .prompt_layout import PromptLayout, cached_tokens
 from .reading import steps_watched, watch_step
 from .streaming import no_single_next_token, streaming
@@ -45,7 +47,10 @@ class PrefixGenerationMixin(SearchMixin):
                 "besides)."
             )
         # Where memory runs out, this frame stays with the exception: it names nothing but the caller's own tensors.
-        with memory_returned(), steps_watched():
+        # A decoding loop of the caller's own may well begin anew at every step.
+        watched = steps_watched() if kwargs.get("custom_generate") is None else nullcontext()
+        with memory_returned(), watched:
+            generation_config, kwargs = _without_static_cache(generation_config, kwargs)
             return super().generate(
                 inputs,
                 generation_config=generation_config,
@@ -114,7 +119,7 @@ class PrefixGenerationMixin(SearchMixin):
         if prompt_position_ids is not None:
             position_ids = _continued(prompt_position_ids, past_length, length)
         one_free_row = past_length == length - 1 and not layout.is_padded
-        device = execution_device(self, self.device)
+        device = input_device(self, input_ids.device)
         model_inputs = {
             "input_ids": input_ids[:, past_length:].contiguous().to(device),
             "position_ids": position_ids.to(device),
@@ -135,8 +140,18 @@ class PrefixGenerationMixin(SearchMixin):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         cache = getattr(outputs, CACHE_NAME, None)
         if cache is not None and cache_in(model_kwargs) is None:
-            put_cache(model_kwargs, cache)
+            model_kwargs[CACHE_NAME] = cache
         return model_kwargs
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """transformers' check for unused arguments; a cache is used, whatever its name."""
+        super()._validate_model_kwargs(
+            {
+                name: value
+                for name, value in model_kwargs.items()
+                if name not in CACHE_NAMES and not isinstance(value, Cache)
+            }
+        )
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
         """None: positions follow from the ids at every step (transformers 5 would count all axes on by one)."""
@@ -148,7 +163,7 @@ class PrefixGenerationMixin(SearchMixin):
         """Check the prompt and turn stock's mask and positions into what transformers' ``generate`` understands."""
         kwargs = dict(kwargs)
         mask, position_ids = kwargs.get("attention_mask"), kwargs.pop("position_ids", None)
-        cache = cache_in({name: kwargs.pop(name, None) for name in CACHE_NAMES})
+        cache = take_cache(kwargs)
         if cache is not None:
             kwargs[CACHE_NAME] = cache
         if isinstance(cache, Cache):
@@ -172,10 +187,6 @@ class PrefixGenerationMixin(SearchMixin):
         self._check_lengths(
             input_ids.shape[1], int((input_ids.shape[1] - layout.first_slot).max()), generation_config, kwargs
         )
-        implementation = kwargs.get("cache_implementation") or getattr(generation_config, "cache_implementation", None)
-        if implementation in ("static", "offloaded_static", "sliding_window", "hybrid"):
-            _log.info("cache_implementation=%r cannot follow a prefix mask; the default cache is used.", implementation)
-            kwargs["cache_implementation"] = None
         return kwargs
 
     def _check_lengths(self, length: int, real_length: int, generation_config: Any, kwargs: dict[str, Any]) -> None:
@@ -202,6 +213,23 @@ class PrefixGenerationMixin(SearchMixin):
                     f"prefill_chunk_size is {source}, but a ChatGLM prompt is attended in both directions and cannot "
                     "be prefilled in chunks; leave it out."
                 )
+
+
+def _without_static_cache(generation_config: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The settings with the default cache instead of one of fixed size, which cannot follow a prefix mask.
+
+    A setting stays where it was: transformers 5 warns of arguments beside a generation_config.
+    """
+    name, refused = "cache_implementation", ("static", "offloaded_static", "sliding_window", "hybrid")
+    for given in (kwargs.get(name), getattr(generation_config, name, None)):
+        if given in refused:
+            _log.info("cache_implementation=%r cannot follow a prefix mask; the default cache is used.", given)
+    if kwargs.get(name) in refused:
+        kwargs = {**kwargs, name: None}
+    if getattr(generation_config, name, None) in refused:
+        generation_config = copy.deepcopy(generation_config)
+        generation_config.cache_implementation = None
+    return generation_config, kwargs
 
 
 def no_room(length: int, max_length: int) -> ValueError:

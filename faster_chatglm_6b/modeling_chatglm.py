@@ -3,14 +3,12 @@
 import math
 
 import torch
-import transformers
 from torch import nn
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from .adapters import AdapterHost
-from .backend import is_too_old
 from .caches import CACHE_NAME, CACHE_NAMES, Cache, DynamicCache, cache_in
 from .chat import ChatMixin
 from .configuration_chatglm import ChatGLMConfig
@@ -122,12 +120,24 @@ class ChatGLMPreTrainedModel(CheckpointMixin, PreTrainedModel):
         if isinstance(module, PrefixEncoder):
             module.reset_parameters()
 
-    if is_too_old(transformers.__version__, "5.0"):
+    # Not reentrant unless the caller asks for it: gradients reach a P-Tuning prefix past the layers' inputs.
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):
 
-        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-            """transformers' switch, not reentrant by default, as since 5.0: gradients reach a P-Tuning prefix past the
-            layers' inputs."""
-            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        def activation_checkpointing_enable(
+            self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
+        ) -> None:
+            """transformers' switch, as it is called since 5.24."""
+            kwargs = activation_checkpointing_kwargs or {"use_reentrant": False}
+            super().activation_checkpointing_enable(kwargs, every_n_layers, offload)
+            self.base_model.checkpointed_every = every_n_layers
+    else:
+
+        def gradient_checkpointing_enable(
+            self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: object
+        ) -> None:
+            """transformers' switch."""
+            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **kwargs)
+            self.base_model.checkpointed_every = kwargs.get("every_n_layers", 1)
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -139,7 +149,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.layers = nn.ModuleList(GLMBlock(config, layer_id) for layer_id in range(config.num_layers))
         self.final_layernorm = LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.rotary = RotaryTable(config.head_size // 2 if config.position_encoding_2d else config.head_size)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.checkpointed_every = False, 1
         if config.pre_seq_len:
             self.prefix_encoder = PrefixEncoder(config)
         self.freeze_below_prefix()
@@ -190,8 +200,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             ValueError: arguments that do not fit together; see ``PromptLayout.of`` for bad ids.
         """
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         # A recomputed layer would append its keys a second time.
-        use_cache = use_cache and not (self.gradient_checkpointing and self.training)
+        use_cache = use_cache and not checkpointing
         return_dict = self.config.return_dict if return_dict is None else return_dict
         output_attentions = bool(self.config.output_attentions if output_attentions is None else output_attentions)
         if output_hidden_states is None:
@@ -223,10 +234,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             output_attentions=output_attentions,
         )
         all_hidden_states, all_attentions = [], []
-        for layer, place in zip(self.layers, devices, strict=True):
+        for index, (layer, place) in enumerate(zip(self.layers, devices, strict=True)):
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            if self.gradient_checkpointing and self.training:
+            if checkpointing and index % self.checkpointed_every == 0:
                 hidden_states, probabilities = self._gradient_checkpointing_func(
                     layer.__call__, hidden_states, tables[place], step
                 )
@@ -336,13 +347,12 @@ class ChatGLMForConditionalGeneration(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=cache_in({"past_key_values": past_key_values, "cache": cache}),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
-            cache=cache,
         )
         hidden_states = outputs.last_hidden_state.transpose(0, 1)[:, -logits_to_keep:]
         ops = operators_for(

@@ -15,6 +15,16 @@ def execution_device(module: Any, default: torch.device) -> torch.device:
     return default
 
 
+def input_device(model: Any, default: torch.device) -> torch.device:
+    """The device that a model wants its ids on; ``default`` if its weights are on none, and no hook says where they go.
+
+    accelerate's ``cpu_offload`` leaves the weights on ``meta`` and puts the hooks on the parts.
+    """
+    embedding = model.get_input_embeddings()
+    own = model.device if model.device.type != "meta" else default
+    return execution_device(model, execution_device(embedding, own))
+
+
 def spread_over(model: Any) -> str | None:
     """The places that ``device_map`` gave a model where they are more than one device; None for a model on one."""
     device_map = getattr(model, "hf_device_map", None) or {}

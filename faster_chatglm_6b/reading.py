@@ -41,24 +41,28 @@ _KNOWN_SETTINGS = frozenset(
 )
 
 
-def unfollowed_arguments(model_class: type, model_kwargs: Mapping[str, Any]) -> list[str]:
+def unfollowed_arguments(model: Any, model_kwargs: Mapping[str, Any]) -> list[str]:
     """Names of the arguments of ``_sample`` that ask for something which the captured loop does not do.
 
-    An argument that neither transformers' loop nor our model names is read on neither path: it is recorded, no more.
+    An argument that neither transformers' loop nor the model names is read on neither path: it is recorded, no more.
     """
-    known = _defaults(GenerationMixin._sample) | _defaults(model_class.prepare_inputs_for_generation)
-    known |= _defaults(model_class.forward)
+    known = _defaults(GenerationMixin._sample) | _defaults(type(model).forward)
+    of_the_instance = model.__dict__.get("prepare_inputs_for_generation")
+    # What somebody put on the instance may hold the model: it is not kept.
+    known |= _named(of_the_instance) if of_the_instance else _defaults(type(model).prepare_inputs_for_generation)
     unfollowed = []
     for name, value in model_kwargs.items():
         if name in _FOLLOWED or name in CACHE_NAMES or isinstance(value, Cache):
             continue
-        if value is False or _is_default(value, known.get(name)):
+        default = known.get(name)
+        if _is_default(value, default) or (value is False and default is None):
             continue
         if name in known:
             unfollowed.append(name)
         else:
             _status.record_notice(
-                f"transformers {_release()} hands the argument {name} to its decoding loop; no model of ours reads it."
+                f"The argument {name} reaches the decoding loop of transformers {_release()}, and the model does not "
+                "read it."
             )
     return sorted(unfollowed)
 
@@ -111,10 +115,19 @@ def watch_step(length: int, past_length: int, use_cache: bool) -> None:
         without_cache += 1
         if without_cache == 2:
             _status.record_notice(
-                f"transformers {_release()} hands no cache from step to step, so that each token reads its whole "
-                f"sequence again; {backend.NEWEST_TESTED_TRANSFORMERS} is the newest release that was tested."
+                f"No cache comes back to the model from step to step (transformers {_release()}), so that each token "
+                "reads its whole sequence again."
             )
     steps[:] = length, without_cache
+
+
+def check_searches(owner: type) -> None:
+    """Record which of the functions that ``generate`` ends in, and that we extend, transformers has no longer."""
+    for name in ("_sample", "_beam_search", "_assisted_decoding"):
+        if not hasattr(owner, name):
+            _status.record_notice(
+                f"transformers {_release()} has no {name} any more; what it did takes transformers' own way, uncounted."
+            )
 
 
 def _release() -> str | None:
@@ -123,6 +136,11 @@ def _release() -> str | None:
 
 @functools.cache
 def _defaults(function: Callable) -> dict[str, Any]:
+    """As ``_named``, of functions that live as long as the process."""
+    return _named(function)
+
+
+def _named(function: Callable) -> dict[str, Any]:
     """The default of each named parameter; ``Parameter.empty`` where there is none."""
     kinds = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     return {name: one.default for name, one in signature(function).parameters.items() if one.kind not in kinds}

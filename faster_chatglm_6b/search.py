@@ -1,7 +1,6 @@
 """The searches that transformers' ``generate()`` ends in: greedy search and sampling through the captured loop."""
 
 import functools
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,11 +9,10 @@ from transformers.generation.utils import GenerationMixin
 from . import _status
 from .decoding.loop import engine_of, generate_ids, generate_tokens
 from .decoding.memory import memory_explained
+from .reading import check_searches
 from .streaming import no_single_next_token, streaming
 
-for _name in ("_sample", "_beam_search", "_assisted_decoding"):
-    if not hasattr(GenerationMixin, _name):
-        _status.record_notice(f"This transformers has no {_name} any more; what it did takes the plain path, unseen.")
+check_searches(GenerationMixin)
 
 
 class SearchMixin:
@@ -25,7 +23,7 @@ class SearchMixin:
         if streaming.get():
             raise no_single_next_token()
         _status.record_generation("plain", "beam search")
-        with self._memory_explained(*args, **kwargs):
+        with memory_explained(self, args[0], kwargs["generation_config"]):
             return super()._beam_search(*args, **kwargs)
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
@@ -37,14 +35,15 @@ class SearchMixin:
                 "Assisted decoding cuts the cache to the length of the sequence, which a P-Tuning prefix shifts; leave "
                 "prompt_lookup_num_tokens and assistant_model out."
             )
+        early_exit = getattr(kwargs["generation_config"], "assistant_early_exit", None)
+        if early_exit is not None:
+            raise ValueError(
+                f"assistant_early_exit is {early_exit}, but this model has no early exits; leave it out, or draft with "
+                "prompt_lookup_num_tokens or assistant_model."
+            )
         _status.record_generation("plain", "assisted decoding")
-        with self._memory_explained(*args, **kwargs):
+        with memory_explained(self, args[0], kwargs["generation_config"]):
             return super()._assisted_decoding(*args, **kwargs)
-
-    def _memory_explained(
-        self, input_ids: torch.Tensor, *args: Any, generation_config: Any = None, **kwargs: Any
-    ) -> AbstractContextManager:
-        return memory_explained(self, input_ids, generation_config or self.generation_config)
 
     def _sample(
         self,

@@ -1,5 +1,7 @@
 """A model that accelerate's device_map spreads over places: the same answers, on the plain path, and why."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -8,7 +10,7 @@ import faster_chatglm_6b
 from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 
-pytest.importorskip("accelerate", reason="device_map needs accelerate: pip install accelerate")
+accelerate = pytest.importorskip("accelerate", reason="device_map needs accelerate: pip install accelerate")
 
 PROMPT = torch.tensor([[20, 30, 40, 321, 324]])
 BATCH = torch.tensor([[3, 3, 20, 30, 40, 321, 324], [50, 60, 70, 80, 90, 321, 324]])
@@ -144,3 +146,16 @@ class TestOnGPUs:
         before = sum(faster_chatglm_6b.status().captured_generations.values())
         model.generate(PROMPT.cuda(), **GREEDY)
         assert sum(faster_chatglm_6b.status().captured_generations.values()) == before + 1
+
+
+@pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload"])
+def test_offloaded_by_accelerate(tiny_model, tiny_tokenizer, offload, tmp_path):
+    """The weights lie on no device between two steps."""
+    model = copy.deepcopy(tiny_model)
+    options = {"offload_dir": str(tmp_path)} if offload == "disk_offload" else {}
+    getattr(accelerate, offload)(model, execution_device="cpu", **options)
+    assert model.device.type == "meta"
+    assert model.generate(PROMPT, **GREEDY).tolist() == tiny_model.generate(PROMPT, **GREEDY).tolist()
+    for call in ("chat", "stream_chat"):
+        answers = [getattr(one, call)(tiny_tokenizer, "你好", **GREEDY) for one in (model, tiny_model)]
+        assert list(answers[0]) == list(answers[1])

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import logging
 import warnings
+from inspect import signature
 from pathlib import Path
 from unittest import mock
 
@@ -19,14 +20,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
-    Trainer,
-    TrainingArguments,
+    GenerationConfig,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import faster_chatglm_6b
-from faster_chatglm_6b import backend
+from faster_chatglm_6b import backend, caches, generation, reading
 from faster_chatglm_6b.caches import CACHE_NAME, CACHE_NAMES, cache_in
 from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
@@ -40,11 +41,11 @@ SETTINGS = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None}
 
 
 # transformers calls the assistant in a way that it deprecates itself.
-ITS_OWN = "Passing `generation_config` together with generation-related arguments"
+ITS_OWN = ("Passing `generation_config` together with generation-related arguments",)
 
 
 @pytest.fixture
-def quiet():
+def quiet(request):
     """No word of deprecation from transformers, and nothing noticed about it, in the test's own generations."""
     records = []
     handler = logging.Handler()
@@ -59,7 +60,8 @@ def quiet():
     finally:
         log.removeHandler(handler)
     said = [record.getMessage() for record in records] + [str(one.message) for one in caught]
-    assert not [sentence for sentence in said if "deprecat" in sentence.lower() and not sentence.startswith(ITS_OWN)]
+    allowed = ITS_OWN if request.node.originalname == "test_assisted_decoding" else ()
+    assert not [one for one in said if "deprecat" in one.lower() and not one.startswith(allowed)]
     assert not found
 
 
@@ -81,6 +83,7 @@ def model(request, golden_dir, tiny_dir):
     peft = pytest.importorskip("peft", reason="adapters need peft: pip install peft")
     import torch.distributed.tensor  # noqa: F401 PEFT asks for it by name, and transformers 4.45 does not import it
 
+    torch.manual_seed(0)
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False)).eval()
     return adapted.merge_and_unload() if "merged" in request.param else adapted
 
@@ -139,7 +142,7 @@ def test_streams_read_one_token_per_step(model, tiny_tokenizer, quiet):
     assert rows == STEPS
     with rows_read(inner) as rows:
         list(model.stream_chat(tiny_tokenizer, "你好", **SETTINGS))
-    assert len(rows) == NEW and rows[1:] == STEPS[1:]
+    assert 1 < len(rows) <= NEW and set(rows[1:]) == {1}
 
 
 def test_a_filled_cache_is_gone_on_with(tiny_model, quiet):
@@ -210,15 +213,98 @@ def test_a_renamed_cache_reaches_every_step(tiny_model, quiet):
     assert rows == STEPS
 
 
+def test_a_cache_of_the_callers_under_a_third_name(tiny_model, quiet):
+    """generate() takes the names of today and hands on the release's own, which no check for unused arguments minds."""
+    owner = GenerationMixin
+    prepare = owner._prepare_cache_for_generation
+
+    def nothing_more_to_prepare(self, generation_config, model_kwargs, *args, **kwargs):
+        if "memory" not in model_kwargs:
+            prepare(self, generation_config, model_kwargs, *args, **kwargs)
+
+    whole = tiny_model.generate(IDS, **{**SETTINGS, "max_new_tokens": 2 * NEW}).tolist()
+    for name in ("past_key_values", "cache"):
+        cache = DynamicCache()
+        with (
+            mock.patch.object(generation, "CACHE_NAME", "memory"),
+            mock.patch.object(owner, "_prepare_cache_for_generation", nothing_more_to_prepare),
+        ):
+            first = tiny_model.generate(IDS, **SETTINGS, **{name: cache})
+            with rows_read(tiny_model) as rows:
+                assert tiny_model.generate(first, **SETTINGS, **{name: cache}).tolist() == whole
+        assert rows[-1] == 1 and len(rows) == NEW
+
+
+def test_the_name_of_the_cache_is_read_off_the_outputs():
+    def outputs(*names):
+        fields = [(name, kind) for name, kind in (("loss", "Tensor"), *names)]
+        return dataclasses.make_dataclass("Outputs", fields)
+
+    assert caches._name_in(outputs(("past_key_values", "tuple"), ("memory", "Cache | None"))) == "past_key_values"
+    assert caches._name_in(outputs(("cache", "Cache | None"), ("past_key_values", "tuple"))) == "cache"
+    assert caches._name_in(outputs(("memory", "Cache | None"))) == "memory"
+    assert caches._name_in(outputs()) == "past_key_values"
+
+
+def test_a_search_that_is_gone_is_said():
+    class Owner:
+        _sample = None
+
+    with notices() as found:
+        reading.check_searches(Owner)
+    assert ["_beam_search" in found[0], "_assisted_decoding" in found[1]] == [True, True] and len(found) == 2
+
+
+def test_a_network_with_the_former_arguments(tiny_model, quiet):
+    """A replaced inner forward need not know the newer name."""
+    model = copy.deepcopy(tiny_model)
+    forward = model.transformer.forward
+    names = [name for name in signature(forward).parameters if name != "cache"]
+    assert len(names) == 9
+
+    def former(**kwargs):
+        assert set(kwargs) <= set(names)
+        return forward(**kwargs)
+
+    model.transformer.forward = former
+    expected = tiny_model.generate(IDS, **SETTINGS).tolist()
+    for given in ({}, {"cache": DynamicCache()}):
+        assert model.generate(IDS, **SETTINGS, **given).tolist() == expected
+
+
+def test_early_exits_are_refused_before_anything_changes(tiny_model):
+    expected = tiny_model.generate(IDS, **SETTINGS).tolist()
+    if not hasattr(tiny_model.generation_config, "assistant_early_exit"):
+        pytest.skip(f"transformers {transformers.__version__} knows no early exits")
+    with pytest.raises(ValueError, match="assistant_early_exit is 1, but this model has no early exits; leave it out"):
+        tiny_model.generate(IDS, **SETTINGS, assistant_early_exit=1)
+    assert tiny_model.generate(IDS, **SETTINGS).tolist() == expected
+
+
+def test_settings_in_a_generation_config(tiny_model, tiny_tokenizer, quiet):
+    """transformers 5 warns of arguments beside one, and chat has arguments of its own."""
+    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=[0])
+    config.cache_implementation = "static"
+    before = config.to_dict()
+    expected = tiny_model.generate(IDS, **SETTINGS).tolist()
+    assert tiny_model.generate(IDS, generation_config=config).tolist() == expected
+    config.cache_implementation = before["cache_implementation"] = None
+    for call in (tiny_model.chat, lambda *args, **kwargs: list(tiny_model.stream_chat(*args, **kwargs))[-1]):
+        answer = call(tiny_tokenizer, "你好", do_sample=False, generation_config=config)
+        assert answer[0] == tiny_model.chat(tiny_tokenizer, "你好", do_sample=False, max_new_tokens=NEW)[0]
+    batch = tiny_model.chat_batch(tiny_tokenizer, ["你好", "hi"], do_sample=False, generation_config=config)
+    assert batch[0][0] == answer[0] and config.to_dict() == before
+
+
 def test_a_cache_that_transformers_does_not_hand_on(tiny_model, quiet):
     """Should a release look for it elsewhere in the outputs, the next step gets it all the same."""
-    original = transformers.generation.utils.GenerationMixin._update_model_kwargs_for_generation
+    original = GenerationMixin._update_model_kwargs_for_generation
 
     def without_cache(self, outputs, model_kwargs, **kwargs):
         kept = original(self, outputs, model_kwargs, **kwargs)
         return {name: value for name, value in kept.items() if name not in CACHE_NAMES}
 
-    owner = transformers.generation.utils.GenerationMixin
+    owner = GenerationMixin
     with mock.patch.object(owner, "_update_model_kwargs_for_generation", without_cache), rows_read(tiny_model) as rows:
         tiny_model.generate(IDS, **SETTINGS)
     assert rows == STEPS
@@ -235,8 +321,41 @@ def test_a_lost_cache_is_said_once(tiny_model):
     with notices() as found, mock.patch.object(owner, "prepare_inputs_for_generation", without_cache):
         for _ in range(2):
             assert tiny_model.generate(IDS, **SETTINGS).tolist() == expected
+    assert len(found) == 1 and found[0].startswith("No cache comes back to the model from step to step")
+    with notices() as found, mock.patch.object(owner, "prepare_inputs_for_generation", without_cache):
         tiny_model.generate(IDS, **SETTINGS, use_cache=False)
-    assert len(found) == 1 and "hands no cache from step to step" in found[0]
+        tiny_model.generate(IDS, **{**SETTINGS, "max_new_tokens": 2})
+    assert not found
+
+
+def test_only_steps_of_one_generation_are_compared():
+    """What is no later step of the same generate() call is no loss: a single one, another call, a step that is cut."""
+
+    def lost(*steps):
+        with notices() as found:
+            for length, past_length in steps:
+                reading.watch_step(length, past_length, True)
+        return len(found)
+
+    assert lost((5, 0), (6, 0), (7, 0)) == 0
+    with reading.steps_watched():
+        assert lost((5, 0), (6, 0), (7, 6), (8, 7)) == 0
+        with reading.steps_watched():
+            assert lost((4, 0), (5, 4), (6, 0)) == 0
+        assert lost((9, 0)) == 1
+    assert lost((5, 0), (6, 0), (7, 0)) == 0
+
+
+def test_a_decoding_loop_of_the_callers_own_may_begin_anew(tiny_model, quiet):
+    def rerank(model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **kwargs):
+        for length in range(len(PROMPT[0]), len(PROMPT[0]) + 4):
+            ids = torch.cat((input_ids, input_ids[:, : length - len(PROMPT[0])]), dim=1)
+            model(**model.prepare_inputs_for_generation(ids, use_cache=True))
+        return input_ids
+
+    if "custom_generate" not in signature(GenerationMixin.generate).parameters:
+        pytest.skip(f"transformers {transformers.__version__} takes no decoding loop of the caller's own")
+    assert tiny_model.generate(IDS, custom_generate=rerank).tolist() == PROMPT
 
 
 def test_no_cache_is_what_the_caller_asked_for(tiny_model, quiet):
@@ -257,22 +376,6 @@ def test_loading_and_saving(options, tmp_path, quiet):
     config = AutoConfig.from_pretrained(tmp_path, **settings)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, **settings, config=config)
     assert all(torch.equal(one, again.state_dict()[name]) for name, one in model.state_dict().items())
-
-
-def test_training_with_checkpointing_through_the_trainer(tiny_dir, tmp_path):
-    """transformers 5.24 gave the switch a new name and new arguments, which the Trainer passes."""
-    pytest.importorskip("accelerate", reason="the Trainer needs accelerate: pip install accelerate")
-    model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir).float()
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    names = ("activation_checkpointing", "gradient_checkpointing")
-    name = next(name for name in names if name in TrainingArguments.__dataclass_fields__)
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_strategy="no", **{name: True}
-    )
-    examples = [{"input_ids": IDS[0], "labels": IDS[0]}] * 2
-    Trainer(model=model, args=arguments, train_dataset=examples).train()
-    assert model.transformer.gradient_checkpointing
-    assert all(not torch.equal(before[name], one) for name, one in model.named_parameters() if "lm_head" not in name)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..caches import CACHE_NAME, put_cache
+from ..caches import CACHE_NAME, take_cache
 from ..reading import pad_token
 
 
@@ -28,12 +28,14 @@ def plain_tokens(
     generator = _on_device(model_kwargs.get("generator"), input_ids.device)
     pad = pad_token(generation_config)
     finished = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    cache = take_cache(model_kwargs)
     while not bool(finished.all()):
         # Entered anew for each token: a generator that held it over a yield would switch the caller's autograd off.
         with torch.no_grad():
-            inputs = model.prepare_inputs_for_generation(input_ids, **model_kwargs)
+            inputs = model.prepare_inputs_for_generation(input_ids, past_key_values=cache, **model_kwargs)
             outputs = model(**inputs, return_dict=True)
-            put_cache(model_kwargs, getattr(outputs, CACHE_NAME))
+            if getattr(outputs, CACHE_NAME) is not None:
+                cache = getattr(outputs, CACHE_NAME)
             mask = model_kwargs.get("attention_mask")
             if mask is not None:
                 model_kwargs["attention_mask"] = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), dim=1)

@@ -93,6 +93,9 @@ def _check_forward(model: Any) -> None:
 
     if type(model).forward is not ChatGLMForConditionalGeneration.forward:
         raise CannotServe(f"{type(model).__name__} has a forward of its own")
+    prepare = model.prepare_inputs_for_generation
+    if getattr(prepare, "__func__", prepare) is not ChatGLMForConditionalGeneration.prepare_inputs_for_generation:
+        raise CannotServe(f"{type(model).__name__} has a prepare_inputs_for_generation of its own")
     if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
         raise CannotServe("a forward hook is registered for all modules")
 

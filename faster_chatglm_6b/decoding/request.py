@@ -119,7 +119,7 @@ def _check_mode(model: Any, input_ids: torch.Tensor, generation_config: Any, mod
         raise CannotServe("the model is the assistant of another one")
     if not model.config.position_encoding_2d:
         raise CannotServe("position_encoding_2d is False")
-    unfollowed = [*unfollowed_arguments(type(model), model_kwargs), *unfollowed_settings(generation_config)]
+    unfollowed = [*unfollowed_arguments(model, model_kwargs), *unfollowed_settings(generation_config)]
     if unfollowed:
         raise CannotServe(f"{', '.join(unfollowed)} given")
     cache = cache_in(model_kwargs)

@@ -1,0 +1,105 @@
+"""Gradient checkpointing under its names of before and since transformers 5.24."""
+
+import copy
+from inspect import signature
+from unittest import mock
+
+import pytest
+import torch
+from release_checks import PROMPT, notices, rows_read
+from transformers import Trainer, TrainingArguments
+
+from faster_chatglm_6b import modeling_chatglm
+from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+
+IDS = torch.tensor(PROMPT)
+NAMES = ("activation_checkpointing", "gradient_checkpointing")
+
+
+@pytest.fixture
+def tuned(tiny_dir):
+    """The tiny model with a new P-Tuning prefix, which alone is trained."""
+    return ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, pre_seq_len=4).float()
+
+
+def enable(model, settings, **kwargs):
+    """By the name that the installed transformers does not deprecate."""
+    name = next(name for name in NAMES if hasattr(model, f"{name}_enable"))
+    getattr(model, f"{name}_enable")(**{f"{name}_kwargs": settings}, **kwargs)
+
+
+def gradients(model):
+    model.zero_grad()
+    model.train()
+    # Its dropout would make every run another one.
+    model.transformer.prefix_encoder.eval()
+    model(IDS, labels=IDS).loss.backward()
+    return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+
+
+@pytest.mark.parametrize("settings", [None, {}, {"use_reentrant": False}], ids=str)
+def test_the_trainer(tuned, tmp_path, settings):
+    """PEFT's helpers pass empty settings, and the Trainer of 5.24 passes new arguments."""
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate: pip install accelerate")
+    before = {name: parameter.detach().clone() for name, parameter in tuned.named_parameters()}
+    name = next(name for name in NAMES if name in TrainingArguments.__dataclass_fields__)
+    options = {"max_steps": 2, "report_to": [], "use_cpu": True, "save_strategy": "no", "learning_rate": 0.1}
+    options |= {name: True, f"{name}_kwargs": settings}
+    arguments = TrainingArguments(output_dir=str(tmp_path), **options)
+    Trainer(model=tuned, args=arguments, train_dataset=[{"input_ids": IDS[0], "labels": IDS[0]}] * 2).train()
+    assert tuned.transformer.gradient_checkpointing
+    changed = {name for name, one in tuned.named_parameters() if not torch.equal(before[name], one)}
+    assert changed and changed == {name for name in before if "prefix_encoder" in name}
+
+
+@pytest.mark.parametrize("settings", [None, {}], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_not_reentrant_unless_asked_for(tuned, name, settings):
+    """A prefix gets its gradient past the layers' inputs, which the reentrant way does not see."""
+    if not hasattr(tuned, f"{name}_enable"):
+        pytest.skip(f"the installed transformers has no {name}_enable")
+    expected = gradients(tuned)
+    getattr(tuned, f"{name}_enable")(**{f"{name}_kwargs": settings})
+    recomputed = gradients(tuned)
+    assert set(recomputed) == set(expected) and all("prefix_encoder" in name for name in expected)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(recomputed[key], gradient)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_every_so_many_layers(tuned, every):
+    """The argument of newer releases counts layers; other layers keep what they computed."""
+    switch = next(getattr(type(tuned), f"{name}_enable") for name in NAMES if hasattr(tuned, f"{name}_enable"))
+    if "every_n_layers" not in signature(super_of(switch)).parameters:
+        pytest.skip("the installed transformers checkpoints all layers or none")
+    expected = gradients(tuned)
+    enable(tuned, None, every_n_layers=every)
+    forward, seen = modeling_chatglm.GLMBlock.forward, []
+
+    def counted(layer, *arguments):
+        seen.append(layer.attention.layer_id)
+        return forward(layer, *arguments)
+
+    with mock.patch.object(modeling_chatglm.GLMBlock, "forward", counted):
+        recomputed = gradients(tuned)
+    layers = range(tuned.config.num_layers)
+    assert sorted(seen) == sorted([*layers, *(index for index in layers if index % every == 0)])
+    for key, gradient in expected.items():
+        torch.testing.assert_close(recomputed[key], gradient)
+
+
+def super_of(switch):
+    """transformers' own function of the same name."""
+    from transformers import PreTrainedModel
+
+    return getattr(PreTrainedModel, switch.__name__)
+
+
+@pytest.mark.parametrize("generator", [None, torch.Generator()], ids=["transformers' loop", "own loop"])
+def test_generation_keeps_its_cache(tiny_model, generator):
+    """Without gradients nothing is recomputed, so a generation in training mode may keep its keys."""
+    model = copy.deepcopy(tiny_model).train()
+    enable(model, None)
+    with rows_read(model) as rows, notices() as found:
+        model.generate(IDS, do_sample=False, max_new_tokens=5, eos_token_id=None, generator=generator)
+    assert rows == [len(PROMPT[0])] + [1] * 4 and not found
