@@ -94,8 +94,7 @@ def cache_in(arguments: Mapping[str, Any]) -> Any:
 def take_cache(arguments: MutableMapping[str, Any]) -> Any:
     """Take the cache out of keyword arguments, under whatever name; None without any. Raises as ``cache_in``."""
     cache = cache_in(arguments)
-    for name in [
-        name for name, value in arguments.items() if name in CACHE_NAMES or (cache is not None and value is cache)
-    ]:
-        del arguments[name]
+    names = [name for name, value in arguments.items() if value is not None and value is cache]
+    for name in {*names, *CACHE_NAMES}:
+        arguments.pop(name, None)
     return cache

@@ -125,7 +125,7 @@ class ChatMixin:
             settings["max_length"] = longest + max(room)
         padded = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
         mask = [[0] * (longest - length) + [1] * length for length in lengths]
-        device = input_device(self, torch.device("cpu"))
+        device = input_device(self)
         output_ids = self.generate(
             torch.tensor(padded, device=device),
             attention_mask=torch.tensor(mask, device=device),
@@ -179,7 +179,7 @@ class ChatMixin:
 
     def _chat_input_ids(self, tokenizer: ChatGLMTokenizer, query: str, history: History) -> torch.Tensor:
         """Ids [1, length] of a turn's prompt, on the model's device."""
-        return torch.tensor([self._chat_ids(tokenizer, query, history)], device=input_device(self, torch.device("cpu")))
+        return torch.tensor([self._chat_ids(tokenizer, query, history)], device=input_device(self))
 
     def _chat_ids(self, tokenizer: ChatGLMTokenizer, query: str, history: History) -> list[int]:
         if not isinstance(query, str) or not query.strip():

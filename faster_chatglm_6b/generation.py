@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.generation.utils import GenerationMixin
 
-from .caches import CACHE_NAME, CACHE_NAMES, Cache, cache_in, take_cache
+from .caches import CACHE_NAME, Cache, cache_in, take_cache
 from .decoding.memory import memory_returned
 from .placement import input_device
 from .prompt_layout import PromptLayout, cached_tokens
@@ -145,13 +145,9 @@ class PrefixGenerationMixin(SearchMixin):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """transformers' check for unused arguments; a cache is used, whatever its name."""
-        super()._validate_model_kwargs(
-            {
-                name: value
-                for name, value in model_kwargs.items()
-                if name not in CACHE_NAMES and not isinstance(value, Cache)
-            }
-        )
+        model_kwargs = dict(model_kwargs)
+        take_cache(model_kwargs)
+        super()._validate_model_kwargs(model_kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
         """None: positions follow from the ids at every step (transformers 5 would count all axes on by one)."""

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+_CPU = torch.device("cpu")
+
 
 def execution_device(module: Any, default: torch.device) -> torch.device:
     """The device that accelerate's hook moves a module's inputs to; ``default`` where it has no such hook."""
@@ -15,7 +17,7 @@ def execution_device(module: Any, default: torch.device) -> torch.device:
     return default
 
 
-def input_device(model: Any, default: torch.device) -> torch.device:
+def input_device(model: Any, default: torch.device = _CPU) -> torch.device:
     """The device that a model wants its ids on; ``default`` if its weights are on none, and no hook says where they go.
 
     accelerate's ``cpu_offload`` leaves the weights on ``meta`` and puts the hooks on the parts.

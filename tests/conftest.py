@@ -69,3 +69,24 @@ def tiny_tokenizer(tiny_dir):
     from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 
     return ChatGLMTokenizer.from_pretrained(tiny_dir)
+
+
+@pytest.fixture(scope="session")
+def load_tuned(golden_dir, tiny_dir):
+    """Load the tiny model as the P-Tuning trainer's users build it: base weights, then the prefix from its own file.
+
+    The argument says whether the prefix has a projection, 0 or 1.
+    """
+    from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
+    from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+
+    def load(projection):
+        folder = golden_dir / "ckpt" / f"tiny-ptuning-proj{projection}"
+        config = ChatGLMConfig.from_pretrained(folder)
+        model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, config=config).float().eval()
+        begin = "transformer.prefix_encoder."
+        state = {name.removeprefix(begin): value for name, value in load_file(folder / "model.safetensors").items()}
+        model.transformer.prefix_encoder.load_state_dict(state)
+        return model
+
+    return load

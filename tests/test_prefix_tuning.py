@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
@@ -13,14 +12,9 @@ PREFIX = "transformer.prefix_encoder."
 
 
 @pytest.fixture(params=[0, 1], ids=["embedding", "projection"])
-def tuned(request, golden_dir, tiny_dir, golden_tensors):
-    """The model as the P-Tuning trainer's users build it: base weights, then the prefix from a file of its own."""
-    directory = golden_dir / "ckpt" / f"tiny-ptuning-proj{request.param}"
-    config = ChatGLMConfig.from_pretrained(directory)
-    model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, config=config).float().eval()
-    state = {name.removeprefix(PREFIX): value for name, value in load_file(directory / "model.safetensors").items()}
-    model.transformer.prefix_encoder.load_state_dict(state)
-    return model, golden_tensors(f"ptuning_proj{request.param}")
+def tuned(request, load_tuned, golden_tensors):
+    """The model with its prefix, and what stock computed with it."""
+    return load_tuned(request.param), golden_tensors(f"ptuning_proj{request.param}")
 
 
 def test_prefix_keys_and_values(tuned):

@@ -1,5 +1,6 @@
 """The tripwire for new releases of transformers: each step of any generation reads what is new and no more."""
 
+import contextlib
 import copy
 import dataclasses
 import logging
@@ -13,7 +14,6 @@ import release_checks
 import torch
 import transformers
 from release_checks import PROMPT, notices, rows_read
-from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -29,7 +29,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import faster_chatglm_6b
 from faster_chatglm_6b import backend, caches, generation, reading
 from faster_chatglm_6b.caches import CACHE_NAME, CACHE_NAMES, cache_in
-from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,13 +39,9 @@ STEPS = [IDS.shape[1]] + [1] * (NEW - 1)
 SETTINGS = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None}
 
 
-# transformers calls the assistant in a way that it deprecates itself.
-ITS_OWN = ("Passing `generation_config` together with generation-related arguments",)
-
-
-@pytest.fixture
-def quiet(request):
-    """No word of deprecation from transformers, and nothing noticed about it, in the test's own generations."""
+@contextlib.contextmanager
+def quietly(but=()):
+    """No word of deprecation from transformers inside, but what begins so, and nothing noticed about it."""
     records = []
     handler = logging.Handler()
     handler.emit = records.append
@@ -60,22 +55,22 @@ def quiet(request):
     finally:
         log.removeHandler(handler)
     said = [record.getMessage() for record in records] + [str(one.message) for one in caught]
-    allowed = ITS_OWN if request.node.originalname == "test_assisted_decoding" else ()
-    assert not [one for one in said if "deprecat" in one.lower() and not one.startswith(allowed)]
+    assert not [one for one in said if "deprecat" in one.lower() and not one.startswith(but)]
     assert not found
 
 
+@pytest.fixture
+def quiet():
+    """``quietly`` around the test's own generations."""
+    with quietly():
+        yield
+
+
 @pytest.fixture(params=["float", "int8", "prefix", "projected prefix", "LoRA", "merged LoRA"])
-def model(request, golden_dir, tiny_dir):
+def model(request, golden_dir, load_tuned):
     """The tiny checkpoint in each form in which people use it."""
     if "prefix" in request.param:
-        folder = golden_dir / "ckpt" / f"tiny-ptuning-proj{int('projected' in request.param)}"
-        config = ChatGLMConfig.from_pretrained(folder)
-        model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, config=config).float().eval()
-        begin = "transformer.prefix_encoder."
-        state = {name.removeprefix(begin): value for name, value in load_file(folder / "model.safetensors").items()}
-        model.transformer.prefix_encoder.load_state_dict(state)
-        return model
+        return load_tuned(int("projected" in request.param))
     folder = golden_dir / "ckpt" / ("tiny-int8" if request.param == "int8" else "tiny")
     model = ChatGLMForConditionalGeneration.from_pretrained(folder).float().eval()
     if "LoRA" not in request.param:
@@ -88,7 +83,7 @@ def model(request, golden_dir, tiny_dir):
     return adapted.merge_and_unload() if "merged" in request.param else adapted
 
 
-class Quiet(BaseStreamer):
+class Ignored(BaseStreamer):
     def put(self, value):
         pass
 
@@ -104,7 +99,7 @@ def network_of(model):
 CALLS = {
     "greedy": {},
     "sampling": {"do_sample": True},
-    "streamer": {"streamer": Quiet()},
+    "streamer": {"streamer": Ignored()},
     "beams": {"num_beams": 3},
     "sampled beams": {"num_beams": 2, "do_sample": True},
     "several answers": {"num_return_sequences": 2, "do_sample": True},
@@ -166,7 +161,7 @@ def test_two_caches_are_refused(tiny_model):
     assert cache_in({"past_key_values": one, "cache": one}) is one and cache_in({"cache": None}) is None
 
 
-def test_assisted_decoding(tiny_model, quiet):
+def test_assisted_decoding(tiny_model):
     """A draft of at most three tokens and the token before it, never the whole sequence; the same tokens."""
     # transformers 4 and 5.0 fail here without an end token: one that is not said.
     settings = {**SETTINGS, "eos_token_id": 0}
@@ -175,13 +170,15 @@ def test_assisted_decoding(tiny_model, quiet):
     assistant = copy.deepcopy(tiny_model)
     assistant.generation_config.num_assistant_tokens = 3
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
-    with rows_read(tiny_model) as rows, rows_read(assistant) as drafts:
+    # transformers calls the assistant in a way that it deprecates itself.
+    its_own = ("Passing `generation_config` together with generation-related arguments",)
+    with quietly(but=its_own), rows_read(tiny_model) as rows, rows_read(assistant) as drafts:
         output = tiny_model.generate(IDS, **settings, assistant_model=assistant)
     assert output.tolist() == expected
     assert len(rows) < NEW and len(PROMPT[0]) < rows[0] <= len(PROMPT[0]) + 3 and max(rows[1:]) <= 4
     assert drafts[0] == len(PROMPT[0]) and max(drafts[1:]) <= 2
     for given in ({}, {"past_key_values": DynamicCache()}):
-        with rows_read(tiny_model) as rows:
+        with quietly(), rows_read(tiny_model) as rows:
             output = tiny_model.generate(IDS, **settings, prompt_lookup_num_tokens=3, **given)
         assert output.tolist() == expected and max(rows[1:]) <= 4
 
@@ -215,8 +212,7 @@ def test_a_renamed_cache_reaches_every_step(tiny_model, quiet):
 
 def test_a_cache_of_the_callers_under_a_third_name(tiny_model, quiet):
     """generate() takes the names of today and hands on the release's own, which no check for unused arguments minds."""
-    owner = GenerationMixin
-    prepare = owner._prepare_cache_for_generation
+    prepare = GenerationMixin._prepare_cache_for_generation
 
     def nothing_more_to_prepare(self, generation_config, model_kwargs, *args, **kwargs):
         if "memory" not in model_kwargs:
@@ -227,7 +223,7 @@ def test_a_cache_of_the_callers_under_a_third_name(tiny_model, quiet):
         cache = DynamicCache()
         with (
             mock.patch.object(generation, "CACHE_NAME", "memory"),
-            mock.patch.object(owner, "_prepare_cache_for_generation", nothing_more_to_prepare),
+            mock.patch.object(GenerationMixin, "_prepare_cache_for_generation", nothing_more_to_prepare),
         ):
             first = tiny_model.generate(IDS, **SETTINGS, **{name: cache})
             with rows_read(tiny_model) as rows:
@@ -237,8 +233,7 @@ def test_a_cache_of_the_callers_under_a_third_name(tiny_model, quiet):
 
 def test_the_name_of_the_cache_is_read_off_the_outputs():
     def outputs(*names):
-        fields = [(name, kind) for name, kind in (("loss", "Tensor"), *names)]
-        return dataclasses.make_dataclass("Outputs", fields)
+        return dataclasses.make_dataclass("Outputs", [("loss", "Tensor"), *names])
 
     assert caches._name_in(outputs(("past_key_values", "tuple"), ("memory", "Cache | None"))) == "past_key_values"
     assert caches._name_in(outputs(("cache", "Cache | None"), ("past_key_values", "tuple"))) == "cache"
@@ -304,8 +299,8 @@ def test_a_cache_that_transformers_does_not_hand_on(tiny_model, quiet):
         kept = original(self, outputs, model_kwargs, **kwargs)
         return {name: value for name, value in kept.items() if name not in CACHE_NAMES}
 
-    owner = GenerationMixin
-    with mock.patch.object(owner, "_update_model_kwargs_for_generation", without_cache), rows_read(tiny_model) as rows:
+    patched = mock.patch.object(GenerationMixin, "_update_model_kwargs_for_generation", without_cache)
+    with patched, rows_read(tiny_model) as rows:
         tiny_model.generate(IDS, **SETTINGS)
     assert rows == STEPS
 

@@ -98,17 +98,14 @@ def _known() -> dict[type, Any]:
         "NoRepeatNGramLogitsProcessor": lambda processor, layout: {"ngram_size": processor.ngram_size},
         "MinLengthLogitsProcessor": _min_length,
         "MinNewTokensLengthLogitsProcessor": _min_new_tokens,
-        InvalidScoreLogitsProcessor: lambda processor, layout: {"invalid_rule": True},
+        "InvalidScoreLogitsProcessor": lambda processor, layout: {"invalid_rule": True},
         "TemperatureLogitsWarper": lambda processor, layout: {"temperature": processor.temperature},
         "TopKLogitsWarper": _top_k,
         "TopPLogitsWarper": _top_p,
     }
     # By name: a release without one of them is no reason to fail.
-    return {
-        kind: reader
-        for name, reader in readers.items()
-        if (kind := getattr(logits_process, name, None) if isinstance(name, str) else name) is not None
-    }
+    classes = {**vars(logits_process), "InvalidScoreLogitsProcessor": InvalidScoreLogitsProcessor}
+    return {classes[name]: reader for name, reader in readers.items() if classes.get(name) is not None}
 
 
 def plan_sampling(processors: Iterable[Any], do_sample: bool, layout: PromptLayout, vocab_size: int) -> SamplingPlan:
