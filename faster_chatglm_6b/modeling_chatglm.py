@@ -1,7 +1,5 @@
 """The ChatGLM-6B network, with the checkpoint's parameter names; it calls operators through an ``Operators`` table."""
 
-import math
-
 import torch
 from torch import nn
 from transformers.generation.utils import GenerationMixin
@@ -9,97 +7,19 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 
 from .adapters import AdapterHost
+from .blocks import GLMBlock, Step
 from .caches import CACHE_NAME, CACHE_NAMES, Cache, DynamicCache, cache_in
 from .chat import ChatMixin
 from .configuration_chatglm import ChatGLMConfig
 from .generation import PrefixGenerationMixin
 from .layers import LayerNorm, Linear, project
 from .loading import CheckpointMixin
-from .ops import Operators, operators_for
-from .ops.reference import attention_probabilities
+from .ops import operators_for
 from .placement import execution_device
 from .prefix_encoder import PrefixEncoder
 from .prompt_layout import PromptLayout, cached_tokens, causal_hidden
 from .quantization import QuantizationMixin, prepare_quantized
 from .rotary import RotaryTable
-
-# GLMBlock's default depth, which stock never overrides: the residual weight of every checkpoint, whatever its
-# num_layers.
-RESIDUAL_ALPHA = math.sqrt(2 * 28)
-
-
-class SelfAttention(AdapterHost):
-    """Multi-head attention over a packed projection that holds [q k v] head by head."""
-
-    def __init__(self, config: ChatGLMConfig, layer_id: int):
-        super().__init__()
-        self.layer_id = layer_id
-        self.head_size = config.head_size
-        self.query_key_value = Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = Linear(config.hidden_size, config.hidden_size)
-
-    def forward(
-        self, hidden_states: torch.Tensor, ops: Operators, step: "Step"
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Map hidden_states [B, M, hidden] to (RESIDUAL_ALPHA * hidden_states + attention, probabilities or None)."""
-        packed = project(self.query_key_value, hidden_states, ops)
-        batch, rows, width = packed.shape
-        rotary = {"position_ids": step.position_ids, "cos": step.cos, "sin": step.sin, "k_size": self.head_size}
-        query = ops.fused_apply_rotary_emb(packed, tensor_index=0, **rotary)
-        key = ops.fused_apply_rotary_emb(packed, tensor_index=1, **rotary)
-        value = packed.view(batch, rows, width // (3 * self.head_size), 3, self.head_size)[:, :, :, 2].transpose(1, 2)
-        key, value = ops.fused_attention_concat_past_key_value(step.past_key_values, key, value, self.layer_id)
-        context = ops.fused_multi_head_attention_inference_v2(
-            query=query, key=key, value=value, attn_bias=step.attn_bias, prefix_length=step.prefix_length
-        )
-        probabilities = None
-        if step.output_attentions:
-            # Kept apart from the operator, whose fused implementations never form the probabilities.
-            probabilities = attention_probabilities(query, key, step.attn_bias).flatten(0, 1)
-        return project(self.dense, context, ops, residual=hidden_states, alpha=RESIDUAL_ALPHA), probabilities
-
-
-class GLU(AdapterHost):
-    """The MLP, not gated despite its name in the checkpoint's code."""
-
-    def __init__(self, config: ChatGLMConfig):
-        super().__init__()
-        self.dense_h_to_4h = Linear(config.hidden_size, config.inner_hidden_size)
-        self.dense_4h_to_h = Linear(config.inner_hidden_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor, ops: Operators) -> torch.Tensor:
-        """Map hidden_states [B, M, hidden] to RESIDUAL_ALPHA * hidden_states + MLP(hidden_states)."""
-        inner = ops.fast_gelu(project(self.dense_h_to_4h, hidden_states, ops))
-        return project(self.dense_4h_to_h, inner, ops, residual=hidden_states, alpha=RESIDUAL_ALPHA)
-
-
-class GLMBlock(nn.Module):
-    """One layer. The residuals start from the normalised input, as in DeepNorm (Wang et al. 2022)."""
-
-    def __init__(self, config: ChatGLMConfig, layer_id: int):
-        super().__init__()
-        self.input_layernorm = LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        self.attention = SelfAttention(config, layer_id)
-        self.post_attention_layernorm = LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        self.mlp = GLU(config)
-
-    def forward(
-        self, hidden_states: torch.Tensor, ops: Operators, step: "Step"
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Map hidden_states [B, M, hidden] to the same shape, and the attention's probabilities or None."""
-        hidden_states, probabilities = self.attention(self.input_layernorm(hidden_states, ops), ops, step)
-        return self.mlp(self.post_attention_layernorm(hidden_states, ops), ops), probabilities
-
-
-class Step(dict):
-    """What all layers of one forward share: position_ids, cos, sin, attn_bias, prefix_length, past_key_values and
-    output_attentions. It is a dict, so that accelerate moves its tensors to each layer's device."""
-
-    def __getattr__(self, name: str) -> object:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
 
 
 class ChatGLMPreTrainedModel(CheckpointMixin, PreTrainedModel):

@@ -73,7 +73,7 @@ def _modules(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _expected_types() -> set[type]:
-    from .. import layers, modeling_chatglm
+    from .. import blocks, layers, modeling_chatglm
 
     return {
         layers.Linear,
@@ -81,9 +81,9 @@ def _expected_types() -> set[type]:
         layers.LayerNorm,
         nn.Embedding,
         nn.ModuleList,
-        modeling_chatglm.SelfAttention,
-        modeling_chatglm.GLU,
-        modeling_chatglm.GLMBlock,
+        blocks.SelfAttention,
+        blocks.GLU,
+        blocks.GLMBlock,
         modeling_chatglm.ChatGLMModel,
     }
 

@@ -69,7 +69,7 @@ class DecodeStep:
         Returns:
             logits [B, V], a buffer that the next run overwrites.
         """
-        from ..modeling_chatglm import RESIDUAL_ALPHA
+        from ..blocks import RESIDUAL_ALPHA
         from ..ops import triton as kernels
 
         network, workspace = model.transformer, self.workspace
