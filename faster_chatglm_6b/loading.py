@@ -15,6 +15,7 @@ from . import _status
 from .backend import is_too_old
 from .checkpoint_files import HUB_ARGUMENTS, DamagedFile, check_contents, only, weight_files
 from .configuration_chatglm import ChatGLMConfig
+from .foreign_quantization import check_converted, prepare_foreign
 from .hook import checkpoint_code_blocked, is_checkpoint_code_blocked
 from .model_size import check_weight_files
 from .quantized_loading import load_quantized, quantizes_while_loading
@@ -61,6 +62,7 @@ class CheckpointMixin:
         config = kwargs.get("config")
         if config is not None and not isinstance(config, ChatGLMConfig) and hasattr(config, "to_dict"):
             kwargs["config"] = ChatGLMConfig.from_dict(config.to_dict())
+        is_foreign = prepare_foreign(pretrained_model_name_or_path, kwargs)
         _check_weight_files(pretrained_model_name_or_path, kwargs)
         with _clear_errors(pretrained_model_name_or_path):
             _check_contents(pretrained_model_name_or_path, kwargs)
@@ -80,6 +82,8 @@ class CheckpointMixin:
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
         _check_complete(info, pretrained_model_name_or_path)
+        if is_foreign:
+            check_converted(model, pretrained_model_name_or_path)
         _begin_prefix(model, info, pretrained_model_name_or_path)
         model.tie_head()
         # transformers 5 puts new parameters in the place of those that were frozen.
@@ -130,6 +134,8 @@ def _check_contents(name: Any, kwargs: dict[str, Any]) -> None:
         return
     hub = only(kwargs, HUB_ARGUMENTS)
     stored, _ = ChatGLMConfig.get_config_dict(name, **hub)
+    if stored.get("quantization_config"):
+        return  # another library's integers, which it reads itself
     check_contents(weight_files(name, hub, kwargs.get("use_safetensors")), name, stored.get("quantization_bit"))
 
 

@@ -84,7 +84,7 @@ def check_linear(linear: nn.Module, name: str, bits: int) -> None:
         )
     if is_hooked(linear) and "_hf_hook" not in linear.__dict__:
         raise ValueError(f"{asked}has a hook or a replaced forward, which would be lost; remove it first.")
-    if linear.weight.is_meta:
+    if linear.weight.device.type == "meta":
         raise ValueError(
             f"{asked}is offloaded to the CPU or the disk; load the checkpoint with quantization_bit={bits} and without "
             "device_map."

@@ -1,6 +1,7 @@
 """Loading a float checkpoint straight into int8 or int4: the float model never exists as a whole."""
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .configuration_chatglm import ChatGLMConfig
 from .quantization import QuantizedLinear, frozen, quantize_weight
 
 _QUANTIZATION_SETTINGS = ("quantization_bit", "quantization_group_size", "quantization_head_bits")
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _OTHER_ARGUMENTS = {
     "adapter_kwargs",
     "config",
@@ -28,6 +30,11 @@ _OTHER_ARGUMENTS = {
     "torch_dtype",
     "trust_remote_code",
     "use_safetensors",
+    # Stock's own, and some that change nothing about what is read here.
+    "empty_init",
+    "mirror",
+    "resume_download",
+    "weights_only",
 }
 
 
@@ -35,19 +42,35 @@ def quantizes_while_loading(name: Any, kwargs: dict[str, Any]) -> bool:
     """Whether ``from_pretrained`` was asked for a quantisation that the checkpoint's own config.json does not have.
 
     Raises:
-        ValueError: the checkpoint is quantised, but differently.
+        ValueError: the checkpoint is quantised, but differently, or groups or a head are asked for without bits.
     """
-    # The Auto classes turn the caller's setting into one of the config that they pass on.
-    asked = kwargs.get("quantization_bit") or getattr(kwargs.get("config"), "quantization_bit", None)
-    if not asked:
+    # The Auto classes turn the caller's settings into those of the config that they pass on.
+    config = kwargs.get("config")
+    bits, group_size, head_bits = (
+        kwargs.get(setting) or getattr(config, setting, None) for setting in _QUANTIZATION_SETTINGS
+    )
+    if not (bits or group_size or head_bits):
         return False
-    config, _ = ChatGLMConfig.get_config_dict(name, **only(kwargs, HUB_ARGUMENTS))
-    present = config.get("quantization_bit") or 0
-    if present and present != asked:
+    stored, _ = ChatGLMConfig.get_config_dict(name, **only(kwargs, HUB_ARGUMENTS))
+    present = stored.get("quantization_bit") or 0
+    if present and bits and present != bits:
         raise ValueError(
-            f"{name} holds {present}-bit weights, which cannot be turned into {asked}-bit ones; load a float "
+            f"{name} holds {present}-bit weights, which cannot be turned into {bits}-bit ones; load a float "
             "checkpoint instead."
         )
+    for setting, asked in zip(_QUANTIZATION_SETTINGS[1:], (group_size, head_bits), strict=True):
+        if not asked or asked == stored.get(setting):
+            continue
+        if not bits:
+            raise ValueError(
+                f"from_pretrained was given {setting}={asked} without quantization_bit; add quantization_bit=8 or 4, "
+                f"or leave {setting} out."
+            )
+        if present:
+            raise ValueError(
+                f"{name} holds {present}-bit weights with {setting}={stored.get(setting)}, which cannot be turned into "
+                f"{setting}={asked}; load a float checkpoint instead."
+            )
     return not present
 
 
@@ -63,7 +86,8 @@ def load_quantized(model_class: type, name: Any, kwargs: dict[str, Any]) -> Any:
     Raises:
         ValueError: arguments that this path does not know, or a checkpoint that does not fit its config.json.
     """
-    known = {*_QUANTIZATION_SETTINGS, *HUB_ARGUMENTS, *_OTHER_ARGUMENTS}
+    settings = {argument: value for argument, value in kwargs.items() if _is_setting(argument)}
+    known = {*settings, *HUB_ARGUMENTS, *_OTHER_ARGUMENTS}
     unknown = {argument for argument in kwargs if argument not in known and not argument.startswith("_")}
     if unknown:
         raise ValueError(
@@ -73,7 +97,9 @@ def load_quantized(model_class: type, name: Any, kwargs: dict[str, Any]) -> Any:
     hub, device = only(kwargs, HUB_ARGUMENTS), _one_device(kwargs.get("device_map"))
     config = kwargs.get("config")
     if config is None:
-        config = ChatGLMConfig.from_pretrained(name, **only(kwargs, _QUANTIZATION_SETTINGS), **hub)
+        config = ChatGLMConfig.from_pretrained(name, **settings, **hub)
+    elif settings:
+        config = ChatGLMConfig.from_dict({**config.to_dict(), **settings})
     if not has_meta_device():
         return _load_then_quantize(model_class, name, config, kwargs)
     config.tie_word_embeddings = config.tie_word_embeddings and not config.quantization_head_bits
@@ -104,14 +130,34 @@ def load_quantized(model_class: type, name: Any, kwargs: dict[str, Any]) -> Any:
     return model
 
 
+def _is_setting(argument: str) -> bool:
+    """Whether an argument of ``from_pretrained`` is a field of the config, pre_seq_len for example."""
+    return argument in inspect.signature(ChatGLMConfig.__init__).parameters and argument not in ("self", "kwargs")
+
+
 def _dtype(kwargs: dict[str, Any], config: ChatGLMConfig) -> torch.dtype | None:
-    """The asked dtype, or the one that config.json names; None for that of the first tensor."""
-    settings = (kwargs.get("dtype"), kwargs.get("torch_dtype"), getattr(config, "dtype", None))
-    return next((dtype for dtype in (*settings, config.__dict__.get("torch_dtype")) if _is_dtype(dtype)), None)
+    """The asked dtype, or the one that config.json names; None for that of the first tensor.
+
+    Raises:
+        ValueError: the caller asks for what is no float dtype.
+    """
+    for argument in ("dtype", "torch_dtype"):
+        asked = kwargs.get(argument)
+        if asked not in (None, "auto"):
+            dtype = _as_dtype(asked)
+            if dtype is None:
+                raise ValueError(
+                    f"from_pretrained was given {argument}={asked!r}, but one of {', '.join(_DTYPES)}, or 'auto', is "
+                    "needed."
+                )
+            return dtype
+    return _as_dtype(getattr(config, "dtype", None)) or _as_dtype(config.__dict__.get("torch_dtype"))
 
 
-def _is_dtype(value: Any) -> bool:
-    return isinstance(value, torch.dtype) and value.is_floating_point
+def _as_dtype(value: Any) -> torch.dtype | None:
+    """A float dtype, given as itself or as its name; None for anything else."""
+    name = str(value).rsplit(".", 1)[-1]
+    return getattr(torch, name) if name in _DTYPES else None
 
 
 def _load_then_quantize(model_class: type, name: Any, config: ChatGLMConfig, kwargs: dict[str, Any]) -> Any:
@@ -119,7 +165,7 @@ def _load_then_quantize(model_class: type, name: Any, config: ChatGLMConfig, kwa
     bits, group_size, head_bits = (getattr(config, setting) for setting in _QUANTIZATION_SETTINGS)
     config = copy.deepcopy(config)
     config.quantization_bit, config.quantization_group_size, config.quantization_head_bits = 0, None, None
-    others = {argument: value for argument, value in kwargs.items() if argument not in _QUANTIZATION_SETTINGS}
+    others = {argument: value for argument, value in kwargs.items() if not _is_setting(argument)}
     model = model_class.from_pretrained(name, **{**others, "config": config})
     return model.quantize(bits, group_size, head_bits)
 
