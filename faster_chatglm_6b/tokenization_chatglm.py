@@ -2,7 +2,8 @@
 
 Same ids, pieces, texts, masks and positions as the checkpoint's own tokenizer gives on transformers 4.27.1, whatever
 transformers is installed. Different on purpose: padded positions follow [gMASK] before [MASK] as the model's do,
-`num_image_tokens` defaults to 0, ids without a piece are dropped or named in an error, `filename_prefix` and
+`num_image_tokens` and `model_max_length` follow config.json where they are not given, ids without a piece are dropped
+or named in an error, `decode(skip_special_tokens=False)` shows special tokens, `filename_prefix` and
 `return_attention_mask=False` are honoured.
 """
 
@@ -16,10 +17,12 @@ from transformers import AddedToken, PreTrainedTokenizer
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import logging
 
-from .ice_text import WHERE_TO_GET_IT, IceTextTokenizer, VocabularyError
+from .companion_config import image_tokens, longest_sequence, read_companion
+from .ice_text import IceTextTokenizer
 from .tokenizer_decoding import DecodingMixin
-from .tokenizer_errors import check_settings, clear_errors
+from .tokenizer_errors import check_image_tokens, check_settings, clear_errors, is_unlimited
 from .tokenizer_padding import PaddingMixin
+from .vocabulary_file import WHERE_TO_GET_IT, VocabularyError
 
 logger = logging.get_logger(__name__)
 
@@ -57,33 +60,46 @@ class ChatGLMTokenizer(
         padding_side: str = "left",
         pad_token: str = "<pad>",
         unk_token: str = "<unk>",
-        num_image_tokens: int = 0,
+        num_image_tokens: int | None = None,
+        eop_token: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Load `vocab_file`; the other arguments are those of tokenizer_config.json.
 
-        Raises VocabularyError (a ValueError) if the file is missing, damaged or not ChatGLM-6B's current vocabulary;
-        ValueError if `num_image_tokens` is not 0.
+        `num_image_tokens` ids come before those of the pieces: 0, and 20000 with the first checkpoints (150528 ids).
+        If it is None, config.json beside `vocab_file` tells it, and else the kind of that file. `model_max_length`,
+        if it is not given, is the `max_sequence_length` of that config.json, and else 2048.
+
+        `eop_token` is the state of April 2023, in which `eos_token` was </s>. With image tokens the two become
+        `eos_token` and `end_token`, as they are called now; without, they stay, and chat refuses them.
+
+        Raises VocabularyError (a ValueError) if the file is missing, damaged or not ChatGLM-6B's vocabulary;
+        ValueError if `num_image_tokens` is no number of ids.
         """
         if vocab_file is None:
             folder = kwargs.get("name_or_path") or "the arguments of ChatGLMTokenizer"
             raise VocabularyError(f"There is no ice_text.model in {folder}; {WHERE_TO_GET_IT}.")
-        if num_image_tokens != 0:
-            raise ValueError(
-                f"num_image_tokens is {num_image_tokens}: ids shifted by image tokens belong to the first ChatGLM-6B "
-                "checkpoints (150528 embedding rows), which are not supported; use a current checkpoint, whose "
-                "tokenizer_config.json says 0."
-            )
-        moved = _take_model_specific_tokens(kwargs, ("end_token", "gmask_token"))
-        self.end_token = str(moved.get("end_token", end_token))
+        moved = _take_model_specific_tokens(kwargs, ("end_token", "gmask_token", "eop_token"))
+        end_token = str(moved.get("end_token", end_token))
+        eop_token = moved.get("eop_token", eop_token)
         self.gmask_token = str(moved.get("gmask_token", gmask_token))
         self.do_lower_case = do_lower_case
         self.remove_space = remove_space
-        self.num_image_tokens = num_image_tokens
         self.vocab_file = vocab_file
 
         # transformers' base class asks for the vocabulary while it is being built.
         self.sp_tokenizer = IceTextTokenizer(vocab_file)
+        config = read_companion(vocab_file)
+        if num_image_tokens is None:
+            num_image_tokens = image_tokens(config, self.sp_tokenizer)
+        check_image_tokens(num_image_tokens)
+        self.sp_tokenizer.num_image_tokens = num_image_tokens
+        if eop_token is not None and num_image_tokens:
+            eos_token, end_token, eop_token = eop_token, eos_token, None
+        self.end_token = str(end_token)
+        self.eop_token = None if eop_token is None else str(eop_token)
+        if is_unlimited(kwargs.get("model_max_length", kwargs.get("max_len"))):
+            kwargs["model_max_length"] = longest_sequence(config)
         special = {
             "bos_token": bos_token,
             "eos_token": eos_token,
@@ -91,8 +107,9 @@ class ChatGLMTokenizer(
             "pad_token": pad_token,
             "unk_token": unk_token,
         }
-        used = {str(token) for token in (*special.values(), self.end_token, self.gmask_token) if token is not None}
-        missing = sorted(used - self.sp_tokenizer.vocab.keys())
+        names = (*special.values(), self.end_token, self.gmask_token, self.eop_token)
+        used = {str(token) for token in names if token is not None}
+        missing = sorted(token for token in used if token not in self.sp_tokenizer)
         if missing:
             raise self.sp_tokenizer.wrong_vocabulary(vocab_file, missing)
         if kwargs.get("added_tokens_decoder"):
@@ -104,7 +121,7 @@ class ChatGLMTokenizer(
         if not is_before_4_34:
             # Slow tokenizers of transformers 4.27 dropped the blanks around special tokens; since 4.34 it takes this.
             self._added_tokens_decoder = {
-                self.sp_tokenizer.vocab[str(token)]: AddedToken(
+                self.sp_tokenizer[str(token)]: AddedToken(
                     str(token), lstrip=True, rstrip=True, normalized=False, special=True
                 )
                 for token in special.values()
@@ -127,6 +144,9 @@ class ChatGLMTokenizer(
         # [gMASK] and </s> are no special tokens for the base class, since typed in a text they must stay text. They
         # are handed over only now, to be saved in tokenizer_config.json.
         self.init_kwargs.update(end_token=self.end_token, gmask_token=self.gmask_token)
+        self.init_kwargs.pop("eop_token", None)
+        if self.eop_token is not None:
+            self.init_kwargs["eop_token"] = self.eop_token
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> ChatGLMTokenizer:
@@ -144,26 +164,48 @@ class ChatGLMTokenizer(
 
     @property
     def vocab_size(self) -> int:
-        """Number of pieces in ice_text.model, without tokens added later."""
+        """Number of image tokens and of pieces in ice_text.model, without tokens added later."""
         return self.sp_tokenizer.num_tokens
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Number of ids before those of the pieces."""
+        return self.sp_tokenizer.num_image_tokens
+
+    @property
+    def sp_model(self) -> Any:
+        """The sentencepiece model (also `sp_tokenizer.text_tokenizer.sp`); its ids know no image tokens."""
+        return self.sp_tokenizer.model
 
     @property
     def gmask_token_id(self) -> int:
         """Id of [gMASK]."""
-        return self.sp_tokenizer.vocab[self.gmask_token]
+        return self.sp_tokenizer[self.gmask_token]
 
     @property
     def end_token_id(self) -> int:
         """Id of </s>."""
-        return self.sp_tokenizer.vocab[self.end_token]
+        return self.sp_tokenizer[self.end_token]
+
+    @property
+    def eop_token_id(self) -> int | None:
+        """Id of <eop> where tokenizer_config.json has it apart from `eos_token` (April 2023), else None."""
+        return None if self.eop_token is None else self.sp_tokenizer[self.eop_token]
+
+    def check_end_of_answer(self, eos_token_id: int) -> None:
+        """Raise ValueError if the answers of a model, which end with `eos_token_id`, end with `eop_token` here."""
+        if self.eop_token is not None and self.eos_token_id != eos_token_id:
+            raise ValueError(
+                f"tokenizer_config.json is that of April 2023: its eos_token is {self.eos_token} and {self.eop_token}, "
+                'which ends an answer, is its eop_token; change it to "eos_token": "<eop>", "end_token": "</s>" and no '
+                "eop_token, or take tokenizer_config.json from the current THUDM/chatglm-6b checkpoint."
+            )
 
     def get_vocab(self) -> dict[str, int]:
         """All pieces and added tokens with their ids."""
         return {**self.sp_tokenizer.vocab, **self.added_tokens_encoder}
 
     def _convert_token_to_id(self, token: str) -> int:
-        if token not in self.sp_tokenizer.vocab and token.startswith("<image_") and token[7:-1].isdecimal():
-            return int(token[7:-1])  # the stock tokenizer's name for an image token, of which there are none
         return self.sp_tokenizer[token]
 
     def convert_tokens_to_ids(self, tokens: str | list[str] | None) -> int | list[int] | None:
@@ -173,7 +215,9 @@ class ChatGLMTokenizer(
         if isinstance(tokens, str):
             return super().convert_tokens_to_ids(tokens)
         ids = self.sp_tokenizer.model.PieceToId(list(tokens))
-        unknown = self.sp_tokenizer.model.unk_id()
+        if self.num_image_tokens:
+            ids = [self.num_image_tokens + index for index in ids]
+        unknown = self.num_image_tokens + self.sp_tokenizer.model.unk_id()
         if unknown in ids:
             ids = [
                 super(ChatGLMTokenizer, self).convert_tokens_to_ids(token) if index == unknown else index

@@ -4,6 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_MOST_IMAGE_TOKENS = 2**20
+# transformers writes int(1e30) for "no limit" and takes everything above this for it.
+_NO_LIMIT = 1e20
+
 
 @contextmanager
 def clear_errors(name: Any) -> Iterator[None]:
@@ -44,3 +48,17 @@ def check_settings(model_max_length: Any) -> None:
             f"tokenizer_config.json gives model_max_length={model_max_length!r}, but a number is needed; take the "
             "file from the checkpoint again."
         )
+
+
+def check_image_tokens(count: Any) -> None:
+    """Raise ValueError if `count` cannot be the number of ids before those of the pieces."""
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= _MOST_IMAGE_TOKENS:
+        raise ValueError(
+            f"tokenizer_config.json or an argument gives num_image_tokens={count!r}, but a number from 0 to "
+            f"{_MOST_IMAGE_TOKENS} is needed: 20000 with the first checkpoints (150528 ids), else 0."
+        )
+
+
+def is_unlimited(model_max_length: Any) -> bool:
+    """Whether no limit is given: none at all, or the number that transformers saves for none."""
+    return model_max_length is None or (type(model_max_length) in (int, float) and model_max_length > _NO_LIMIT)

@@ -179,7 +179,7 @@ class TestStockCases:
                 "eos_token_id",
             ),
             *("pad_token_id", "unk_token_id", "mask_token_id", "gmask_token_id", "end_token_id", "end_token"),
-            *("gmask_token", "padding_side", "truncation_side", "model_max_length", "num_image_tokens"),
+            *("gmask_token", "padding_side", "truncation_side", "num_image_tokens"),
             "model_input_names",
         ):
             assert getattr(tokenizer, name) == expected[name], name
@@ -227,7 +227,7 @@ class TestStockCases:
         assert not any(name.endswith(".py") for name in files)
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         for name, value in expected["tokenizer_config.json"].items():
-            if name != "special_tokens_map_file":
+            if name not in ("special_tokens_map_file", "model_max_length"):
                 assert config[name] == value, name
 
         again = ChatGLMTokenizer.from_pretrained(folder)
@@ -290,7 +290,7 @@ class TestFixedOnPurpose:
                     tokenizer.decode(case["ids"], **case["kwargs"])
         hello = tokenizer.encode_text("hello")
         assert tokenizer.decode([*hello, size, *hello, size + 183]) == tokenizer.decode(hello + hello)
-        for outside in (size + 184, 2**40, -100):
+        for outside in (size + 184, 2**40, -99):
             with pytest.raises(ValueError, match=f"Token id {outside} "):
                 tokenizer.decode([*hello, outside])
 
