@@ -195,6 +195,7 @@ class ChatMixin:
                 "AutoTokenizer.from_pretrained from the same checkpoint as the model."
             )
         config = self.config
+        tokenizer.check_end_of_answer(config.eos_token_id)
         theirs = (tokenizer.gmask_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
         ours = (config.gmask_token_id, config.bos_token_id, config.eos_token_id)
         if theirs != ours or tokenizer.vocab_size > config.vocab_size:

@@ -14,20 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizer
-from transformers.tokenization_utils_base import TruncationStrategy
-from transformers.utils import logging
 
 from .companion_config import image_tokens, longest_sequence, read_companion
 from .ice_text import IceTextTokenizer
 from .tokenizer_decoding import DecodingMixin
+from .tokenizer_encoding import EncodingMixin
 from .tokenizer_errors import check_image_tokens, check_settings, clear_errors, is_unlimited
 from .tokenizer_padding import PaddingMixin
 from .vocabulary_file import WHERE_TO_GET_IT, VocabularyError
 
-logger = logging.get_logger(__name__)
-
 
 class ChatGLMTokenizer(
+    EncodingMixin,
     DecodingMixin,
     PaddingMixin,
     PreTrainedTokenizer,
@@ -251,30 +249,6 @@ class ChatGLMTokenizer(
         if self.remove_space:
             text = " ".join(text.split())
         return text.lower() if self.do_lower_case else text
-
-    def build_inputs_with_special_tokens(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
-    ) -> list[int]:
-        """`token_ids_0` [gMASK] <sop>, then, if there is a second sequence, `token_ids_1` <eop>."""
-        ids = [*token_ids_0, self.gmask_token_id, self.bos_token_id]
-        return ids if token_ids_1 is None else [*ids, *token_ids_1, self.eos_token_id]
-
-    def truncate_sequences(
-        self,
-        ids: list[int],
-        pair_ids: list[int] | None = None,
-        num_tokens_to_remove: int = 0,
-        truncation_strategy: str | TruncationStrategy = "longest_first",
-        stride: int = 0,
-    ) -> tuple[list[int], list[int] | None, list[int]]:
-        """`PreTrainedTokenizer.truncate_sequences`; what would lose all tokens stays whole, as in transformers 4."""
-        strategy = TruncationStrategy(truncation_strategy)
-        shortened = pair_ids if strategy == TruncationStrategy.ONLY_SECOND else ids
-        is_one_shortened = strategy != TruncationStrategy.LONGEST_FIRST or pair_ids is None
-        if is_one_shortened and shortened and len(shortened) <= num_tokens_to_remove:
-            logger.error(f"The text of {len(shortened)} tokens is not truncated: {num_tokens_to_remove} are too many.")
-            return ids, pair_ids, []
-        return super().truncate_sequences(ids, pair_ids, num_tokens_to_remove, strategy, stride)
 
     # Saving
 
