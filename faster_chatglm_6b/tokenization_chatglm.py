@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizer
 
+from .chat_template import MARK, ChatTemplateMixin
 from .companion_config import image_tokens, longest_sequence, read_companion
 from .ice_text import IceTextTokenizer
 from .tokenizer_decoding import DecodingMixin
@@ -28,6 +29,7 @@ class ChatGLMTokenizer(
     EncodingMixin,
     DecodingMixin,
     PaddingMixin,
+    ChatTemplateMixin,
     PreTrainedTokenizer,
 ):
     """Text <-> ids of ChatGLM-6B, by sentencepiece (`ice_text.model`).
@@ -171,6 +173,11 @@ class ChatGLMTokenizer(
         return self.sp_tokenizer.num_image_tokens
 
     @property
+    def blank_token_id(self) -> int:
+        """Id of the piece that is a lone blank."""
+        return self.num_image_tokens + 5
+
+    @property
     def sp_model(self) -> Any:
         """The sentencepiece model (also `sp_tokenizer.text_tokenizer.sp`); its ids know no image tokens."""
         return self.sp_tokenizer.model
@@ -234,7 +241,7 @@ class ChatGLMTokenizer(
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
         """Pieces of `text`; special tokens in it are pieces of their own."""
-        if self._holds_special_token(text):
+        if MARK in text or self._holds_special_token(text):
             return super().tokenize(text, **kwargs)
         return self._tokenize(text)  # the base class would walk the text character by character
 
