@@ -183,6 +183,21 @@ class IceTextTokenizer:
             if self.model.IsControl(index) or self.model.IsUnknown(index)
         }
 
+    def bytes_of_ids(self) -> list[bytes]:
+        """What each id adds to a text, in UTF-8; nothing for image tokens and control pieces.
+
+        For grammars and other constraints (`xgrammar.TokenizerInfo`, say), which would take markers for text.
+        """
+        texts = [b""] * self.num_image_tokens
+        for index, piece in enumerate(self.pieces):
+            text = (
+                b""
+                if self.num_image_tokens + index in self.control_pieces
+                else unmark_whitespace(piece.replace("▁", " ")).encode()
+            )
+            texts.append(bytes([self.byte_of_id[index]]) if index in self.byte_of_id else text)
+        return texts
+
     @staticmethod
     def get_blank_token(length: int) -> str:
         """The marker piece of a run of `length` blanks."""

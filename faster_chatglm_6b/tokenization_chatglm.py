@@ -20,8 +20,9 @@ from .companion_config import image_tokens, longest_sequence, read_companion
 from .ice_text import IceTextTokenizer
 from .tokenizer_decoding import DecodingMixin
 from .tokenizer_encoding import EncodingMixin
-from .tokenizer_errors import check_image_tokens, check_settings, clear_errors, is_unlimited
+from .tokenizer_errors import check_files, check_image_tokens, check_settings, clear_errors, is_unlimited
 from .tokenizer_padding import PaddingMixin
+from .tokenizer_saving import SavingMixin
 from .vocabulary_file import WHERE_TO_GET_IT, VocabularyError
 
 
@@ -29,6 +30,7 @@ class ChatGLMTokenizer(
     EncodingMixin,
     DecodingMixin,
     PaddingMixin,
+    SavingMixin,
     ChatTemplateMixin,
     PreTrainedTokenizer,
 ):
@@ -97,7 +99,7 @@ class ChatGLMTokenizer(
         if eop_token is not None and num_image_tokens:
             eos_token, end_token, eop_token = eop_token, eos_token, None
         self.end_token = str(end_token)
-        self.eop_token = None if eop_token is None else str(eop_token)
+        self._separate_eop = None if eop_token is None else str(eop_token)
         if is_unlimited(kwargs.get("model_max_length", kwargs.get("max_len"))):
             kwargs["model_max_length"] = longest_sequence(config)
         special = {
@@ -107,7 +109,7 @@ class ChatGLMTokenizer(
             "pad_token": pad_token,
             "unk_token": unk_token,
         }
-        names = (*special.values(), self.end_token, self.gmask_token, self.eop_token)
+        names = (*special.values(), self.end_token, self.gmask_token, self._separate_eop)
         used = {str(token) for token in names if token is not None}
         missing = sorted(token for token in used if token not in self.sp_tokenizer)
         if missing:
@@ -145,16 +147,25 @@ class ChatGLMTokenizer(
         # are handed over only now, to be saved in tokenizer_config.json.
         self.init_kwargs.update(end_token=self.end_token, gmask_token=self.gmask_token)
         self.init_kwargs.pop("eop_token", None)
-        if self.eop_token is not None:
-            self.init_kwargs["eop_token"] = self.eop_token
+        if self._separate_eop is not None:
+            self.init_kwargs["eop_token"] = self._separate_eop
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> ChatGLMTokenizer:
         """`PreTrainedTokenizer.from_pretrained`; raises ValueError, or VocabularyError as the constructor does."""
-        with clear_errors(args[0] if args else kwargs.get("pretrained_model_name_or_path")):
+        name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        check_files(name, kwargs.get("subfolder"))
+        with clear_errors(name):
             tokenizer = super().from_pretrained(*args, **kwargs)
         check_settings(tokenizer.model_max_length)
         return tokenizer
+
+    @classmethod
+    def _from_pretrained(cls, resolved_vocab_files: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # tokenizer_config.json may name any file of the machine; a caller's own argument comes before it.
+        if kwargs.get("vocab_file") is None:
+            kwargs["vocab_file"] = resolved_vocab_files.get("vocab_file")
+        return super()._from_pretrained(resolved_vocab_files, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoTokenizer") -> None:
@@ -193,13 +204,18 @@ class ChatGLMTokenizer(
         return self.sp_tokenizer[self.end_token]
 
     @property
-    def eop_token_id(self) -> int | None:
-        """Id of <eop> where tokenizer_config.json has it apart from `eos_token` (April 2023), else None."""
-        return None if self.eop_token is None else self.sp_tokenizer[self.eop_token]
+    def eop_token(self) -> str:
+        """<eop>, which ends an answer: `eos_token`, unless tokenizer_config.json has it apart (April 2023)."""
+        return self._separate_eop or self.eos_token
+
+    @property
+    def eop_token_id(self) -> int:
+        """Id of `eop_token`."""
+        return self.sp_tokenizer[self.eop_token]
 
     def check_end_of_answer(self, eos_token_id: int) -> None:
         """Raise ValueError if the answers of a model, which end with `eos_token_id`, end with `eop_token` here."""
-        if self.eop_token is not None and self.eos_token_id != eos_token_id:
+        if self._separate_eop is not None and self.eos_token_id != eos_token_id:
             raise ValueError(
                 f"tokenizer_config.json is that of April 2023: its eos_token is {self.eos_token} and {self.eop_token}, "
                 'which ends an answer, is its eop_token; change it to "eos_token": "<eop>", "end_token": "</s>" and no '
@@ -256,19 +272,6 @@ class ChatGLMTokenizer(
         if self.remove_space:
             text = " ".join(text.split())
         return text.lower() if self.do_lower_case else text
-
-    # Saving
-
-    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        """Write ice_text.model into `save_directory` (or, if that is no directory, to that very path).
-
-        The content is the loaded one, also where the original file is gone. Returns the path written.
-        """
-        path = Path(save_directory)
-        if path.is_dir():
-            path = path / "-".join(filter(None, (filename_prefix, self.vocab_files_names["vocab_file"])))
-        path.write_bytes(self.sp_tokenizer.model.serialized_model_proto())
-        return (str(path),)
 
 
 def _content(token: Any) -> str:

@@ -141,7 +141,7 @@ class TestTokenizer:
         assert type(tokenizer) is ChatGLMTokenizer and tokenizer.num_image_tokens == IMAGES
         assert tokenizer("你好")["input_ids"] == shifted([5, 143, 321, 324])
         assert tokenizer("你好", "你好")["input_ids"] == shifted([5, 143, 321, 324, 5, 143, 325])
-        assert (tokenizer.eos_token, tokenizer.end_token, tokenizer.eop_token) == ("<eop>", "</s>", None)
+        assert (tokenizer.eos_token, tokenizer.end_token, tokenizer.eop_token) == ("<eop>", "</s>", "<eop>")
         tokenizer.save_pretrained(tmp_path / "saved")
         again = ChatGLMTokenizer.from_pretrained(tmp_path / "saved")  # no config.json there
         assert again("你好", "你好") == tokenizer("你好", "你好") and again.get_vocab() == tokenizer.get_vocab()
