@@ -30,6 +30,10 @@ _AUTO_MAP = {
     "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
     "AutoModelForSeq2SeqLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
 }
+# Places of the control tokens in ice_text.model, before <sop>; <eop> follows it.
+_BEFORE_SOP = {"mask_token_id": 4, "gmask_token_id": 3}
+# Id of <pad> by that of <sop>: the first checkpoints' ids are 20000 higher.
+_PAD_BY_SOP = {130004: 3, 150004: 20003}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "gmask_token_id")
 
 
@@ -140,11 +144,13 @@ class ChatGLMConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """transformers' ``from_dict``, for a config.json that gives every size: none is guessed.
+        """transformers' ``from_dict``, for a config.json that gives every size: none is guessed. Ids that the first
+        checkpoints do not give (``[MASK]``, ``[gMASK]``, ``<pad>``) follow from those of ``<sop>`` and ``<eop>``.
 
         Raises:
             ValueError: a size is missing.
         """
+        config_dict = {**_missing_ids(config_dict), **config_dict}
         missing = [name for name in (*_SIZES, *_TOKEN_IDS) if name not in config_dict]
         if missing:
             raise ValueError(
@@ -226,6 +232,16 @@ class ChatGLMConfig(PretrainedConfig):
                 "needed; take config.json from the checkpoint again."
             )
         check_size(self)
+
+
+def _missing_ids(config: dict[str, Any]) -> dict[str, int]:
+    sop, eop = config.get("bos_token_id"), config.get("eos_token_id")
+    if type(sop) is not int or type(eop) is not int or eop != sop + 1:
+        return {}
+    ids = {name: sop - before for name, before in _BEFORE_SOP.items()}
+    if sop in _PAD_BY_SOP:
+        ids["pad_token_id"] = _PAD_BY_SOP[sop]
+    return ids
 
 
 def _check_size(name: str, value: Any, most: int) -> None:

@@ -48,8 +48,9 @@ class IncrementalDetokenizer:
         """
         ids = self._tokenizer.decodable_ids([int(index) for index in ids])
         self._all_ids += ids
-        self._ids += ids
-        if ids and max(ids) >= self._tokenizer.vocab_size:
+        first = self._tokenizer.num_image_tokens
+        self._ids += [index - first for index in ids] if first else ids
+        if ids and (max(ids) >= self._tokenizer.vocab_size or min(ids) < first):
             self._has_added_tokens = True
         if self._has_added_tokens:
             # Such tokens cut the text into parts that are decoded apart; rare, so left to the tokenizer.

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import sentencepiece
+
+from .vocabulary_file import WHERE_TO_GET_IT, VocabularyError, read_vocabulary
 
 LINE_BREAK_PIECE = "<n>"
 TAB_PIECE = "<|tab|>"
 LONGEST_BLANK_RUN = 80
 
 _BLANK_RUN = re.compile(f" {{2,{LONGEST_BLANK_RUN}}}")
+_IMAGE_TOKEN = re.compile(r"<image_(\d+)>")
 _MARKER = re.compile(r"<(?:n|\|tab\||\|blank_([2-9]|[1-7][0-9]|80)\|)>")
 
 # What decode() does to English spacing (transformers 4.27's clean_up_tokenization, missing in 5.0.0), in this order.
@@ -33,14 +37,10 @@ _SPACING_RULES = (
     (" 're", "'re"),
 )
 
-WHERE_TO_GET_IT = (
-    "take ice_text.model (2706249 bytes, 130344 pieces) from the current THUDM/chatglm-6b checkpoint and put it "
-    "beside tokenizer_config.json"
-)
 
-
-class VocabularyError(ValueError):
-    """ice_text.model is missing, damaged or that of another model."""
+def image_token(index: int) -> str:
+    """The stock tokenizer's name for an image token, and for the label -100."""
+    return f"<image_{index}>"
 
 
 def mark_whitespace(text: str, linebreak: bool = True, whitespaces: bool = True) -> str:
@@ -75,43 +75,151 @@ def clean_up_spacing(text: str) -> str:
     return text
 
 
+class TextTokenizer:
+    """The bare sentencepiece model, under the names that the stock tokenizer has for it; ids count from 0."""
+
+    def __init__(self, sp: sentencepiece.SentencePieceProcessor):
+        self.sp = sp
+        self.num_tokens: int = sp.GetPieceSize()
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`."""
+        return self.sp.EncodeAsIds(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`, markers and all."""
+        return self.sp.DecodeIds(ids)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Pieces of `text`."""
+        return self.sp.EncodeAsPieces(text)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Text of pieces, markers and all."""
+        return self.sp.DecodePieces(tokens)
+
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]:
+        """Ids of pieces."""
+        return self.sp.PieceToId(list(tokens))
+
+    def convert_token_to_id(self, token: str) -> int:
+        """Id of a piece."""
+        return self.sp.PieceToId(token)
+
+    def convert_id_to_token(self, idx: int) -> str:
+        """Piece of an id."""
+        return self.sp.IdToPiece(idx)
+
+
 class IceTextTokenizer:
     """Plain text <-> ids and pieces by sentencepiece; knows nothing of special tokens added around a text.
 
     Control pieces ([gMASK], <sop>, ...) never come out of a text: typed in a text they are split like any other
     characters. Decoding drops them.
+
+    With `num_image_tokens` the first ids stand for images (`<image_0>`, ...), as in the first ChatGLM-6B checkpoints;
+    the pieces' ids follow them.
     """
 
-    def __init__(self, model_file: str | Path):
+    special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
+    max_blank_length = LONGEST_BLANK_RUN
+    byte_fallback = True
+
+    def __init__(self, model_file: str | Path, num_image_tokens: int = 0):
         """Load `model_file`.
 
         Raises VocabularyError if the file is missing or not a sentencepiece model, or if it lacks the byte, blank and
-        line break pieces of ChatGLM-6B's current vocabulary.
+        line break pieces of ChatGLM-6B's vocabulary.
         """
-        self.model = _load_model(Path(model_file))
-        missing = [
-            piece for piece in (LINE_BREAK_PIECE, TAB_PIECE, "<|blank_80|>", "<0xFF>") if not self._has_piece(piece)
-        ]
+        self.vocab_file = model_file
+        self.num_image_tokens = num_image_tokens
+        self.model, self.is_first_file = read_vocabulary(Path(model_file))
+        self.text_tokenizer = TextTokenizer(self.model)
+        missing = [piece for piece in (LINE_BREAK_PIECE, TAB_PIECE, "<|blank_80|>", "<0xFF>") if piece not in self]
         if missing:
             raise self.wrong_vocabulary(model_file, missing)
-        self.num_tokens: int = self.model.GetPieceSize()
-        pieces = self.model.IdToPiece(list(range(self.num_tokens)))
-        self.vocab: dict[str, int] = {piece: index for index, piece in enumerate(pieces)}
-        self.byte_of_id: dict[int, int] = {self.vocab[f"<0x{byte:02X}>"]: byte for byte in range(256)}
+        self.pieces: list[str] = self.model.IdToPiece(list(range(self.num_text_tokens)))
+        # Of the model's own ids, which know no images.
+        self.byte_of_id: dict[int, int] = {self.model.PieceToId(f"<0x{byte:02X}>"): byte for byte in range(256)}
 
     def wrong_vocabulary(self, model_file: str | Path, missing: Sequence[str]) -> VocabularyError:
-        """The error that tells why `model_file` is not ChatGLM-6B's current vocabulary."""
+        """The error that tells why `model_file` is not ChatGLM-6B's vocabulary."""
         return VocabularyError(
-            f"{model_file} has {self.model.GetPieceSize()} pieces and no {', '.join(missing)}: it is not the current "
-            f"vocabulary of ChatGLM-6B (the first checkpoints had another one); {WHERE_TO_GET_IT}."
+            f"{model_file} has {self.num_text_tokens} pieces and no {', '.join(missing)}: it is not the vocabulary of "
+            f"ChatGLM-6B; {WHERE_TO_GET_IT}."
         )
 
-    def _has_piece(self, piece: str) -> bool:
-        return not self.model.IsUnknown(self.model.PieceToId(piece))
+    def __contains__(self, piece: str) -> bool:
+        index = self.model.PieceToId(piece)
+        return not self.model.IsUnknown(index) or self.model.IdToPiece(index) == piece
+
+    @property
+    def num_text_tokens(self) -> int:
+        """Number of pieces."""
+        return self.text_tokenizer.num_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of ids: image tokens and pieces."""
+        return self.num_image_tokens + self.num_text_tokens
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        """All image tokens and pieces with their ids."""
+        images = [image_token(index) for index in range(self.num_image_tokens)]
+        return {piece: index for index, piece in enumerate((*images, *self.pieces))}
+
+    @cached_property
+    def control_pieces(self) -> dict[int, str]:
+        """Ids and names of the pieces that decoding drops or, <unk>, writes in another way."""
+        first = self.num_image_tokens
+        numbers = range(self.num_text_tokens)
+        return {
+            first + index: self.pieces[index]
+            for index in numbers
+            if self.model.IsControl(index) or self.model.IsUnknown(index)
+        }
+
+    def bytes_of_ids(self) -> list[bytes]:
+        """What each id adds to a text, in UTF-8; nothing for image tokens and control pieces.
+
+        For grammars and other constraints (`xgrammar.TokenizerInfo`, say), which would take markers for text.
+        """
+        texts = [b""] * self.num_image_tokens
+        for index, piece in enumerate(self.pieces):
+            text = (
+                b""
+                if self.num_image_tokens + index in self.control_pieces
+                else unmark_whitespace(piece.replace("▁", " ")).encode()
+            )
+            texts.append(bytes([self.byte_of_id[index]]) if index in self.byte_of_id else text)
+        return texts
+
+    @staticmethod
+    def get_blank_token(length: int) -> str:
+        """The marker piece of a run of `length` blanks."""
+        return f"<|blank_{length}|>"
+
+    @staticmethod
+    def get_tab_token() -> str:
+        """The marker piece of a tab."""
+        return TAB_PIECE
+
+    def postprocess(self, text: str) -> str:
+        """`unmark_whitespace`."""
+        return unmark_whitespace(text)
 
     def __getitem__(self, key: int | str) -> int | str:
         """The piece of an id or the id of a piece (the id of <unk> if there is no such piece)."""
-        return self.model.PieceToId(key) if isinstance(key, str) else self.model.IdToPiece(key)
+        if isinstance(key, str):
+            image = _IMAGE_TOKEN.fullmatch(key)
+            return int(image[1]) if image else self.num_image_tokens + self.model.PieceToId(key)
+        if key < self.num_image_tokens:  # also the label -100
+            return image_token(key)
+        return self.model.IdToPiece(key - self.num_image_tokens)
 
     def encode(
         self, text: str, linebreak: bool = True, whitespaces: bool = True, add_dummy_prefix: bool = True
@@ -122,9 +230,12 @@ class IceTextTokenizer:
         """
         text = self._prepare(text, linebreak, whitespaces)
         if add_dummy_prefix:
-            return self.model.EncodeAsIds(text)
-        # Sentencepiece puts its blank before a leading line break, so that both can be cut off again.
-        return self.model.EncodeAsIds(LINE_BREAK_PIECE + text)[2:]
+            ids = self.model.EncodeAsIds(text)
+        else:
+            # Sentencepiece puts its blank before a leading line break, so that both can be cut off again.
+            ids = self.model.EncodeAsIds(LINE_BREAK_PIECE + text)[2:]
+        first = self.num_image_tokens
+        return [first + index for index in ids] if first else ids
 
     def tokenize(
         self, text: str, linebreak: bool = True, whitespaces: bool = True, add_dummy_prefix: bool = True
@@ -135,9 +246,19 @@ class IceTextTokenizer:
             return self.model.EncodeAsPieces(text)
         return self.model.EncodeAsPieces(LINE_BREAK_PIECE + text)[2:]
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of `ids`, each in [0, num_tokens). Bytes that are not UTF-8 become U+FFFD, one each."""
-        return unmark_whitespace(self.model.DecodeIds(ids)) if ids else ""
+    def decode(self, ids: list[int], is_start: bool = True) -> str:
+        """Text of `ids`, each below num_tokens; image tokens have none. Bytes that are not UTF-8 become U+FFFD, one
+        each. Without `is_start` the text is one that follows other text: its first blank stays."""
+        first = self.num_image_tokens
+        if first:
+            ids = [index - first for index in ids if index >= first]
+        if not ids:
+            return ""
+        if is_start:
+            return unmark_whitespace(self.model.DecodeIds(ids))
+        # Decoded after a line break that is cut off again, so that sentencepiece does not take them for a start.
+        anchor = self.model.PieceToId(LINE_BREAK_PIECE)
+        return unmark_whitespace(self.model.DecodeIds([anchor, *ids])[len(LINE_BREAK_PIECE) :])
 
     def decode_tokens(self, tokens: list[str]) -> str:
         """Text of a list of pieces."""
@@ -155,22 +276,3 @@ class IceTextTokenizer:
                     "is not valid Unicode; drop it, for example with text.encode(errors='ignore').decode()."
                 ) from None
         return mark_whitespace(text, linebreak, whitespaces)
-
-
-def _load_model(path: Path) -> sentencepiece.SentencePieceProcessor:
-    if not path.is_file():
-        raise VocabularyError(f"{path} is not there; {WHERE_TO_GET_IT}.")
-    content = path.read_bytes()
-    if content.startswith(b"version https://git-lfs"):
-        raise VocabularyError(
-            f"{path} is a Git LFS pointer, not the vocabulary itself; run `git lfs pull` in its folder."
-        )
-    model = sentencepiece.SentencePieceProcessor()
-    try:
-        model.LoadFromSerializedProto(content)
-    except RuntimeError:
-        raise VocabularyError(
-            f"{path} ({len(content)} bytes) is not a readable sentencepiece model: truncated or damaged; "
-            f"{WHERE_TO_GET_IT}."
-        ) from None
-    return model

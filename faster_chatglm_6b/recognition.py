@@ -1,7 +1,7 @@
 """Whether a checkpoint is ChatGLM-6B, told from its JSON files alone, before any of its code could run.
 
-ChatGLM2, ChatGLM3, GLM-4, VisualGLM and the first ChatGLM-6B releases share model_type "chatglm" and the class names
-with the checkpoints that we serve, so neither of these can decide.
+ChatGLM2, ChatGLM3, GLM-4 and VisualGLM share model_type "chatglm" and the class names with the checkpoints that we
+serve, so neither of these can decide.
 """
 
 from collections.abc import Mapping
@@ -25,8 +25,8 @@ _NEWER_GLM_KEYS = {
     "kv_channels",
 }
 _VISUALGLM_KEYS = {"eva_config", "qformer_config", "vision_config", "image_size", "image_length"}
-# Until April 2023 the first 20000 ids stood for images and the tokenizer was another program (icetk).
-_OLD_VOCABULARY, _VOCABULARY = 150528, 130528
+# Until April 2023 the first 20000 ids stood for images.
+_VOCABULARIES = (150528, 130528)
 _OUR_AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoTokenizer")
 
 
@@ -51,14 +51,10 @@ def judge_config(config: Mapping[str, Any]) -> Verdict:
     if keys & _VISUALGLM_KEYS:
         return Verdict(False, f"config.json has {_listed(keys & _VISUALGLM_KEYS)}, as VisualGLM does")
     vocabulary = config.get("vocab_size")
-    if not keys & _CHATGLM_6B_KEYS and vocabulary != _VOCABULARY:
+    if not keys & _CHATGLM_6B_KEYS and not (type(vocabulary) is int and vocabulary in _VOCABULARIES):
         if "model_type" not in config:
             return UNRELATED
         return Verdict(False, f"config.json has none of {_listed(_CHATGLM_6B_KEYS)}, which ChatGLM-6B has")
-    if vocabulary == _OLD_VOCABULARY:
-        return Verdict(False, f"its vocabulary is the old one of {_OLD_VOCABULARY} ids")
-    if "gmask_token_id" not in config and vocabulary != _VOCABULARY:
-        return Verdict(False, "config.json has no gmask_token_id, as with the old vocabulary of 150528 ids")
     foreign = _foreign_classes(config.get("auto_map"))
     if foreign:
         return Verdict(False, f"its auto_map asks for {_listed(foreign)}, which is no class of ChatGLM-6B")
@@ -69,10 +65,8 @@ def judge_tokenizer_config(config: Mapping[str, Any]) -> Verdict:
     """Judges the parsed tokenizer_config.json of a directory that holds a tokenizer and no model."""
     if config.get("tokenizer_class") != "ChatGLMTokenizer":
         return UNRELATED
-    if config.get("num_image_tokens") or "eop_token" in config:
-        return Verdict(False, "tokenizer_config.json belongs to the old vocabulary of 150528 ids")
-    # ChatGLM2 and later name neither of these; the old vocabulary counts its image tokens by default.
-    if "num_image_tokens" in config or {"end_token", "gmask_token"} <= set(config):
+    # ChatGLM2 and later name none of these. The first checkpoints have eop_token, later ones end_token.
+    if "num_image_tokens" in config or ("gmask_token" in config and {"end_token", "eop_token"} & set(config)):
         return SERVED
     return Verdict(False, "tokenizer_config.json has no num_image_tokens, as ChatGLM2, ChatGLM3 and GLM-4 have none")
 

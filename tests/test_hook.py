@@ -120,17 +120,17 @@ def tokenizer_only():
 
 @check
 def other_models():
-    return {name: load_everything(checkpoints / name) for name in ("chatglm2", "old_vocabulary")}
+    return {name: load_everything(checkpoints / name) for name in ("chatglm2", "visualglm")}
 
 @check
 def other_models_without_us():
     with faster_chatglm_6b.disabled():
-        return {name: load_everything(checkpoints / name) for name in ("chatglm2_again", "old_vocabulary_again")}
+        return {name: load_everything(checkpoints / name) for name in ("chatglm2_again", "visualglm_again")}
 
 @check
 def other_models_log():
     load_everything(checkpoints / "chatglm2")
-    return [m for m in messages if "chatglm2" in m[1] or "old_vocabulary" in m[1]]
+    return [m for m in messages if "chatglm2" in m[1] or "visualglm" in m[1]]
 
 @check
 def other_tokenizer_only():
@@ -223,10 +223,10 @@ def ways_to_load(tmp_path_factory, golden_dir):
     remote_code.other_glm(root / "chatglm2", *chatglm2)
     remote_code.other_glm(root / "chatglm2_again", *chatglm2)
     (remote_code.other_glm(root / "chatglm2_tokenizer_only", *chatglm2) / "config.json").unlink()
-    for name in ("old_vocabulary", "old_vocabulary_again"):
+    for name in ("visualglm", "visualglm_again"):
         remote_code.other_glm(
             root / name,
-            remote_code.OLD_VOCABULARY_CONFIG,
+            {**remote_code.OLD_VOCABULARY_CONFIG, "eva_config": {}},
             {"tokenizer_class": "ChatGLMTokenizer", "gmask_token": "[gMASK]"},
         )
     # main is another model than v1.1: which one is served tells whether the revision was heeded
@@ -278,7 +278,7 @@ def test_custom_generate_on_request(ways_to_load):
 
 def test_other_models_run_exactly_their_own_code(ways_to_load):
     found, without_us = ways_to_load["other_models"], ways_to_load["other_models_without_us"]
-    assert found["value"] == {"chatglm2": [THEIRS], "old_vocabulary": [THEIRS]}
+    assert found["value"] == {"chatglm2": [THEIRS], "visualglm": [THEIRS]}
     assert found["executed"] == without_us["executed"]
     assert set(found["executed"]) == ALL_CODE
 
@@ -286,11 +286,9 @@ def test_other_models_run_exactly_their_own_code(ways_to_load):
 def test_other_models_are_logged_once_each(ways_to_load):
     messages = ways_to_load["other_models_log"]["value"]
     assert [level for level, _ in messages] == ["INFO", "INFO"]
-    (_, chatglm2), (_, old_vocabulary) = messages
+    (_, chatglm2), (_, visualglm) = messages
     assert "chatglm2: left to the checkpoint's own code, config.json has ffn_hidden_size" in chatglm2
-    assert (
-        "old_vocabulary: left to the checkpoint's own code, its vocabulary is the old one of 150528" in old_vocabulary
-    )
+    assert "visualglm: left to the checkpoint's own code, config.json has eva_config, as VisualGLM" in visualglm
 
 
 def test_other_tokenizer_without_a_model(ways_to_load):
@@ -347,7 +345,7 @@ def test_status_tells_what_was_served(ways_to_load):
     for entry in (["model", "tripwires"], ["config", "no_code"], ["tokenizer", "no_code"], ["model", "chatglm-demo"]):
         assert entry in now["served"]
     assert not [name for _, name in now["served"] if name in now["passed_through"]]
-    assert {"chatglm2", "old_vocabulary", "chatglm2_tokenizer_only"} == set(now["passed_through"])
+    assert {"chatglm2", "visualglm", "chatglm2_tokenizer_only"} == set(now["passed_through"])
     for module in ("dynamic_module_utils", "models.auto.auto_factory", "models.auto.tokenization_auto"):
         assert f"transformers.{module}.get_class_from_dynamic_module" in now["patched"]
     assert "AutoModelForCausalLM knows ChatGLMConfig" in now["patched"]

@@ -27,7 +27,7 @@ class SamplingPlan:
     Attributes:
         kernel: "greedy", "top_k" (at most ``capacity`` candidates) or "full".
         capacity: of the "top_k" kernel, else 0.
-        invalid_rule: rows with NaN or +inf become token 5.
+        invalid_rule, invalid_token: rows with NaN or +inf become that token.
         penalty, ngram_size, minimum: repetition penalty, n-gram size and fewest ids; None for no such processor.
         minimum_eos: the tokens that ``minimum`` forbids.
         temperature, top_k, top_p: of the samplers; None where there is no such warper.
@@ -37,6 +37,7 @@ class SamplingPlan:
     kernel: str = "greedy"
     capacity: int = 0
     invalid_rule: bool = False
+    invalid_token: int = 5
     penalty: float | None = None
     ngram_size: int | None = None
     minimum: int | None = None
@@ -51,7 +52,7 @@ class SamplingPlan:
         """What a captured graph depends on."""
         processors = (self.penalty is not None, self.ngram_size is not None, self.minimum is not None)
         warpers = (self.top_k is not None, self.top_p is not None) if self.kernel == "full" else ()
-        return self.kernel, self.capacity, self.invalid_rule, processors, warpers
+        return self.kernel, self.capacity, self.invalid_rule, self.invalid_token, processors, warpers
 
     @property
     def has_processors(self) -> bool:
@@ -89,6 +90,10 @@ def _top_p(processor: Any, layout: PromptLayout) -> dict[str, Any]:
     return {"top_p": processor.top_p}
 
 
+def _invalid_rule(processor: Any, layout: PromptLayout) -> dict[str, Any]:
+    return {"invalid_rule": True, "invalid_token": processor.token_id}
+
+
 def _known() -> dict[type, Any]:
     """Reader of each known processor, by exact type, in the order in which transformers applies them."""
     from ..chat import InvalidScoreLogitsProcessor
@@ -98,7 +103,7 @@ def _known() -> dict[type, Any]:
         "NoRepeatNGramLogitsProcessor": lambda processor, layout: {"ngram_size": processor.ngram_size},
         "MinLengthLogitsProcessor": _min_length,
         "MinNewTokensLengthLogitsProcessor": _min_new_tokens,
-        "InvalidScoreLogitsProcessor": lambda processor, layout: {"invalid_rule": True},
+        "InvalidScoreLogitsProcessor": _invalid_rule,
         "TemperatureLogitsWarper": lambda processor, layout: {"temperature": processor.temperature},
         "TopKLogitsWarper": _top_k,
         "TopPLogitsWarper": _top_p,
@@ -205,7 +210,7 @@ class Sampler:
             kernels.no_repeat_ngram(scores, state.ids, state.ids_length, self._ngram_size)
         if plan.minimum is not None:
             kernels.min_length(scores, state.ids_length, self._minimum, self._minimum_eos)
-        options = {"invalid_rule": plan.invalid_rule, "workspace": workspace}
+        options = {"invalid_rule": plan.invalid_rule, "invalid_token": plan.invalid_token, "workspace": workspace}
         if plan.kernel == "greedy":
             kernels.greedy_sample(scores, state, **options)
         elif plan.kernel == "top_k":

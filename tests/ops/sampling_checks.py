@@ -77,22 +77,22 @@ def check_greedy(device: str, dtype: torch.dtype, batch: int, vocab: int) -> Non
 
 
 def check_invalid_rule(device: str, dtype: torch.dtype, vocab: int) -> None:
-    """Rows with NaN or +inf give token 5, a row with -inf does not, and the other rows are untouched."""
+    """Rows with NaN or +inf give token 5 or the one asked for, a row with -inf does not; other rows are untouched."""
     batch = 4
     scores = torch.randn(batch, vocab, device=device).to(dtype)
     scores[0, vocab // 2] = float("nan")
     scores[1, vocab - 1] = float("inf")
     scores[2, : vocab // 2] = float("-inf")
     scores[2, vocab - 2] = scores[3, vocab - 3] = 60.0
-    expected = [5, 5, vocab - 2, vocab - 3]
     one = value(1.0, torch.float32, device)
     k = value(2, torch.int32, device)
     workspace = make_workspace(device, batch, vocab)
 
     def run(sampler, *arguments) -> None:
-        state = make_state(device, batch)
-        sampler(scores, state, *arguments, invalid_rule=True, workspace=workspace)
-        assert state.tokens.tolist() == expected
+        for options, token in (({}, 5), ({"invalid_token": vocab // 3}, vocab // 3)):
+            state = make_state(device, batch)
+            sampler(scores, state, *arguments, invalid_rule=True, workspace=workspace, **options)
+            assert state.tokens.tolist() == [token, token, vocab - 2, vocab - 3]
 
     run(kernels.greedy_sample)
     run(kernels.top_k_sample, one, k, one * 0.9)

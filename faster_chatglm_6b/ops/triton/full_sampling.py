@@ -20,7 +20,7 @@ from .common import (
 )
 from .configs import uses_pdl
 from .decode_state import DecodeState, advance_row
-from .greedy_sampling import INFINITE, INVALID_TOKEN, LOWEST, check_sampling, load_scores
+from .greedy_sampling import INFINITE, LOWEST, check_sampling, load_scores
 from .workspace import Workspace, default_workspace
 
 BLOCK = 1024
@@ -217,7 +217,7 @@ def full_sample_kernel(
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
     EOS_BLOCK: tl.constexpr,
-    INVALID_RULE: tl.constexpr,
+    INVALID_RULE: tl.constexpr,  # the token of invalid rows, or 0 for no rule
     PDL: tl.constexpr,
 ):
     """Complete the last threshold, draw among the scores it keeps, and advance."""
@@ -265,7 +265,7 @@ def full_sample_kernel(
         best = tl.max(tl.load(mine + slot, mask=slot < chunks, other=LOWEST, cache_modifier=".cg"), 0)
         token = tl.minimum(candidate_index(best), vocab - 1)
         if INVALID_RULE:
-            token = tl.where(highest_key >= INFINITE, INVALID_TOKEN, token)
+            token = tl.where(highest_key >= INFINITE, INVALID_RULE, token)
         advance_row(
             token,
             row,
@@ -295,6 +295,7 @@ def full_sample(
     top_p: torch.Tensor | None,
     *,
     invalid_rule: bool = False,
+    invalid_token: int = 5,
     workspace: Workspace | None = None,
 ) -> None:
     """Draw each row's next token after temperature, top-k and top-p (transformers' warpers in that order), and advance.
@@ -306,7 +307,7 @@ def full_sample(
         temperature: float32 [1], above 0.
         top_k: int32 [1], at least 1, or None: not applied. Every score equal to the k-th stays.
         top_p: float32 [1], or None: not applied. 1.0 keeps all.
-        invalid_rule: a row that holds NaN or +inf gives token 5.
+        invalid_rule: a row that holds NaN or +inf gives ``invalid_token``, which is not 0.
 
     Raises:
         ValueError: a shape does not fit.
@@ -361,6 +362,6 @@ def full_sample(
         TOP_K=top_k is not None,
         TOP_P=top_p is not None,
         EOS_BLOCK=state.eos_block(),
-        INVALID_RULE=invalid_rule,
+        INVALID_RULE=invalid_token if invalid_rule else 0,
         **common,
     )

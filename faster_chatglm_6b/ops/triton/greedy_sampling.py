@@ -11,8 +11,6 @@ from .workspace import SAMPLING_BLOCK, Workspace, default_workspace
 
 # order_key(+inf): a row whose largest key reaches it holds +inf or NaN.
 INFINITE = tl.constexpr(0x7F800000)
-# Stock's InvalidScoreLogitsProcessor makes this token certain.
-INVALID_TOKEN = tl.constexpr(5)
 LOWEST = tl.constexpr(-(2**63))
 
 
@@ -44,7 +42,7 @@ def greedy_sample_kernel(
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
     EOS_BLOCK: tl.constexpr,
-    INVALID_RULE: tl.constexpr,
+    INVALID_RULE: tl.constexpr,  # the token of invalid rows, or 0 for no rule
     PDL: tl.constexpr,
 ):
     row = tl.program_id(1)
@@ -58,7 +56,7 @@ def greedy_sample_kernel(
         best = tl.max(tl.load(mine + chunk, mask=chunk < tl.num_programs(0), other=LOWEST, cache_modifier=".cg"), 0)
         token = candidate_index(best)
         if INVALID_RULE:
-            token = tl.where(candidate_key(best) >= INFINITE, INVALID_TOKEN, token)
+            token = tl.where(candidate_key(best) >= INFINITE, INVALID_RULE, token)
         advance_row(
             token,
             row,
@@ -96,13 +94,18 @@ def check_sampling(scores: torch.Tensor, state: DecodeState, workspace: Workspac
 
 
 def greedy_sample(
-    scores: torch.Tensor, state: DecodeState, *, invalid_rule: bool = False, workspace: Workspace | None = None
+    scores: torch.Tensor,
+    state: DecodeState,
+    *,
+    invalid_rule: bool = False,
+    invalid_token: int = 5,
+    workspace: Workspace | None = None,
 ) -> None:
     """Choose each row's largest score (lowest index on ties; NaN is largest, as in ``torch.argmax``) and advance.
 
     Args:
         scores: [B, V], float16, bfloat16 or float32.
-        invalid_rule: a row that holds NaN or +inf gives token 5.
+        invalid_rule: a row that holds NaN or +inf gives ``invalid_token``, which is not 0.
 
     Raises:
         ValueError: a shape does not fit.
@@ -122,7 +125,7 @@ def greedy_sample(
         BLOCK=SAMPLING_BLOCK,
         CHUNKS=triton.next_power_of_2(chunks),
         EOS_BLOCK=state.eos_block(),
-        INVALID_RULE=invalid_rule,
+        INVALID_RULE=invalid_token if invalid_rule else 0,
         PDL=pdl,
         num_warps=4,
         **pdl_options(pdl),

@@ -16,7 +16,7 @@ from .common import (
 )
 from .configs import uses_pdl
 from .decode_state import DecodeState, advance_row
-from .greedy_sampling import INFINITE, INVALID_TOKEN, LOWEST, check_sampling, load_scores
+from .greedy_sampling import INFINITE, LOWEST, check_sampling, load_scores
 from .workspace import Workspace, default_workspace
 
 BLOCK = 2048
@@ -59,7 +59,7 @@ def top_k_sample_kernel(
     CHUNKS: tl.constexpr,
     CAPACITY: tl.constexpr,
     EOS_BLOCK: tl.constexpr,
-    INVALID_RULE: tl.constexpr,
+    INVALID_RULE: tl.constexpr,  # the token of invalid rows, or 0 for no rule
     PDL: tl.constexpr,
 ):
     """Each program keeps the best CAPACITY candidates of its chunk; the last one to finish sorts those and draws."""
@@ -96,7 +96,7 @@ def top_k_sample_kernel(
         chosen = tl.minimum(chosen, tl.sum((mass > 0.0).to(tl.int32), 0) - 1)
         token = tl.sum(tl.where(rank == chosen, candidate_index(best), 0), 0)
         if INVALID_RULE:
-            token = tl.where(tl.max(candidate_key(best), 0) >= INFINITE, INVALID_TOKEN, token)
+            token = tl.where(tl.max(candidate_key(best), 0) >= INFINITE, INVALID_RULE, token)
         advance_row(
             token,
             row,
@@ -127,6 +127,7 @@ def top_k_sample(
     *,
     capacity: int = 64,
     invalid_rule: bool = False,
+    invalid_token: int = 5,
     workspace: Workspace | None = None,
 ) -> None:
     """Draw each row's next token after temperature, top-k and top-p (transformers' warpers in that order), and advance.
@@ -138,7 +139,7 @@ def top_k_sample(
         scores: [B, V], float16, bfloat16 or float32; NaN is an error of the caller unless ``invalid_rule``.
         temperature: float32 [1], above 0. top_k: int32 [1], 1 to ``capacity``. top_p: float32 [1]; 1.0 keeps all.
         capacity: 64 or 128.
-        invalid_rule: a row that holds NaN or +inf gives token 5.
+        invalid_rule: a row that holds NaN or +inf gives ``invalid_token``, which is not 0.
 
     Raises:
         ValueError: a shape does not fit, or ``capacity`` is not one of those.
@@ -165,7 +166,7 @@ def top_k_sample(
         CHUNKS=max(triton.next_power_of_2(chunks), 2),
         CAPACITY=capacity,
         EOS_BLOCK=state.eos_block(),
-        INVALID_RULE=invalid_rule,
+        INVALID_RULE=invalid_token if invalid_rule else 0,
         PDL=pdl,
         num_warps=16,
         **pdl_options(pdl),
