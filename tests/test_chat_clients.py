@@ -93,23 +93,19 @@ def test_text_iterator_streamer(model, tokenizer, answer):
     assert process_response("".join(streamer)) == answer
 
 
-def langchain_chat(generator, tokenizer, **settings):
+def test_langchain(model, tokenizer, answer):
     langchain = pytest.importorskip("langchain_huggingface", reason="needs langchain-huggingface")
     from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 
-    kinds = {"user": HumanMessage, "assistant": AIMessage, "system": SystemMessage}
-    llm = langchain.HuggingFacePipeline(pipeline=generator, pipeline_kwargs={**LIMIT, **settings})
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer, return_full_text=False, **LIMIT)
+    llm = langchain.HuggingFacePipeline(pipeline=generator)
     chat = langchain.ChatHuggingFace(llm=llm, tokenizer=tokenizer)
-    return chat, lambda messages: [kinds[message["role"]](message["content"]) for message in messages]
-
-
-def test_langchain(generator, tokenizer, model, answer):
-    chat, translate = langchain_chat(generator, tokenizer, return_full_text=False)
-    assert process_response(chat.invoke(translate(MESSAGES)).content) == answer
+    messages = [HumanMessage("hi"), AIMessage("Hello!"), HumanMessage("你好")]
+    assert process_response(chat.invoke(messages).content) == answer
     system = {"role": "system", "content": "be kind"}
     wanted, _ = model.chat(tokenizer, "你好", history=[system], **LIMIT)
-    said = chat.invoke(translate([system, {"role": "user", "content": "你好"}])).content
-    assert process_response(said) == wanted
+    assert process_response(chat.invoke([SystemMessage("be kind"), HumanMessage("你好")]).content) == wanted
+    assert process_response(llm.invoke("hi")) == model.chat(tokenizer, "hi", **LIMIT)[0]
 
 
 def test_llama_index(model, tokenizer, answer):
