@@ -5,6 +5,7 @@ import copy
 import pytest
 from transformers import GenerationConfig, StoppingCriteria
 
+from faster_chatglm_6b import _status
 from faster_chatglm_6b.prompts import process_response
 
 GREEDY = {"do_sample": False}
@@ -41,10 +42,6 @@ def long_answer(all_ways, tiny_model):
     return all_ways(tiny_model, **GREEDY, max_new_tokens=30)
 
 
-def ids_of(tokenizer, text):
-    return tokenizer.encode_text(text)
-
-
 @pytest.mark.parametrize("as_list", [False, True])
 def test_a_stop_string_ends_the_answer_and_stays(all_ways, tiny_model, long_answer, as_list):
     """As in generate(), whose text it is the end of."""
@@ -53,6 +50,8 @@ def test_a_stop_string_ends_the_answer_and_stays(all_ways, tiny_model, long_answ
     response = all_ways(tiny_model, **GREEDY, max_new_tokens=30, stop_strings=[stop] if as_list else stop)
     # A token may hold characters after the stop string.
     assert stop in response and response != long_answer and long_answer.startswith(response.rstrip())
+    # transformers hands the tokenizer on to its loop, which is nothing that a user should hear of.
+    assert not [notice for notice in _status._notices if "tokenizer" in notice]
     nowhere = "faster than light"
     assert all_ways(tiny_model, **GREEDY, max_new_tokens=30, stop_strings=[nowhere]) == long_answer
 
@@ -130,11 +129,28 @@ def test_settings_of_the_file_act_as_arguments_do(all_ways, tiny_model, with_fil
     assert all_ways(with_file(**settings), **GREEDY, **limit) == wanted
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"cache_implementation": "static"}, {"prefill_chunk_size": 4}, {"guidance_scale": 1.5}],
+    ids=lambda settings: " ".join(settings),
+)
+def test_what_generate_follows_or_refuses_it_does_wherever_it_stands(tiny_model, tiny_tokenizer, with_file, settings):
+    """The same answer or the same sentence for a setting of the file and for an argument."""
+
+    def outcome(model, **arguments):
+        try:
+            return model.chat(tiny_tokenizer, "你好", **GREEDY, max_new_tokens=8, **arguments)
+        except ValueError as error:
+            return str(error)
+
+    assert outcome(with_file(**settings)) == outcome(tiny_model, **settings)
+
+
 def test_limits(tiny_model, tiny_tokenizer, all_ways, with_file):
     """The call's own limit before the file's; the file's before the default of 2048."""
     prompt = len(tiny_model._chat_ids(tiny_tokenizer, "你好", None))
     ten = all_ways(tiny_model, **GREEDY, max_new_tokens=10)
-    assert len(ids_of(tiny_tokenizer, ten)) > 5
+    assert len(tiny_tokenizer.encode_text(ten)) > 5
     model = with_file(max_new_tokens=3)
     assert all_ways(model, **GREEDY) == all_ways(model, **GREEDY, max_new_tokens=3)
     assert all_ways(model, **GREEDY, max_new_tokens=10) == ten
