@@ -2,6 +2,7 @@
 ``chat_batch``, which it lacks."""
 
 import copy
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -221,8 +222,10 @@ class ChatMixin:
         if settings.get("max_new_tokens") is None and getattr(given, "max_new_tokens", None) is None:
             if max_length != MAX_LENGTH or getattr(file, "max_new_tokens", None) is None:
                 settings["max_length"] = max_length
-        if any(getattr(source, "stop_strings", None) for source in (given, file)) or settings.get("stop_strings"):
-            settings["tokenizer"] = tokenizer
+        sources = (settings.get("stop_strings"), *(getattr(source, "stop_strings", None) for source in (given, file)))
+        stop_strings = next((strings for strings in sources if strings), None)
+        if stop_strings is not None:
+            settings |= {"stop_strings": _as_generated(stop_strings), "tokenizer": tokenizer}
         if do_sample:
             settings |= {"top_p": top_p, "temperature": temperature}
         return settings
@@ -268,6 +271,14 @@ _NOT_FROM_THE_FILE = {
     "output_attentions": False,
     "output_hidden_states": False,
 }
+
+
+def _as_generated(stop_strings: Any) -> list[str]:
+    """Stop strings with half-width marks: the vocabulary has no others, ``process_response`` makes them full-width."""
+    strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+    if not isinstance(strings, (list, tuple)) or not all(isinstance(text, str) and text for text in strings):
+        raise ValueError(f"stop_strings is {stop_strings!r}, but it must be a text or a list of texts, none empty.")
+    return [unicodedata.normalize("NFKC", text) for text in strings]
 
 
 def _sequences(output: Any) -> torch.Tensor:

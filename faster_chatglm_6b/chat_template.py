@@ -10,7 +10,9 @@ give them to ``chat``:
 
 Rendered as text, a conversation begins with a mark, a control character that the vocabulary drops, and its own
 control tokens stand after one each. ``tokenize`` takes no other control token of such a text for one, and texts in
-messages lose their marks. So the text can be tokenized later, with special tokens or without, to the same ids.
+messages lose their marks. So the text can be tokenized later, with special tokens or without, to the same ids. A
+user's own text belongs into a message, or into ``encode_text``: ``tokenizer(text)`` takes typed control tokens for real,
+marked ones here as unmarked ones in stock.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from .history import read_messages
 MARK = "\x10"
 # Takes the place of a mark in a message: the vocabulary drops it as it drops the mark, so that the ids stay the same.
 HARMLESS = "\x11"
-PROMPT_END = f"{MARK}[gMASK]{MARK}<sop>"
-ANSWER_END = f"{MARK}<eop>"
+# Before everything else: with a mark alone, a text that begins with "<sop>" would be taken for the control token.
+START = MARK + HARMLESS
 _MARKED = re.compile(rf"{MARK}(\[gMASK\]|<sop>|<eop>)")
 
 _NO_TOOLS = "ChatGLM-6B was trained with neither tools nor documents; leave {} out and write what it needs into a text."
@@ -37,7 +39,7 @@ CHAT_TEMPLATE = r"""
 {%- endif -%}
 {%- set state = namespace(round=0, system='') -%}
 {%- set user_count = messages | selectattr('role', 'equalto', 'user') | list | length -%}
-{{- '\x10' -}}
+{{- '\x10\x11' -}}
 {%- for message in messages -%}
   {%- if message['content'] is string -%}
     {%- set text = message['content'] | replace('\x10', '\x11') -%}
@@ -159,7 +161,7 @@ class ChatTemplateMixin:
         pieces: list[str] = []
         # Texts and the names of marked tokens take turns.
         for number, part in enumerate(_MARKED.split(text)):
-            pieces += [part] if number % 2 else self._tokenize(part.replace(MARK, ""))
+            pieces += [part] if number % 2 else self._tokenize(part.replace(START, "").replace(MARK, ""))
         return pieces
 
     def prepare_for_model(

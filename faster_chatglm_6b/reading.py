@@ -19,7 +19,7 @@ from . import _status, backend
 from .caches import CACHE_NAMES, Cache
 
 # Arguments of transformers' loop that the captured loop follows or has no use for.
-_FOLLOWED = {"attention_mask", "use_cache", "logits_to_keep", "cache_position", "generator"}
+_FOLLOWED = {"attention_mask", "use_cache", "logits_to_keep", "cache_position", "generator", "tokenizer"}
 
 # The fields of GenerationConfig from transformers 4.45 to 5.24. Each acts through a logits processor or a stopping
 # criterion, which are read one by one, or is read by ``Request``, or chooses another search than ``_sample``.
