@@ -191,6 +191,9 @@ class PrefixGenerationMixin(SearchMixin):
         """Check the prompt and turn stock's mask and positions into what transformers' ``generate`` understands."""
         kwargs = dict(kwargs)
         mask, position_ids = kwargs.get("attention_mask"), kwargs.pop("position_ids", None)
+        if getattr(generation_config, "is_assistant", False):
+            # A main model of another class hands on positions of its own kind.
+            position_ids = None
         cache = take_cache(kwargs)
         if cache is not None:
             kwargs[CACHE_NAME] = cache = as_cache(cache, True)
