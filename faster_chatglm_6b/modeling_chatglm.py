@@ -21,9 +21,10 @@ from .placement import execution_device
 from .prefix_encoder import PrefixEncoder
 from .prompt_layout import PromptLayout, cached_tokens, causal_hidden
 from .rotary import RotaryTable
+from .stock_names import StockGenerationNames, StockModelNames, StockNetworkNames
 
 
-class ChatGLMPreTrainedModel(CheckpointMixin, PreTrainedModel):
+class ChatGLMPreTrainedModel(CheckpointMixin, StockModelNames, PreTrainedModel):
     """What both models share with transformers' loaders."""
 
     config_class = ChatGLMConfig
@@ -61,7 +62,7 @@ class ChatGLMPreTrainedModel(CheckpointMixin, PreTrainedModel):
             self.base_model.checkpointed_every = kwargs.get("every_n_layers", 1)
 
 
-class ChatGLMModel(ChatGLMPreTrainedModel):
+class ChatGLMModel(StockNetworkNames, ChatGLMPreTrainedModel):
     """Embedding, layers and final norm."""
 
     def __init__(self, config: ChatGLMConfig, empty_init: bool = True):
@@ -220,7 +221,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
 
 class ChatGLMForConditionalGeneration(
-    ChatMixin, PrefixGenerationMixin, QuantizationMixin, AdapterHost, ChatGLMPreTrainedModel, GenerationMixin
+    ChatMixin,
+    PrefixGenerationMixin,
+    QuantizationMixin,
+    StockGenerationNames,
+    AdapterHost,
+    ChatGLMPreTrainedModel,
+    GenerationMixin,
 ):
     """ChatGLM-6B with its output head, chat and generation."""
 
