@@ -90,8 +90,11 @@ def check_embeddings(inputs_embeds: Any, input_ids: torch.Tensor | None, hidden_
         )
 
 
-def check_labels(labels: Any, inputs: Any) -> None:
-    """Raise ValueError unless ``labels`` are integers, one for each token of ``inputs`` [batch, length, ...]."""
+def check_labels(labels: Any, inputs: Any, vocab_size: int) -> None:
+    """Raise ValueError unless ``labels`` are ids or -100, one for each token of ``inputs`` [batch, length, ...].
+
+    Their values are read on the CPU alone, where nothing waits for a device.
+    """
     check_tensor("labels", labels, "int64 [batch, length]")
     wanted = list(getattr(inputs, "shape", ()))[:2]
     if list(labels.shape) != wanted or labels.dtype != torch.int64:
@@ -99,6 +102,13 @@ def check_labels(labels: Any, inputs: Any) -> None:
             f"labels are {labels.dtype} of shape {list(labels.shape)}; pass int64 {wanted}, one for each token and "
             "-100 where the loss does not count."
         )
+    if labels.device.type == "cpu":
+        wrong = labels[((labels < 0) & (labels != -100)) | (labels >= vocab_size)]
+        if wrong.numel():
+            raise ValueError(
+                f"labels hold {int(wrong[0])}, but this model's vocabulary goes from 0 to {vocab_size - 1}; pass -100 "
+                "where the loss does not count."
+            )
 
 
 def highest_position(position_ids: torch.Tensor, input_ids: torch.Tensor | None, vocab_size: int) -> int:

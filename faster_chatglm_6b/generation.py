@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.generation.utils import GenerationMixin
 
-from .arguments import check_ids, check_mask, check_positions, highest_position
+from .arguments import check_embeddings, check_ids, check_mask, check_positions, highest_position
 from .caches import CACHE_NAME, Cache, as_cache, cache_in, check_cache, check_cached_batch, take_cache
 from .decoding.memory import memory_returned
 from .guidance import guided
@@ -201,6 +201,8 @@ class PrefixGenerationMixin(SearchMixin):
         if isinstance(cache, Cache):
             # Newer transformers mark it themselves: the caller wants to find it filled.
             cache._is_user_defined = True
+        if kwargs.get("inputs_embeds") is not None:
+            check_embeddings(kwargs["inputs_embeds"], input_ids, self.config.hidden_size)
         if mask is not None:
             check_mask(mask, *input_ids.shape, input_ids.shape[1])
         if mask is not None and mask.dim() == 4:

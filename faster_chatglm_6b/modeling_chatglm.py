@@ -142,6 +142,7 @@ class ChatGLMModel(StockNetworkNames, ChatGLMPreTrainedModel):
         position_ids, hidden, context_length = self._positions_and_mask(
             input_ids, position_ids, attention_mask, inputs_embeds, past_length
         )
+        highest = highest_position(position_ids, unchecked_ids, self.config.vocab_size)
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         device, dtype = hidden_states.device, hidden_states.dtype
         devices = [execution_device(layer, device) for layer in self.layers]
@@ -153,7 +154,6 @@ class ChatGLMModel(StockNetworkNames, ChatGLMPreTrainedModel):
                 attended = self.prefix_encoder.placed_in(cache, hidden_states.shape[0], dtype, devices)
         differentiable = torch.is_grad_enabled()
         tables = {place: operators_for(place, dtype, self.config.head_size, differentiable) for place in set(devices)}
-        highest = highest_position(position_ids, unchecked_ids, self.config.vocab_size)
         cos, sin = self.rotary.get(highest + 1, device, dtype)
         step = Step(
             position_ids=position_ids.to(device),
@@ -274,7 +274,7 @@ class ChatGLMForConditionalGeneration(
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if labels is not None:
-            check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
+            check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds, self.config.vocab_size)
         outputs = self.transformer(
             input_ids=input_ids,
             position_ids=position_ids,
