@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.generation.utils import GenerationMixin
 
+from .adapters import refuse_prompt_learning
 from .arguments import check_embeddings, check_ids, check_mask, check_positions, highest_position
 from .caches import CACHE_NAME, Cache, as_cache, cache_in, check_cache, check_cached_batch, take_cache
 from .decoding.memory import memory_returned
@@ -40,6 +41,7 @@ class PrefixGenerationMixin(SearchMixin):
             ValueError: no room for an answer, ids that are no ChatGLM prompt, a mask that ``generate`` cannot follow,
             a cache of another model or two caches, or a search that cannot follow a prefix LM.
         """
+        refuse_prompt_learning(self)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is None:
             raise ValueError(

@@ -6,7 +6,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from .adapters import AdapterHost
+from .adapters import PROMPT_LEARNING, AdapterHost
 from .arguments import check_inputs, check_labels, highest_position
 from .blocks import GLMBlock, Step
 from .caches import CACHE_NAME, CACHE_NAMES, Cache, as_cache, cache_in, check_cache, check_cached_batch
@@ -201,7 +201,7 @@ class ChatGLMModel(StockNetworkNames, ChatGLMPreTrainedModel):
             if position_ids is None:
                 raise ValueError(
                     "position_ids are missing: with past_key_values they cannot be derived from the new tokens alone; "
-                    "pass them, or use generate()."
+                    f"pass them, or use generate(). {PROMPT_LEARNING}"
                 )
             hidden = attention_mask.bool() if is_dense else causal_hidden(past_length, length, attention_mask)
             return position_ids, hidden, None
@@ -210,7 +210,7 @@ class ChatGLMModel(StockNetworkNames, ChatGLMPreTrainedModel):
         if input_ids is None:
             raise ValueError(
                 "inputs_embeds alone do not tell where the context ends; pass input_ids with them, or position_ids "
-                "and a bool attention_mask of shape [batch, 1, length, length]."
+                f"and a bool attention_mask of shape [batch, 1, length, length]. {PROMPT_LEARNING}"
             )
         layout = PromptLayout.of(input_ids, self.config, None if is_dense else attention_mask)
         if position_ids is None:
