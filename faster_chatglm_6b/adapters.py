@@ -96,6 +96,20 @@ def _lora_over_integers() -> type:
     return LoraQuantizedLinear
 
 
+PROMPT_LEARNING = (
+    "PEFT's prompt learning puts virtual tokens before the prompt, of which ChatGLM's positions know nothing; train "
+    "P-Tuning v2 instead, by pre_seq_len in the config, or LoRA."
+)
+
+
+def refuse_prompt_learning(model: nn.Module) -> None:
+    """Raise ValueError where PEFT calls ``generate`` for prompt tuning, prefix tuning or p-tuning."""
+    prepare = model.__dict__.get("prepare_inputs_for_generation")
+    config = getattr(getattr(prepare, "__self__", None), "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        raise ValueError(PROMPT_LEARNING)
+
+
 def __getattr__(name: str) -> type:
     if name == "LoraQuantizedLinear":
         return _lora_over_integers()

@@ -11,6 +11,7 @@ from .configuration_chatglm import ChatGLMConfig
 from .layers import is_hooked, normalise, project, with_residual
 from .ops import Operators, operators_for
 from .ops.reference import attention_probabilities
+from .stock_names import StockAttentionNames
 
 # GLMBlock's default depth, which stock never overrides: the residual weight of every checkpoint, whatever its
 # num_layers.
@@ -28,13 +29,13 @@ class Step(dict):
             raise AttributeError(name) from None
 
 
-class SelfAttention(AdapterHost):
+class SelfAttention(StockAttentionNames, AdapterHost):
     """Multi-head attention over a packed projection that holds [q k v] head by head."""
 
     def __init__(self, config: ChatGLMConfig, layer_id: int):
         super().__init__()
         self.layer_id = layer_id
-        self.head_size = config.head_size
+        self.head_size, self.num_attention_heads = config.head_size, config.num_attention_heads
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 

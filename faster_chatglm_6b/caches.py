@@ -98,3 +98,78 @@ def take_cache(arguments: MutableMapping[str, Any]) -> Any:
     for name in {*names, *CACHE_NAMES}:
         arguments.pop(name, None)
     return cache
+
+
+def as_cache(past_key_values: Any, use_cache: bool) -> Any:
+    """A transformers cache of what was given: a cache, stock's tuple of (key, value) [T, B, H, K], or nothing."""
+    if past_key_values is None:
+        return DynamicCache() if use_cache else None
+    if not isinstance(past_key_values, (tuple, list)):
+        return past_key_values
+    cache = DynamicCache()
+    for layer, pair in enumerate(past_key_values):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or any(getattr(one, "ndim", 0) != 4 for one in pair):
+            raise ValueError(
+                "past_key_values is a tuple, but not one of (key, value) [length, batch, heads, head size] for each "
+                "layer; pass that, or a DynamicCache."
+            )
+        key, value = pair
+        cache.update(key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), layer)
+    return cache
+
+
+def check_cache(cache: Any, config: Any) -> None:
+    """Raise ValueError unless a cache, filled or empty, is one that a model of this configuration can append to."""
+    kind, layers, prefix = type(cache).__name__, config.num_layers, config.pre_seq_len or 0
+    of_two = hasattr(cache, "cross_attention_cache")
+    if of_two or not (hasattr(cache, "update") and hasattr(cache, "get_seq_length")):
+        raise ValueError(
+            f"past_key_values is of the class {kind}, but this model reads one cache of keys and values; pass a "
+            "DynamicCache, or leave it out."
+        )
+    parts = getattr(cache, "layers", None)
+    places = (cache,) if parts is None else parts
+    if any(getattr(part, name, None) for part in places for name in _FIXED_SIZE):
+        raise ValueError(
+            f"past_key_values is of the class {kind}, whose size is fixed, which cannot follow the mask of a prefix "
+            "LM; pass a DynamicCache, or leave it out."
+        )
+    length = cache.get_seq_length()
+    held = len(parts) if parts is not None else layers
+    if any(cache.get_seq_length(layer) != length for layer in range(1, layers)) or (length and held > layers):
+        raise ValueError(
+            f"The cache holds {held} layers, and not all equally long, but this model has {layers}; pass a cache that "
+            "this model filled, or an empty one."
+        )
+    if 0 < length < prefix:
+        raise ValueError(
+            f"The cache holds {length} tokens, but those of this model begin with its P-Tuning prefix of {prefix}; "
+            "pass a cache that this model filled, or an empty one."
+        )
+    keys = _first_keys(cache)
+    if length and keys is not None and (keys.shape[1], keys.shape[3]) != (config.num_attention_heads, config.head_size):
+        raise ValueError(
+            f"The cache holds {keys.shape[1]} heads of {keys.shape[3]} values, but this model has "
+            f"{config.num_attention_heads} of {config.head_size}; pass a cache that this model filled."
+        )
+
+
+def check_cached_batch(cache: Any, inputs: torch.Tensor) -> None:
+    """Raise ValueError where a filled cache holds another number of sequences than ``inputs`` [batch, length, ...]."""
+    keys = _first_keys(cache)
+    if keys is not None and keys.shape[0] != inputs.shape[0]:
+        raise ValueError(
+            f"The cache holds {keys.shape[0]} sequences, but {inputs.shape[0]} are to follow; pass a cache that was "
+            "filled with this batch."
+        )
+
+
+# By one of these names a cache, or its layers, tells the length that it is cut or filled up to.
+_FIXED_SIZE = ("max_cache_len", "sliding_window", "window_length")
+
+
+def _first_keys(cache: Any) -> torch.Tensor | None:
+    """Keys [B, H, T, K] of the first layer where they are to be seen: a quantised cache keeps other tensors."""
+    layers = getattr(cache, "layers", None)
+    keys = getattr(layers[0], "keys", None) if layers else next(iter(getattr(cache, "key_cache", ())), None)
+    return keys if isinstance(keys, torch.Tensor) and keys.dim() == 4 else None

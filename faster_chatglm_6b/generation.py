@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -11,19 +9,21 @@ from typing import Any
 import torch
 from transformers.generation.utils import GenerationMixin
 
-from .caches import CACHE_NAME, Cache, cache_in, take_cache
+from .adapters import refuse_prompt_learning
+from .arguments import check_embeddings, check_ids, check_mask, check_positions, highest_position
+from .caches import CACHE_NAME, Cache, as_cache, cache_in, check_cache, check_cached_batch, take_cache
 from .decoding.memory import memory_returned
+from .guidance import guided
 from .placement import input_device
 from .prompt_layout import PromptLayout, cached_tokens
 from .reading import steps_watched, watch_step
+from .settings import follow_settings, no_continuous_batching
 from .streaming import no_single_next_token, streaming
 
 if hasattr(GenerationMixin, "greedy_search") and not hasattr(GenerationMixin, "_sample"):  # transformers 4.27 to 4.29
     from .search_legacy import SearchMixin
 else:
     from .search import SearchMixin
-
-_log = logging.getLogger("faster_chatglm_6b")
 
 
 class PrefixGenerationMixin(SearchMixin):
@@ -34,23 +34,27 @@ class PrefixGenerationMixin(SearchMixin):
 
         ``generator``, a ``torch.Generator``, makes sampling repeatable; without one torch's default generator does. A
         stock tokenizer's 4-D mask and position ids are accepted beside transformers' 2-D mask. A cache may be given as
-        ``past_key_values`` or as ``cache``, whatever the installed transformers calls it.
+        ``past_key_values`` or as ``cache``, whatever the installed transformers calls it. Hidden states and attentions
+        have stock's layouts, see ``ChatGLMModel.forward``.
 
         Raises:
             ValueError: no room for an answer, ids that are no ChatGLM prompt, a mask that ``generate`` cannot follow,
-            or two caches.
+            a cache of another model or two caches, or a search that cannot follow a prefix LM.
         """
+        refuse_prompt_learning(self)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        if input_ids is None:
             raise ValueError(
                 "generate() needs input_ids of shape [batch, length] that hold the prompt (inputs_embeds may be given "
                 "besides)."
             )
+        check_ids(input_ids)
+        if kwargs.get("cache_implementation") == "paged":
+            raise no_continuous_batching()
         # Where memory runs out, this frame stays with the exception: it names nothing but the caller's own tensors.
         # A decoding loop of the caller's own may well begin anew at every step.
         watched = steps_watched() if kwargs.get("custom_generate") is None else nullcontext()
         with memory_returned(), watched:
-            generation_config, kwargs = _without_static_cache(generation_config, kwargs)
             return super().generate(
                 inputs,
                 generation_config=generation_config,
@@ -99,6 +103,8 @@ class PrefixGenerationMixin(SearchMixin):
         logits_to_keep: int | None = None,
         generator: torch.Generator | None = None,
         cache: Cache | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of the next forward: what the cache does not hold yet of input_ids [B, L], with positions and mask.
@@ -129,9 +135,37 @@ class PrefixGenerationMixin(SearchMixin):
         }
         if inputs_embeds is not None and past_length == 0 and inputs_embeds.shape[1] == length:
             model_inputs["inputs_embeds"] = inputs_embeds
-        if logits_to_keep is not None:
-            model_inputs["logits_to_keep"] = logits_to_keep
+        optional = {
+            "logits_to_keep": logits_to_keep,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+        }
+        model_inputs.update((name, value) for name, value in optional.items() if value is not None)
         return model_inputs
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: transformers' continuous batching cannot follow a prefix LM.
+
+        Raises:
+            ValueError: always.
+        """
+        raise no_continuous_batching()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``generate_batch``, which ends here, as do servers."""
+        raise no_continuous_batching()
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' settings of one call, gathered from everywhere, as far as this model follows them."""
+        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        follow_settings(config)
+        return config, model_kwargs
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' processors of one call; guidance is ours."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        prompts = kwargs.get("encoder_input_ids")
+        return guided(processors, self, 1 if prompts is None else prompts.shape[0])
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -159,12 +193,20 @@ class PrefixGenerationMixin(SearchMixin):
         """Check the prompt and turn stock's mask and positions into what transformers' ``generate`` understands."""
         kwargs = dict(kwargs)
         mask, position_ids = kwargs.get("attention_mask"), kwargs.pop("position_ids", None)
+        if getattr(generation_config, "is_assistant", False):
+            # A main model of another class hands on positions of its own kind.
+            position_ids = None
         cache = take_cache(kwargs)
         if cache is not None:
-            kwargs[CACHE_NAME] = cache
+            kwargs[CACHE_NAME] = cache = as_cache(cache, True)
+            self._check_cache(cache, input_ids)
         if isinstance(cache, Cache):
             # Newer transformers mark it themselves: the caller wants to find it filled.
             cache._is_user_defined = True
+        if kwargs.get("inputs_embeds") is not None:
+            check_embeddings(kwargs["inputs_embeds"], input_ids, self.config.hidden_size)
+        if mask is not None:
+            check_mask(mask, *input_ids.shape, input_ids.shape[1])
         if mask is not None and mask.dim() == 4:
             kwargs["attention_mask"] = _padding_of(mask, input_ids, self.config)
         layout = PromptLayout.of(input_ids, self.config, kwargs.get("attention_mask"))
@@ -172,18 +214,27 @@ class PrefixGenerationMixin(SearchMixin):
             slots = torch.arange(input_ids.shape[1])
             kwargs["attention_mask"] = (slots >= layout.first_slot[:, None]).long().to(input_ids.device)
         if position_ids is not None:
+            check_positions(position_ids, *input_ids.shape, self.config.position_encoding_2d)
             derived = layout.position_ids(0, input_ids.shape[1], self.config.position_encoding_2d)
-            if position_ids.shape != derived.shape:
-                raise ValueError(
-                    f"position_ids have shape {list(position_ids.shape)}, but {list(derived.shape)} is needed; leave "
-                    "them out to have them derived from input_ids."
-                )
-            if not torch.equal(position_ids.cpu(), derived):
+            position_ids = position_ids.expand(derived.shape)
+            highest_position(position_ids, None, self.config.vocab_size)
+            if not torch.equal(position_ids.long().cpu(), derived):
                 kwargs["prompt_position_ids"] = position_ids
         self._check_lengths(
             input_ids.shape[1], int((input_ids.shape[1] - layout.first_slot).max()), generation_config, kwargs
         )
         return kwargs
+
+    def _check_cache(self, cache: Any, input_ids: torch.Tensor) -> None:
+        check_cache(cache, self.config)
+        length = cached_tokens(cache, self.config)
+        if length:
+            check_cached_batch(cache, input_ids)
+        if length >= input_ids.shape[1]:
+            raise ValueError(
+                f"The cache holds {length} tokens, but input_ids have only {input_ids.shape[1]}; pass the whole "
+                "sequence, with at least one token that the cache does not hold yet."
+            )
 
     def _check_lengths(self, length: int, real_length: int, generation_config: Any, kwargs: dict[str, Any]) -> None:
         limit = self.config.max_sequence_length
@@ -203,29 +254,6 @@ class PrefixGenerationMixin(SearchMixin):
                 max_length = None
         if max_length is not None and max_new_tokens is None and length >= max_length:
             raise no_room(length, max_length)
-        for source in (kwargs.get("prefill_chunk_size"), getattr(generation_config, "prefill_chunk_size", None)):
-            if source is not None:
-                raise ValueError(
-                    f"prefill_chunk_size is {source}, but a ChatGLM prompt is attended in both directions and cannot "
-                    "be prefilled in chunks; leave it out."
-                )
-
-
-def _without_static_cache(generation_config: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The settings with the default cache instead of one of fixed size, which cannot follow a prefix mask.
-
-    A setting stays where it was: transformers 5 warns of arguments beside a generation_config.
-    """
-    name, refused = "cache_implementation", ("static", "offloaded_static", "sliding_window", "hybrid")
-    for given in (kwargs.get(name), getattr(generation_config, name, None)):
-        if given in refused:
-            _log.info("cache_implementation=%r cannot follow a prefix mask; the default cache is used.", given)
-    if kwargs.get(name) in refused:
-        kwargs = {**kwargs, name: None}
-    if getattr(generation_config, name, None) in refused:
-        generation_config = copy.deepcopy(generation_config)
-        generation_config.cache_implementation = None
-    return generation_config, kwargs
 
 
 def no_room(length: int, max_length: int) -> ValueError:

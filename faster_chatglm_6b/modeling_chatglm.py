@@ -6,9 +6,10 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from .adapters import AdapterHost
+from .adapters import PROMPT_LEARNING, AdapterHost
+from .arguments import check_inputs, check_labels, highest_position
 from .blocks import GLMBlock, Step
-from .caches import CACHE_NAME, CACHE_NAMES, Cache, DynamicCache, cache_in
+from .caches import CACHE_NAME, CACHE_NAMES, Cache, as_cache, cache_in, check_cache, check_cached_batch
 from .chat import ChatMixin
 from .configuration_chatglm import ChatGLMConfig
 from .generation import PrefixGenerationMixin
@@ -20,9 +21,10 @@ from .placement import execution_device
 from .prefix_encoder import PrefixEncoder
 from .prompt_layout import PromptLayout, cached_tokens, causal_hidden
 from .rotary import RotaryTable
+from .stock_names import StockGenerationNames, StockModelNames, StockNetworkNames
 
 
-class ChatGLMPreTrainedModel(CheckpointMixin, PreTrainedModel):
+class ChatGLMPreTrainedModel(CheckpointMixin, StockModelNames, PreTrainedModel):
     """What both models share with transformers' loaders."""
 
     config_class = ChatGLMConfig
@@ -60,7 +62,7 @@ class ChatGLMPreTrainedModel(CheckpointMixin, PreTrainedModel):
             self.base_model.checkpointed_every = kwargs.get("every_n_layers", 1)
 
 
-class ChatGLMModel(ChatGLMPreTrainedModel):
+class ChatGLMModel(StockNetworkNames, ChatGLMPreTrainedModel):
     """Embedding, layers and final norm."""
 
     def __init__(self, config: ChatGLMConfig, empty_init: bool = True):
@@ -127,11 +129,20 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         output_attentions = bool(self.config.output_attentions if output_attentions is None else output_attentions)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        cache = _as_cache(cache_in({"past_key_values": past_key_values, "cache": cache}), use_cache)
+        given = cache_in({"past_key_values": past_key_values, "cache": cache})
+        cache = as_cache(given, use_cache)
+        if given is not None:
+            check_cache(cache, self.config)
         past_length = cached_tokens(cache, self.config)
+        check_inputs(input_ids, inputs_embeds, position_ids, attention_mask, self.config, past_length)
+        if past_length:
+            check_cached_batch(cache, input_ids if inputs_embeds is None else inputs_embeds)
+        # Where positions are derived from the ids, the ids are looked at.
+        unchecked_ids = input_ids if inputs_embeds is None and position_ids is not None else None
         position_ids, hidden, context_length = self._positions_and_mask(
             input_ids, position_ids, attention_mask, inputs_embeds, past_length
         )
+        highest = highest_position(position_ids, unchecked_ids, self.config.vocab_size)
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         device, dtype = hidden_states.device, hidden_states.dtype
         devices = [execution_device(layer, device) for layer in self.layers]
@@ -143,7 +154,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 attended = self.prefix_encoder.placed_in(cache, hidden_states.shape[0], dtype, devices)
         differentiable = torch.is_grad_enabled()
         tables = {place: operators_for(place, dtype, self.config.head_size, differentiable) for place in set(devices)}
-        cos, sin = self.rotary.get(int(position_ids.max()) + 1, device, dtype)
+        cos, sin = self.rotary.get(highest + 1, device, dtype)
         step = Step(
             position_ids=position_ids.to(device),
             cos=cos,
@@ -184,20 +195,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past_length: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None, int | None]:
         """Positions, the bool mask of hidden keys (None: nothing is), and the context's length of a plain prefix."""
-        if input_ids is None and inputs_embeds is None:
-            raise ValueError("Neither input_ids nor inputs_embeds are given; pass one of them.")
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         is_dense = attention_mask is not None and attention_mask.dim() == 4
-        if attention_mask is not None and attention_mask.dim() not in (2, 4):
-            raise ValueError(
-                f"attention_mask has shape {list(attention_mask.shape)}; pass [batch, length] with 0 for padding, or "
-                "a bool [batch, 1, query, key] with True where hidden."
-            )
         if past_length:
             if position_ids is None:
                 raise ValueError(
                     "position_ids are missing: with past_key_values they cannot be derived from the new tokens alone; "
-                    "pass them, or use generate()."
+                    f"pass them, or use generate(). {PROMPT_LEARNING}"
                 )
             hidden = attention_mask.bool() if is_dense else causal_hidden(past_length, length, attention_mask)
             return position_ids, hidden, None
@@ -206,7 +210,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if input_ids is None:
             raise ValueError(
                 "inputs_embeds alone do not tell where the context ends; pass input_ids with them, or position_ids "
-                "and a bool attention_mask of shape [batch, 1, length, length]."
+                f"and a bool attention_mask of shape [batch, 1, length, length]. {PROMPT_LEARNING}"
             )
         layout = PromptLayout.of(input_ids, self.config, None if is_dense else attention_mask)
         if position_ids is None:
@@ -217,7 +221,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
 
 class ChatGLMForConditionalGeneration(
-    ChatMixin, PrefixGenerationMixin, QuantizationMixin, AdapterHost, ChatGLMPreTrainedModel, GenerationMixin
+    ChatMixin,
+    PrefixGenerationMixin,
+    QuantizationMixin,
+    StockGenerationNames,
+    AdapterHost,
+    ChatGLMPreTrainedModel,
+    GenerationMixin,
 ):
     """ChatGLM-6B with its output head, chat and generation."""
 
@@ -263,6 +273,8 @@ class ChatGLMForConditionalGeneration(
             logits [B, M, vocab_size]; loss: the mean cross entropy in float32 if labels are given.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
+        if labels is not None:
+            check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds, self.config.vocab_size)
         outputs = self.transformer(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -292,18 +304,6 @@ class ChatGLMForConditionalGeneration(
             attentions=outputs.attentions,
         )
         return output if return_dict else output.to_tuple()
-
-
-def _as_cache(past_key_values: Cache | tuple | None, use_cache: bool) -> Cache | None:
-    """A transformers cache of what was given: a cache, stock's tuple of (key, value) [T, B, H, K], or nothing."""
-    if past_key_values is None:
-        return DynamicCache() if use_cache else None
-    if not isinstance(past_key_values, (tuple, list)):
-        return past_key_values
-    cache = DynamicCache()
-    for layer, (key, value) in enumerate(past_key_values):
-        cache.update(key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), layer)
-    return cache
 
 
 def _additive(hidden: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -30,11 +30,15 @@ class PrefixEncoder(nn.Module):
             self.embedding = nn.Embedding(self.length, width)
             self.trans = nn.Identity()
 
-    def forward(self, batch: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def forward(self, prefix: torch.Tensor) -> torch.Tensor:
+        """What stock's returns: virtual tokens int64 [B, N] to their keys and values [B, N, layers * 2 * hidden]."""
+        return self.trans(self.embedding(prefix))
+
+    def keys_and_values(self, batch: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(key, value) of each layer, [batch, H, pre_seq_len, K] in ``dtype``."""
         # Called as modules, never read as weights: accelerate may keep them elsewhere until then.
         device = execution_device(self.embedding, self.embedding.weight.device)
-        packed = self.trans(self.embedding(torch.arange(self.length, device=device))).to(dtype)
+        packed = self(torch.arange(self.length, device=device)[None])[0].to(dtype)
         packed = packed.view(self.length, 2 * self.layers, self.heads, self.head_size)
         packed = self.dropout(packed).permute(1, 2, 0, 3)[:, None].expand(-1, batch, -1, -1, -1)
         return list(zip(packed[::2], packed[1::2], strict=True))
@@ -45,7 +49,7 @@ class PrefixEncoder(nn.Module):
         Args:
             devices: of each layer's keys.
         """
-        prefix = self(batch, dtype)
+        prefix = self.keys_and_values(batch, dtype)
         prefix = [(key.to(device), value.to(device)) for (key, value), device in zip(prefix, devices, strict=True)]
         if cache is None:
             return _PrefixOnly(prefix)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .arguments import check_ids, check_range
 from .configuration_chatglm import ChatGLMConfig
 
 
@@ -54,8 +55,9 @@ class PromptLayout:
             ValueError: an id out of the vocabulary, a row without ``[gMASK]`` and ``[MASK]``, or without ``<sop>``, or
                 a mask of another shape.
         """
+        check_ids(input_ids)
         input_ids = input_ids.cpu()
-        _check_ids(input_ids, config)
+        check_range(int(input_ids.min()), int(input_ids.max()), config.vocab_size)
         if attention_mask is None:
             real = input_ids != config.pad_token_id
             hidden = None
@@ -133,19 +135,6 @@ class PromptLayout:
         if self.hidden_slots is not None:
             hidden[:, :, : self.hidden_slots.shape[1]] |= self.hidden_slots[:, None]
         return hidden.unsqueeze(1)
-
-
-def _check_ids(input_ids: torch.Tensor, config: ChatGLMConfig) -> None:
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(
-            f"input_ids have shape {list(input_ids.shape)}, but [batch, length] with a length of 1 or more is needed."
-        )
-    low, high = int(input_ids.min()), int(input_ids.max())
-    if low < 0 or high >= config.vocab_size:
-        raise ValueError(
-            f"input_ids hold the id {low if low < 0 else high}, but this model's vocabulary goes from 0 to "
-            f"{config.vocab_size - 1}; use the tokenizer that belongs to the checkpoint."
-        )
 
 
 def causal_hidden(past_length: int, length: int, attention_mask: torch.Tensor | None) -> torch.Tensor | None:

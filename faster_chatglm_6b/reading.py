@@ -19,7 +19,9 @@ from . import _status, backend
 from .caches import CACHE_NAMES, Cache
 
 # Arguments of transformers' loop that the captured loop follows or has no use for.
+# What is to be put out is asked for with return_dict_in_generate, which the captured loop leaves to the plain one.
 _FOLLOWED = {"attention_mask", "use_cache", "logits_to_keep", "cache_position", "generator", "tokenizer"}
+_FOLLOWED |= {"output_attentions", "output_hidden_states"}
 
 # The fields of GenerationConfig from transformers 4.45 to 5.24. Each acts through a logits processor or a stopping
 # criterion, which are read one by one, or is read by ``Request``, or chooses another search than ``_sample``.
@@ -127,6 +129,12 @@ def check_searches(owner: type) -> None:
         if not hasattr(owner, name):
             _status.record_notice(
                 f"transformers {_release()} has no {name} any more; what it did takes transformers' own way, uncounted."
+            )
+    for name in ("_prepare_generation_config", "_get_logits_processor"):
+        if not hasattr(owner, name):
+            _status.record_notice(
+                f"transformers {_release()} has no {name} any more; cache_implementation, prefill_chunk_size and "
+                "guidance_scale are not adapted to a prefix LM."
             )
 
 

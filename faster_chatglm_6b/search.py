@@ -10,6 +10,7 @@ from . import _status
 from .decoding.loop import engine_of, generate_ids, generate_tokens
 from .decoding.memory import memory_explained
 from .reading import check_searches
+from .states import take_states, with_states
 from .streaming import no_single_next_token, streaming
 
 check_searches(GenerationMixin)
@@ -41,9 +42,16 @@ class SearchMixin:
                 f"assistant_early_exit is {early_exit}, but this model has no early exits; leave it out, or draft with "
                 "prompt_lookup_num_tokens or assistant_model."
             )
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "Assisted decoding reads prompt and draft together, for which inputs_embeds hold no draft; leave "
+                "inputs_embeds out, or prompt_lookup_num_tokens and assistant_model."
+            )
         _status.record_generation("plain", "assisted decoding")
+        states = take_states(kwargs)
         with memory_explained(self, args[0], kwargs["generation_config"]):
-            return super()._assisted_decoding(*args, **kwargs)
+            output = super()._assisted_decoding(*args, **kwargs)
+            return with_states(self, output, args[0].shape[1], states, kwargs) if states else output
 
     def _sample(
         self,

@@ -70,8 +70,6 @@ def test_arguments_of_forward_that_do_not_fit(tiny_model):
     for nothing in (torch.zeros(1, 4), torch.ones(1, 1, 4, 4, dtype=torch.bool)):
         with pytest.raises(ValueError, match="hides every token of a row"):
             tiny_model.generate(ids, attention_mask=nothing, max_new_tokens=2)
-    with pytest.raises(ValueError, match="cannot be prefilled in chunks"):
-        tiny_model.generate(ids, max_new_tokens=2, prefill_chunk_size=2)
 
 
 @pytest.mark.parametrize("settings", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}])

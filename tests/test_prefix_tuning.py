@@ -19,7 +19,7 @@ def tuned(request, load_tuned, golden_tensors):
 
 def test_prefix_keys_and_values(tuned):
     model, tensors = tuned
-    for layer, pair in enumerate(model.transformer.prefix_encoder(1, torch.float32)):
+    for layer, pair in enumerate(model.transformer.prefix_encoder.keys_and_values(1, torch.float32)):
         for ours, stock in zip(pair, tensors[f"prompt_kv.{layer}"], strict=True):
             torch.testing.assert_close(ours.permute(2, 0, 1, 3), stock, **TOLERANCE)
 
