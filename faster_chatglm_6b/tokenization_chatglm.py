@@ -8,25 +8,27 @@ transformers is installed. Different on purpose: padded positions follow [gMASK]
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizer
 from transformers.tokenization_utils_base import TruncationStrategy
-from transformers.utils import PaddingStrategy, logging
+from transformers.utils import logging
 
-from .ice_text import WHERE_TO_GET_IT, IceTextTokenizer, VocabularyError, clean_up_spacing
-from .padding import attention_mask, context_length, pad_on_the_left, position_ids
+from .ice_text import WHERE_TO_GET_IT, IceTextTokenizer, VocabularyError
+from .tokenizer_decoding import DecodingMixin
 from .tokenizer_errors import check_settings, clear_errors
+from .tokenizer_padding import PaddingMixin
 
 logger = logging.get_logger(__name__)
 
-# ChatGLM-6B's embedding has 130528 rows for 130344 pieces. A model can pick one of the rows without a piece.
-_ROWS_WITHOUT_PIECE = 130528 - 130344
 
-
-class ChatGLMTokenizer(PreTrainedTokenizer):
+class ChatGLMTokenizer(
+    DecodingMixin,
+    PaddingMixin,
+    PreTrainedTokenizer,
+):
     """Text <-> ids of ChatGLM-6B, by sentencepiece (`ice_text.model`).
 
     `tokenizer(text)` gives `input_ids` only: the text, then [gMASK] <sop>; a pair gives text, [gMASK] <sop>, second
@@ -164,11 +166,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             return int(token[7:-1])  # the stock tokenizer's name for an image token, of which there are none
         return self.sp_tokenizer[token]
 
-    def _convert_id_to_token(self, index: int) -> str:
-        if not 0 <= index < self.vocab_size:
-            raise self._no_such_id(index)
-        return self.sp_tokenizer[index]
-
     def convert_tokens_to_ids(self, tokens: str | list[str] | None) -> int | list[int] | None:
         """Id or ids of a token or a list of tokens; the id of <unk> for a token that does not exist."""
         if tokens is None:
@@ -234,129 +231,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             logger.error(f"The text of {len(shortened)} tokens is not truncated: {num_tokens_to_remove} are too many.")
             return ids, pair_ids, []
         return super().truncate_sequences(ids, pair_ids, num_tokens_to_remove, strategy, stride)
-
-    # Padding
-
-    def pad(self, encoded_inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """`PreTrainedTokenizer.pad`, also for rows that already have [1, L, L] masks of different L."""
-        if isinstance(encoded_inputs, (list, tuple)) and encoded_inputs and isinstance(encoded_inputs[0], Mapping):
-            encoded_inputs = {key: [row[key] for row in encoded_inputs] for key in encoded_inputs[0]}
-        if isinstance(encoded_inputs, Mapping):
-            mask = encoded_inputs.get("attention_mask")
-            if isinstance(mask, list) and mask and getattr(mask[0], "ndim", 0) > 1:
-                # Newer transformers stack a list of masks unpadded; a tuple goes to _pad row by row.
-                encoded_inputs = {**encoded_inputs, "attention_mask": tuple(mask)}
-        return super().pad(encoded_inputs, *args, **kwargs)
-
-    def _pad(
-        self,
-        encoded_inputs: MutableMapping[str, Any],
-        max_length: int | None = None,
-        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
-        return_attention_mask: bool | None = None,
-        **kwargs: Any,
-    ) -> MutableMapping[str, Any]:
-        """Pad one row on the left and give it `attention_mask` and `position_ids` (see the class).
-
-        A 1-D attention mask that came with the row (1 = look at) is kept in that form.
-        Raises ValueError if the padding side is not "left".
-        """
-        side = padding_side if padding_side is not None else self.padding_side
-        if padding_strategy != PaddingStrategy.DO_NOT_PAD and side != "left":
-            raise ValueError(f"padding_side is {side!r}: ChatGLM-6B can only be padded on the left; set it to 'left'.")
-        input_ids = list(encoded_inputs["input_ids"])
-        if padding_strategy == PaddingStrategy.LONGEST:
-            max_length = len(input_ids)
-        if max_length is None:
-            return encoded_inputs
-        if pad_to_multiple_of is not None:
-            max_length = -(-max_length // pad_to_multiple_of) * pad_to_multiple_of
-        if return_attention_mask is None:
-            return_attention_mask = "attention_mask" in self.model_input_names
-        context = context_length(input_ids, self.bos_token_id)
-        if return_attention_mask and "attention_mask" not in encoded_inputs:
-            encoded_inputs["attention_mask"] = attention_mask(len(input_ids), context)
-        if "position_ids" not in encoded_inputs:
-            mask_token_ids = (self.gmask_token_id, self.mask_token_id)
-            encoded_inputs["position_ids"] = position_ids(input_ids, context, mask_token_ids)
-        missing = max_length - len(input_ids)
-        if padding_strategy != PaddingStrategy.DO_NOT_PAD and missing > 0:
-            pad_on_the_left(encoded_inputs, missing, self.pad_token_id, self.pad_token_type_id)
-        return encoded_inputs
-
-    # Ids to text
-
-    def decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> str | list[str]:
-        """Text of an id, of ids in any sequence or tensor, or (transformers 5) texts of a batch.
-
-        Control tokens are dropped, and so are the 184 ids after the vocabulary, which ChatGLM-6B's embedding has rows
-        but ice_text.model no pieces for. Blanks before English punctuation are removed unless
-        `clean_up_tokenization_spaces=False`. Raises ValueError for a negative or larger id.
-        """
-        if type(token_ids) is list and token_ids and type(token_ids[0]) is int:
-            return self._decode(token_ids, *args, **kwargs)
-        return super().decode(token_ids, *args, **kwargs)
-
-    def _decode(
-        self,
-        token_ids: int | list[int],
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-        spaces_between_special_tokens: bool = True,
-        **kwargs: Any,
-    ) -> str:
-        ids = self.decodable_ids([token_ids] if isinstance(token_ids, int) else token_ids, skip_special_tokens)
-        if ids and max(ids) >= self.vocab_size:
-            text = (" " if spaces_between_special_tokens else "").join(self._texts_around_added_tokens(ids))
-        else:
-            text = self.sp_tokenizer.decode(ids)
-        if clean_up_tokenization_spaces is None:
-            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
-        return clean_up_spacing(text) if clean_up_tokenization_spaces else text
-
-    def decodable_ids(self, ids: list[int], skip_special_tokens: bool = False) -> list[int]:
-        """`ids` without <pad>, without ids that have no piece, and, if asked, without special tokens.
-
-        Raises ValueError for an id that neither this vocabulary nor ChatGLM-6B's embedding has.
-        """
-        if not ids:
-            return []
-        if min(ids) < 0 or max(ids) >= self.vocab_size:
-            added = self.added_tokens_decoder
-            for index in ids:
-                if not 0 <= index < self.vocab_size + _ROWS_WITHOUT_PIECE and index not in added:
-                    raise self._no_such_id(index)
-            ids = [index for index in ids if index < self.vocab_size or index in added]
-        hidden = set(self.all_special_ids) if skip_special_tokens else {self.pad_token_id}
-        return ids if hidden.isdisjoint(ids) else [index for index in ids if index not in hidden]
-
-    def _texts_around_added_tokens(self, ids: Iterable[int]) -> list[str]:
-        added = self.added_tokens_decoder
-        texts: list[str] = []
-        run: list[int] = []
-        for index in (*ids, None):
-            if index is not None and index < self.vocab_size:
-                run.append(index)
-                continue
-            text = self.sp_tokenizer.decode(run)
-            if text:
-                texts.append(text)
-            if index is not None:
-                texts.append(str(added[index]))
-            run = []
-        return texts
-
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Text of a list of pieces."""
-        return self.sp_tokenizer.decode_tokens(tokens)
-
-    def _no_such_id(self, index: int) -> ValueError:
-        return ValueError(
-            f"Token id {index} is not in the vocabulary of ChatGLM-6B (0 to {len(self) - 1}); check that the ids come "
-            "from this tokenizer or its model and hold no label values such as -100."
-        )
 
     # Saving
 
