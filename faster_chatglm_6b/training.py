@@ -108,7 +108,8 @@ def check_labels(input_ids: torch.Tensor | None, labels: torch.Tensor, config: C
     if bool(((in_context.any(dim=1)) & ~(counted & in_answer & ~is_sop).any(dim=1)).any()):
         raise ValueError(
             "A row has labels before <sop> and none after it, but the model sees every token before <sop> and learns "
-            f"nothing from predicting one; {_HOW}."
+            f"nothing from predicting one; {_HOW}. (trl joins a prompt and its completion before it tokenizes them: give "
+            "it messages, or ids and labels.)"
         )
     if bool(in_context.any()):
         _warn_of_context()
