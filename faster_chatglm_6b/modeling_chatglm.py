@@ -20,7 +20,7 @@ from .prefix_encoder import PrefixEncoder
 from .prompt_layout import PromptLayout, cached_tokens, causal_hidden
 from .quantization import QuantizationMixin, prepare_quantized
 from .rotary import RotaryTable
-from .training import TrainingMixin, batch_first
+from .training import TrainingMixin, batch_first, check_loss_arguments
 
 
 class ChatGLMPreTrainedModel(CheckpointMixin, PreTrainedModel):
@@ -288,6 +288,7 @@ class ChatGLMForConditionalGeneration(
             hidden_states.device, hidden_states.dtype, self.config.head_size, differentiable=torch.is_grad_enabled()
         )
         logits = project(self.lm_head, hidden_states, ops)
+        check_loss_arguments(labels, num_items_in_batch)
         loss = None
         if labels is not None:
             loss = self.token_loss(logits, input_ids, labels, num_items_in_batch)

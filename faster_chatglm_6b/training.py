@@ -108,11 +108,25 @@ def check_labels(input_ids: torch.Tensor | None, labels: torch.Tensor, config: C
     if bool(((in_context.any(dim=1)) & ~(counted & in_answer & ~is_sop).any(dim=1)).any()):
         raise ValueError(
             "A row has labels before <sop> and none after it, but the model sees every token before <sop> and learns "
-            f"nothing from predicting one; {_HOW}. (trl joins a prompt and its completion before it tokenizes them: give "
-            "it messages, or ids and labels.)"
+            f"nothing from predicting one; {_HOW}. (trl joins a prompt and its completion to one text: give it "
+            "messages, or ids and labels.)"
         )
     if bool(in_context.any()):
         _warn_of_context()
+
+
+def check_loss_arguments(labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None) -> None:
+    """Warn once where the Trainer keeps the labels to itself, which it shifts for transformers' own classes only."""
+    if labels is None and num_items_in_batch is not None:
+        _warn_of_missing_labels()
+
+
+@functools.cache
+def _warn_of_missing_labels() -> None:
+    _log.warning(
+        "The Trainer computes the loss itself: with label_smoothing_factor it compares every token with itself instead "
+        "of the next one, so leave that out (trl's SFTTrainer smooths rightly); a compute_loss_func must shift labels."
+    )
 
 
 @functools.cache

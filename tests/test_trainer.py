@@ -102,7 +102,7 @@ def test_accumulated_batches_are_one_large_batch(tiny_model, tiny_tokenizer, exa
 
 
 def test_the_format_of_the_official_script(tiny_model, tiny_tokenizer, examples):
-    """ptuning/main.py pads on the right with pad ids, labels pads -100, and counts <sop> too, from which [gMASK] asks."""
+    """ptuning/main.py pads on the right without a mask, and counts the prediction of <sop> too."""
     rows = []
     for row in examples:
         ids = row["input_ids"]
@@ -160,3 +160,17 @@ def test_a_row_without_labels_counts_nothing(tiny_model, tiny_tokenizer, example
     total, count = summed_by_hand(tiny_model, examples[1])
     with torch.no_grad():
         assert tiny_model(**batch).loss.item() == pytest.approx(total / count, rel=1e-4)
+
+
+def test_label_smoothing_is_told_of(tiny_model, tiny_tokenizer, examples, tmp_path, caplog):
+    """The Trainer takes the labels away and shifts them only for classes that it knows by name."""
+    training._warn_of_missing_labels.cache_clear()
+    trainer = Trainer(
+        model=copy.deepcopy(tiny_model),
+        args=arguments(tmp_path, label_smoothing_factor=0.1),
+        train_dataset=[dict(row) for row in examples],
+        data_collator=DataCollatorForSeq2Seq(tiny_tokenizer),
+    )
+    with caplog.at_level(logging.WARNING, "faster_chatglm_6b"):
+        trainer.train()
+    assert [record.getMessage() for record in caplog.records if "label_smoothing_factor" in record.getMessage()]
