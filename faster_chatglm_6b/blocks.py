@@ -1,14 +1,15 @@
 """The layers of the network: attention, MLP and block, with the checkpoint's parameter names."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from .adapters import AdapterHost
 from .configuration_chatglm import ChatGLMConfig
-from .layers import LayerNorm, Linear, project
-from .ops import Operators
+from .layers import is_hooked, normalise, project, with_residual
+from .ops import Operators, operators_for
 from .ops.reference import attention_probabilities
 
 # GLMBlock's default depth, which stock never overrides: the residual weight of every checkpoint, whatever its
@@ -34,13 +35,14 @@ class SelfAttention(AdapterHost):
         super().__init__()
         self.layer_id = layer_id
         self.head_size = config.head_size
-        self.query_key_value = Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = Linear(config.hidden_size, config.hidden_size)
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, ops: Operators, step: Step
+        self, hidden_states: torch.Tensor, ops: Operators, step: Step, residual: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Map hidden_states [B, M, hidden] to (RESIDUAL_ALPHA * hidden_states + attention, probabilities or None)."""
+        """Map hidden_states [B, M, hidden] to attention(hidden_states) + RESIDUAL_ALPHA * residual, if there is one,
+        and to the probabilities [B * H, M, T] or None."""
         packed = project(self.query_key_value, hidden_states, ops)
         batch, rows, width = packed.shape
         rotary = {"position_ids": step.position_ids, "cos": step.cos, "sin": step.sin, "k_size": self.head_size}
@@ -55,7 +57,12 @@ class SelfAttention(AdapterHost):
         if step.output_attentions:
             # Kept apart from the operator, whose fused implementations never form the probabilities.
             probabilities = attention_probabilities(query, key, step.attn_bias).flatten(0, 1)
-        return project(self.dense, context, ops, residual=hidden_states, alpha=RESIDUAL_ALPHA), probabilities
+        return project(self.dense, context, ops, residual, RESIDUAL_ALPHA), probabilities
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        # Stock's checkpoints hold it, and stock computes it anew all the same. ``state_dict`` is a copy.
+        state_dict.pop(f"{prefix}rotary_emb.inv_freq", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class GLU(AdapterHost):
@@ -63,13 +70,23 @@ class GLU(AdapterHost):
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
-        self.dense_h_to_4h = Linear(config.hidden_size, config.inner_hidden_size)
-        self.dense_4h_to_h = Linear(config.inner_hidden_size, config.hidden_size)
+        self.head_size = config.head_size
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, ops: Operators) -> torch.Tensor:
-        """Map hidden_states [B, M, hidden] to RESIDUAL_ALPHA * hidden_states + MLP(hidden_states)."""
+    def forward(
+        self, hidden_states: torch.Tensor, ops: Operators | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Map hidden_states [B, M, hidden] to MLP(hidden_states) + RESIDUAL_ALPHA * residual, if there is one.
+
+        Without ``ops``, as a wrapper calls it, they are those of hidden_states' device and dtype.
+        """
+        if ops is None:
+            ops = operators_for(
+                hidden_states.device, hidden_states.dtype, self.head_size, differentiable=torch.is_grad_enabled()
+            )
         inner = ops.fast_gelu(project(self.dense_h_to_4h, hidden_states, ops))
-        return project(self.dense_4h_to_h, inner, ops, residual=hidden_states, alpha=RESIDUAL_ALPHA)
+        return project(self.dense_4h_to_h, inner, ops, residual, RESIDUAL_ALPHA)
 
 
 class GLMBlock(nn.Module):
@@ -77,14 +94,30 @@ class GLMBlock(nn.Module):
 
     def __init__(self, config: ChatGLMConfig, layer_id: int):
         super().__init__()
-        self.input_layernorm = LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.attention = SelfAttention(config, layer_id)
-        self.post_attention_layernorm = LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = GLU(config)
 
     def forward(
         self, hidden_states: torch.Tensor, ops: Operators, step: Step
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Map hidden_states [B, M, hidden] to the same shape, and the attention's probabilities or None."""
-        hidden_states, probabilities = self.attention(self.input_layernorm(hidden_states, ops), ops, step)
-        return self.mlp(self.post_attention_layernorm(hidden_states, ops), ops), probabilities
+        """Map hidden_states [B, M, hidden] to the same shape, and the attention's probabilities or None.
+
+        Attention and MLP add the residual in their last product, unless a hook or a wrapper is to see their own output.
+        """
+        normed = normalise(self.input_layernorm, hidden_states, ops)
+        if _adds_residual(self.attention, SelfAttention):
+            hidden_states, probabilities = self.attention(normed, ops, step, normed)
+        else:
+            hidden_states, probabilities = self.attention(normed, ops, step)
+            hidden_states = with_residual(hidden_states, normed, RESIDUAL_ALPHA)
+        normed = normalise(self.post_attention_layernorm, hidden_states, ops)
+        if _adds_residual(self.mlp, GLU):
+            return self.mlp(normed, ops, normed), probabilities
+        # With one argument, which is what every MLP takes.
+        return with_residual(self.mlp(normed), normed, RESIDUAL_ALPHA), probabilities
+
+
+def _adds_residual(module: nn.Module, kind: type) -> bool:
+    return type(module) is kind and not is_hooked(module)

@@ -12,7 +12,7 @@ from .caches import CACHE_NAME, CACHE_NAMES, Cache, DynamicCache, cache_in
 from .chat import ChatMixin
 from .configuration_chatglm import ChatGLMConfig
 from .generation import PrefixGenerationMixin
-from .layers import LayerNorm, Linear, project
+from .layers import normalise, project
 from .loading import CheckpointMixin
 from .ops import operators_for
 from .placement import execution_device
@@ -68,7 +68,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         super().__init__(config)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(GLMBlock(config, layer_id) for layer_id in range(config.num_layers))
-        self.final_layernorm = LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.rotary = RotaryTable(config.head_size // 2 if config.position_encoding_2d else config.head_size)
         self.gradient_checkpointing, self.checkpointed_every = False, 1
         if config.pre_seq_len:
@@ -165,7 +165,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             else:
                 hidden_states, probabilities = layer(hidden_states, tables[place], step)
             all_attentions.append(probabilities)
-        hidden_states = self.final_layernorm(hidden_states, tables[devices[-1]])
+        hidden_states = normalise(self.final_layernorm, hidden_states, tables[devices[-1]])
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden_states if batch_first.get() else hidden_states.transpose(0, 1),
             **{CACHE_NAME: cache if use_cache else None},
@@ -233,7 +233,7 @@ class ChatGLMForConditionalGeneration(
     def __init__(self, config: ChatGLMConfig, empty_init: bool = True):
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         prepare_quantized(self)
         self.post_init()
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .configuration_chatglm import ChatGLMConfig
-from .layers import Linear
+from .layers import OperatorLinear
 from .ops import Operators
 from .ops.reference import fused_linear_with_groupwise_quantized_weight, unpack_int4
 
@@ -54,7 +54,7 @@ def give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-class QuantizedLinear(Linear):
+class QuantizedLinear(OperatorLinear):
     """A linear layer with an int8 or packed int4 ``weight`` and its ``weight_scale``, named and shaped as stock stores
     them.
 
@@ -93,7 +93,7 @@ class QuantizedLinear(Linear):
         residual: torch.Tensor | None = None,
         alpha: float = 1.0,
     ) -> torch.Tensor:
-        """x weight^T + bias + alpha * residual, as ``Linear.forward``."""
+        """x weight^T + bias + alpha * residual, residual [..., out] or None; without ``ops`` by the definition."""
         operator = fused_linear_with_groupwise_quantized_weight
         if ops is not None:
             operator = ops.fused_linear_with_groupwise_quantized_weight

@@ -13,7 +13,6 @@ peft = pytest.importorskip("peft", reason="adapters need peft: pip install peft"
 import torch.distributed.tensor  # noqa: E402, F401
 from transformers import AutoModel  # noqa: E402
 
-from faster_chatglm_6b.layers import Linear  # noqa: E402
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration  # noqa: E402
 from faster_chatglm_6b.quantization import QuantizedLinear  # noqa: E402
 
@@ -66,7 +65,7 @@ def summed_by_hand(adapter_model):
             layer = child.get_base_layer()
             plain = layer.dequantized() if isinstance(layer, QuantizedLinear) else layer
             product = child.lora_B["default"].weight @ child.lora_A["default"].weight
-            linear = Linear(plain.in_features, plain.out_features)
+            linear = torch.nn.Linear(plain.in_features, plain.out_features)
             linear.weight.data = plain.weight + child.scaling["default"] * product
             linear.bias.data = plain.bias.data
             setattr(parent, name, linear)

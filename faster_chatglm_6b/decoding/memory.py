@@ -34,14 +34,7 @@ _FIXED_BYTES_PER_SEQUENCE = 3 << 20
 def cache_bytes(model: Any, batch: int, capacity: int) -> int:
     """Bytes of the keys and values of ``batch`` sequences of ``capacity`` tokens."""
     config = model.config
-    return (
-        2
-        * config.num_layers
-        * batch
-        * capacity
-        * config.hidden_size
-        * model.transformer.word_embeddings.weight.element_size()
-    )
+    return 2 * config.num_layers * batch * capacity * config.hidden_size * _element_size(model)
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -214,7 +207,8 @@ def _bytes_per_token(model: Any, batch: int) -> int:
 
 
 def _element_size(model: Any) -> int:
-    return model.transformer.word_embeddings.weight.element_size()
+    # Of a parameter, not of the weight: the embedding may be wrapped.
+    return next((parameter.element_size() for parameter in model.transformer.word_embeddings.parameters()), 2)
 
 
 def _shown(size: int) -> str:

@@ -7,10 +7,13 @@ import torch
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
+from ..layers import is_plain_tensor
 from ..placement import spread_over
 from ..prefix_encoder import PrefixEncoder
 from ..quantization import QuantizedLinear
 from .sampling import CannotServe
+
+_OWN_OR_TORCHS = ("torch.nn.", f"{__name__.split('.')[0]}.")
 
 
 def check_model(model: Any) -> tuple:
@@ -26,6 +29,7 @@ def check_model(model: Any) -> tuple:
     places = spread_over(model)
     if places is not None:
         raise CannotServe(f"device_map spreads the model over {places}; the captured loop needs it on one GPU")
+    check_ends(model)
     weight = model.transformer.word_embeddings.weight
     device, dtype = weight.device, weight.dtype
     reason = kernels_refusal(device, dtype)
@@ -41,13 +45,15 @@ def check_model(model: Any) -> tuple:
     expected = _expected_types()
     addresses = []
     for module in _modules(model):
-        if (module is not model and type(module) not in expected) or _is_hooked(module):
+        if module is not model and type(module) not in expected or _is_hooked(module) or not _is_whole(module):
             raise CannotServe(_what_is_wrong(model, module))
         # Integers and their scales, of whatever float, have kernels of their own.
         any_dtype = ("weight", "weight_scale") if isinstance(module, QuantizedLinear) else ()
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
+            if not is_plain_tensor(parameter):
+                raise CannotServe(f"a weight of {_name(model, module)} is a {_kind(parameter)}")
             if (
                 parameter.device != device
                 or (parameter.dtype != dtype and name not in any_dtype)
@@ -72,13 +78,28 @@ def _modules(module: nn.Module) -> Iterator[nn.Module]:
             yield from _modules(child)
 
 
+def check_ends(model: Any) -> None:
+    """Whether the embedding and the head are such that their weights may be looked at, before all else is checked.
+
+    Raises:
+        CannotServe: they are not, or the model below the head is another one.
+    """
+    network = model.transformer
+    if not isinstance(network, nn.Module) or not isinstance(getattr(network, "layers", None), nn.ModuleList):
+        raise CannotServe(f"transformer is a {_kind(network)}")
+    embedding, head = network.word_embeddings, model.lm_head
+    for module, kinds in ((embedding, (nn.Embedding,)), (head, (nn.Linear, QuantizedLinear))):
+        if type(module) not in kinds:
+            raise CannotServe(_what_is_wrong(model, module))
+
+
 def _expected_types() -> set[type]:
-    from .. import blocks, layers, modeling_chatglm
+    from .. import blocks, modeling_chatglm
 
     return {
-        layers.Linear,
+        nn.Linear,
         QuantizedLinear,
-        layers.LayerNorm,
+        nn.LayerNorm,
         nn.Embedding,
         nn.ModuleList,
         blocks.SelfAttention,
@@ -101,15 +122,38 @@ def _check_forward(model: Any) -> None:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__) or _is_patched(
+        module
+    )
+
+
+def _is_patched(module: nn.Module) -> bool:
+    """Whether somebody put another forward into the module's class."""
+    kind = type(module)
+    forward = kind.forward
+    # A list of modules has none, and the model's own class was looked at before.
+    if kind is nn.ModuleList or not kind.__module__.startswith(_OWN_OR_TORCHS):
+        return False
+    return getattr(forward, "__module__", None) != kind.__module__ or hasattr(forward, "__wrapped__")
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether a norm has both of its vectors, which the kernels read."""
+    return not isinstance(module, nn.LayerNorm) or (module.weight is not None and module.bias is not None)
 
 
 def _name(model: Any, wanted: nn.Module) -> str:
     return next((name for name, module in model.named_modules() if module is wanted), "") or "the model"
 
 
+def _kind(thing: Any) -> str:
+    return f"{type(thing).__module__}.{type(thing).__name__}"
+
+
 def _what_is_wrong(model: Any, module: nn.Module) -> str:
     name = _name(model, module)
     if _is_hooked(module):
         return f"{name} has a forward hook or a replaced forward"
-    return f"{name} is a {type(module).__module__}.{type(module).__name__}"
+    if not _is_whole(module):
+        return f"{name} has no weight or no bias"
+    return f"{name} is a {_kind(module)}"

@@ -9,6 +9,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from ..caches import cache_in
 from ..prompt_layout import PromptLayout
 from ..reading import pad_token, unfollowed_arguments, unfollowed_settings
+from .refusal import check_ends
 from .sampling import MOST_END_TOKENS, CannotServe, SamplingPlan, plan_sampling
 
 MOST_SEQUENCES = 128
@@ -56,6 +57,7 @@ class Request:
             CannotServe: for what the loop cannot do; the message says why.
         """
         _check_mode(model, input_ids, generation_config, model_kwargs)
+        check_ends(model)
         mask = model_kwargs.get("attention_mask")
         layout = PromptLayout.of(input_ids, model.config, mask)
         if layout.hidden_slots is not None:
