@@ -16,6 +16,7 @@ from transformers import AddedToken, PreTrainedTokenizer
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import logging
 
+from .chat_template import MARK, ChatTemplateMixin
 from .ice_text import WHERE_TO_GET_IT, IceTextTokenizer, VocabularyError
 from .tokenizer_decoding import DecodingMixin
 from .tokenizer_errors import check_settings, clear_errors
@@ -24,11 +25,7 @@ from .tokenizer_padding import PaddingMixin
 logger = logging.get_logger(__name__)
 
 
-class ChatGLMTokenizer(
-    DecodingMixin,
-    PaddingMixin,
-    PreTrainedTokenizer,
-):
+class ChatGLMTokenizer(ChatTemplateMixin, DecodingMixin, PaddingMixin, PreTrainedTokenizer):
     """Text <-> ids of ChatGLM-6B, by sentencepiece (`ice_text.model`).
 
     `tokenizer(text)` gives `input_ids` only: the text, then [gMASK] <sop>; a pair gives text, [gMASK] <sop>, second
@@ -192,7 +189,7 @@ class ChatGLMTokenizer(
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
         """Pieces of `text`; special tokens in it are pieces of their own."""
-        if self._holds_special_token(text):
+        if MARK in text or self._holds_special_token(text):
             return super().tokenize(text, **kwargs)
         return self._tokenize(text)  # the base class would walk the text character by character
 
