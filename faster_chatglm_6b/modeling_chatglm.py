@@ -14,11 +14,11 @@ from .configuration_chatglm import ChatGLMConfig
 from .generation import PrefixGenerationMixin
 from .layers import normalise, project
 from .loading import CheckpointMixin
+from .model_quantization import QuantizationMixin, prepare_quantized
 from .ops import operators_for
 from .placement import execution_device
 from .prefix_encoder import PrefixEncoder
 from .prompt_layout import PromptLayout, cached_tokens, causal_hidden
-from .quantization import QuantizationMixin, prepare_quantized
 from .rotary import RotaryTable
 from .training import TrainingMixin, batch_first, check_loss_arguments
 

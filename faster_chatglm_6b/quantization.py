@@ -1,12 +1,10 @@
 """int8 and int4 weights: stock's formula and storage, and groups of columns with a scale each for better quality."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from .configuration_chatglm import ChatGLMConfig
 from .layers import OperatorLinear
 from .ops import Operators
 from .ops.reference import fused_linear_with_groupwise_quantized_weight, unpack_int4
@@ -145,96 +143,3 @@ class QuantizedEmbedding(nn.Embedding):
 def frozen(tensor: torch.Tensor) -> nn.Parameter:
     """A parameter that is not trained, as stock stores integers and scales."""
     return nn.Parameter(tensor, requires_grad=False)
-
-
-def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """(owner, attribute) of the linear layers that quantisation replaces, layer by layer."""
-    for layer in model.transformer.layers:
-        yield layer.attention, "query_key_value"
-        yield layer.attention, "dense"
-        yield layer.mlp, "dense_h_to_4h"
-        yield layer.mlp, "dense_4h_to_h"
-
-
-def prepare_quantized(model: nn.Module) -> None:
-    """Give a model under construction the layers that its config's quantised checkpoint fills."""
-    config = model.config
-    if not config.quantization_bit:
-        return
-    group_size = config.quantization_group_size or -1
-    check_quantization(config, config.quantization_bit, config.quantization_group_size, config.quantization_head_bits)
-    for owner, name in _linears(model):
-        linear = getattr(owner, name)
-        setattr(
-            owner,
-            name,
-            QuantizedLinear(linear.in_features, linear.out_features, True, config.quantization_bit, group_size),
-        )
-    vocabulary, hidden = config.vocab_size, config.hidden_size
-    if config.quantization_embeddings:
-        model.transformer.word_embeddings = QuantizedEmbedding(vocabulary, hidden, config.quantization_bit)
-        model.lm_head = QuantizedLinear(hidden, vocabulary, False, config.quantization_bit)
-    elif config.quantization_head_bits:
-        model.lm_head = QuantizedLinear(hidden, vocabulary, False, config.quantization_head_bits)
-
-
-def check_quantization(config: ChatGLMConfig, bits: int, group_size: int | None, head_bits: int | None) -> None:
-    """Raise ValueError, in one sentence, for settings that cannot be."""
-    if bits not in (4, 8):
-        raise ValueError(f"Quantisation was asked for with {bits!r} bits, but only 8 and 4 exist.")
-    if head_bits not in (None, 8):
-        raise ValueError(
-            f"Quantisation was asked for with head_bits={head_bits!r}, but the head takes 8 bits, or None to stay as "
-            "it is."
-        )
-    widths = (config.hidden_size, config.inner_hidden_size)
-    if group_size is not None and (group_size < 1 or group_size % 2 or any(width % group_size for width in widths)):
-        raise ValueError(
-            f"Quantisation was asked for with group_size={group_size}, but it must be even and divide both "
-            f"{widths[0]} (hidden_size) and {widths[1]} (inner_hidden_size); 128 suits ChatGLM-6B."
-        )
-    if bits == 4 and any(width % 2 for width in widths):
-        raise ValueError(
-            f"4 bits are stored in pairs, which the odd width of {widths} cannot be split into; use 8 bits."
-        )
-
-
-class QuantizationMixin:
-    """``quantize()`` of the model with the output head."""
-
-    def quantize(self, bits: int, group_size: int | None = None, head_bits: int | None = None, **kwargs: Any) -> Any:
-        """Replace the layers' float weights by integers, in place and one layer after the other.
-
-        Args:
-            bits: 8 or 4.
-            group_size: columns that share a scale, 128 for example: better quality at 4 bits. None: one scale per row,
-            which
-                is stock's formula.
-            head_bits: 8 to quantise the output head too, which is no longer the embedding then; None to leave it.
-            kwargs: stock's further arguments, without effect.
-
-        Returns:
-            the model.
-
-        Raises:
-            ValueError: other bits, a group size that does not divide, or a model that is quantised already; the model
-            is
-                unchanged.
-        """
-        config = self.config
-        if config.quantization_bit:
-            raise ValueError(
-                f"This model is quantised to {config.quantization_bit} bits already; load the float checkpoint to "
-                "quantise it differently."
-            )
-        check_quantization(config, bits, group_size, head_bits)
-        for owner, name in _linears(self):
-            setattr(owner, name, QuantizedLinear.of(getattr(owner, name), bits, group_size or -1))
-        if head_bits:
-            self.lm_head = QuantizedLinear.of(self.lm_head, head_bits)
-            config.tie_word_embeddings = False
-        give_back(self.lm_head.weight.device)
-        config.quantization_bit = bits
-        config.quantization_group_size = group_size
-        config.quantization_head_bits = head_bits
-        return self
