@@ -22,6 +22,7 @@ from .prefix_encoder import PrefixEncoder
 from .prompt_layout import PromptLayout, cached_tokens, causal_hidden
 from .rotary import RotaryTable
 from .stock_names import StockGenerationNames, StockModelNames, StockNetworkNames
+from .training import TrainingMixin, batch_first, check_loss_arguments
 
 
 class ChatGLMPreTrainedModel(CheckpointMixin, StockModelNames, PreTrainedModel):
@@ -177,7 +178,7 @@ class ChatGLMModel(StockNetworkNames, ChatGLMPreTrainedModel):
             all_attentions.append(probabilities)
         hidden_states = normalise(self.final_layernorm, hidden_states, tables[devices[-1]])
         output = BaseModelOutputWithPast(
-            last_hidden_state=hidden_states.transpose(0, 1),
+            last_hidden_state=hidden_states if batch_first.get() else hidden_states.transpose(0, 1),
             **{CACHE_NAME: cache if use_cache else None},
             hidden_states=tuple(h.transpose(0, 1) for h in (*all_hidden_states, hidden_states))
             if output_hidden_states
@@ -225,6 +226,7 @@ class ChatGLMForConditionalGeneration(
     PrefixGenerationMixin,
     QuantizationMixin,
     StockGenerationNames,
+    TrainingMixin,
     AdapterHost,
     ChatGLMPreTrainedModel,
     GenerationMixin,
@@ -261,6 +263,7 @@ class ChatGLMForConditionalGeneration(
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
         cache: Cache | tuple | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """Run the network and the head; arguments as in ``ChatGLMModel.forward``.
@@ -268,9 +271,10 @@ class ChatGLMForConditionalGeneration(
         Args:
             labels: int64 [B, M], -100 where the loss does not count; shifted by one inside.
             logits_to_keep: compute the logits of the last rows only; 0 for all.
+            num_items_in_batch: what the loss is divided by, the labels that count in all accumulated batches.
 
         Returns:
-            logits [B, M, vocab_size]; loss: the mean cross entropy in float32 if labels are given.
+            logits [B, M, vocab_size]; loss: the mean cross entropy in float32 if labels are given (see ``token_loss``).
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if labels is not None:
@@ -291,11 +295,10 @@ class ChatGLMForConditionalGeneration(
             hidden_states.device, hidden_states.dtype, self.config.head_size, differentiable=torch.is_grad_enabled()
         )
         logits = project(self.lm_head, hidden_states, ops)
+        check_loss_arguments(labels, num_items_in_batch)
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(
-                logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten().to(logits.device), ignore_index=-100
-            )
+            loss = self.token_loss(logits, input_ids, labels, num_items_in_batch)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

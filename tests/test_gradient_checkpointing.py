@@ -13,6 +13,7 @@ from faster_chatglm_6b import modeling_chatglm
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 
 IDS = torch.tensor(PROMPT)
+EXAMPLE = torch.tensor([[*IDS[0], 40, 41]])
 NAMES = ("activation_checkpointing", "gradient_checkpointing")
 
 
@@ -33,7 +34,7 @@ def gradients(model):
     model.train()
     # Its dropout would make every run another one.
     model.transformer.prefix_encoder.eval()
-    model(IDS, labels=IDS).loss.backward()
+    model(EXAMPLE, labels=EXAMPLE).loss.backward()
     return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
 
 
@@ -46,7 +47,7 @@ def test_the_trainer(tuned, tmp_path, settings):
     options = {"max_steps": 2, "report_to": [], "use_cpu": True, "save_strategy": "no", "learning_rate": 0.1}
     options |= {name: True, f"{name}_kwargs": settings}
     arguments = TrainingArguments(output_dir=str(tmp_path), **options)
-    Trainer(model=tuned, args=arguments, train_dataset=[{"input_ids": IDS[0], "labels": IDS[0]}] * 2).train()
+    Trainer(model=tuned, args=arguments, train_dataset=[{"input_ids": EXAMPLE[0], "labels": EXAMPLE[0]}] * 2).train()
     assert tuned.transformer.gradient_checkpointing
     changed = {name for name, one in tuned.named_parameters() if not torch.equal(before[name], one)}
     assert changed and changed == {name for name in before if "prefix_encoder" in name}
