@@ -1,4 +1,4 @@
-"""examples/cli_demo.py as a person at a terminal uses it: through a pseudo-terminal."""
+"""examples/cli_demo.py, which is the command ``chat``, as a person at a terminal uses it, and with piped input."""
 
 import os
 import re
@@ -6,10 +6,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pexpect
 import pytest
+import torch
 from babbler import make_babbler
+
+from faster_chatglm_6b.cli import chat
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = str(ROOT / "examples" / "cli_demo.py")
@@ -137,29 +141,38 @@ def test_an_answer_streams_and_ctrl_c_stops_it_only(terminal, tiny_dir, tmp_path
     assert CLEARS_THE_SCREEN not in chat.screen
 
 
-def test_what_was_said_before_ctrl_c_is_remembered():
-    """The same stream, stopped after three steps, in this process: a terminal cannot be stopped at a given token."""
-    script = (
-        "import cli_demo, signal\n"
-        "class Model:\n"
-        "    def stream_chat(self, tokenizer, query, history, **settings):\n"
-        "        for i in range(100):\n"
-        "            if i == 3: signal.raise_signal(signal.SIGINT)\n"
-        "            yield 'abcdefgh' * i, [*history, (query, 'abcdefgh' * i)]\n"
-        "history = cli_demo.answer(Model(), None, 'q', [('a', 'b')], {})\n"
-        "assert history == [('a', 'b'), ('q', 'abcdefgh' * 2)], history\n"
-        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT / "examples",
-        env=environment(ROOT),
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "ChatGLM-6B: " + "abcdefgh" * 2 + "\n(stopped)\n"
+class Slow:
+    """A model whose stream is interrupted at a given step: a terminal cannot be stopped at a given token."""
+
+    config = SimpleNamespace(max_sequence_length=2048)
+
+    def stream_chat(self, tokenizer, query, history, **settings):
+        for i in range(100):
+            if i == 3:
+                signal.raise_signal(signal.SIGINT)
+            yield "abcdefgh" * i, [*history, (query, "abcdefgh" * i)]
+
+
+def test_what_was_said_before_ctrl_c_is_remembered(capsys):
+    before = signal.getsignal(signal.SIGINT)
+    history = chat.answer(Slow(), None, "q", [("a", "b")], {})
+    assert history == [("a", "b"), ("q", "abcdefgh" * 2)]
+    assert signal.getsignal(signal.SIGINT) is before
+    assert capsys.readouterr().out == "ChatGLM-6B: " + "abcdefgh" * 2 + "\n(stopped)\n"
+
+
+class Exhausted(Slow):
+    """A model whose memory ends in the middle of an answer."""
+
+    def stream_chat(self, tokenizer, query, history, **settings):
+        yield "abcdefgh", [*history, (query, "abcdefgh")]
+        raise torch.cuda.OutOfMemoryError("no room for 3 \x1b[31m tokens")
+
+
+def test_an_answer_that_fails_in_the_middle_leaves_the_conversation_as_it_was(capsys):
+    history = [("a", "b")]
+    assert chat.answer(Exhausted(), None, "q", history, {}) is history
+    assert capsys.readouterr().out.endswith("\nno room for 3 \N{REPLACEMENT CHARACTER}[31m tokens\n")
 
 
 def test_ctrl_d_ends_it_and_a_long_conversation_does_not(terminal):
@@ -171,6 +184,85 @@ def test_ctrl_d_ends_it_and_a_long_conversation_does_not(terminal):
     chat.prompt()
     chat.demo.send(CTRL_D)
     chat.ends()
+
+
+def piped(folder: Path, text: bytes, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    """The demo whose input is a pipe."""
+    command = [sys.executable, DEMO, "--device", "cpu", "--temperature", "0", "--tiny", *arguments]
+    settings = {"env": environment(folder) | variables, "capture_output": True, "timeout": 300}
+    return subprocess.run(command, input=text, **settings)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\x1b[31mx\nstop\nand more\n",
+        b"\x1b\n\x1b[200~x\n\x1bO\nstop\n",
+        b"\xff\xfe\x80 what?\n\xc3\nstop",
+        b"\x00\x03\x04\x07\x9b\n\rstop\rx\n",
+        b"",
+        b"hello",
+    ],
+    ids=["escape", "unfinished-keys", "no-utf-8", "control-characters", "nothing", "no-line-break"],
+)
+def test_a_pipe_is_read_as_text(tmp_path, text):
+    done = piped(tmp_path, text)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    shown = done.stdout.decode("utf-8")
+    assert shown.rstrip().endswith("Goodbye. 再见。")
+    assert "\x1b" not in shown and "\x9b" not in shown
+
+
+def test_a_piped_conversation_has_a_memory(tmp_path):
+    done = piped(tmp_path, b"My name is Anna.\nWhat is my name?\nclear\nWhat is my name?\n")
+    answers = re.findall("ChatGLM-6B: (.*)", done.stdout.decode("utf-8"))
+    assert len(answers) == 3 and "Anna" in answers[1] and "Anna" not in answers[2]
+
+
+def test_a_message_that_is_too_long_is_refused_by_its_length(tmp_path):
+    done = piped(tmp_path, b"x" * 200_000 + "\n你好\n".encode())
+    shown = done.stdout.decode("utf-8")
+    assert "The message has 200000 characters, but at most 32768 can be asked at once: send a part of it." in shown
+    assert done.returncode == 0 and done.stderr.count(b"Traceback") == 0 and f"ChatGLM-6B: {GREETING}" in shown
+
+
+def test_an_encoding_without_chinese_loses_characters_and_nothing_else(tmp_path):
+    done = piped(tmp_path, b"What is int8?\n\xe4\xbd\xa0\xe5\xa5\xbd\n", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert b"ChatGLM-6B: Call quantize(8) after loading" in done.stdout and b"Goodbye." in done.stdout
+
+
+def test_ctrl_c_while_loading_is_one_word(tmp_path, tiny_dir):
+    script = (
+        "import signal, sys\n"
+        "from faster_chatglm_6b.cli import checkpoint, main\n"
+        "checkpoint._load = lambda *arguments: signal.raise_signal(signal.SIGINT)\n"
+        "sys.exit(main(['chat', '--tiny', '--device', 'cpu']))\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, encoding="utf-8", timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
+
+
+def test_without_prompt_toolkit_lines_are_read_by_input(tmp_path):
+    """At a terminal, where prompt_toolkit would be used."""
+    script = (
+        "import sys\n"
+        "sys.modules['prompt_toolkit'] = None\n"
+        "from faster_chatglm_6b.cli import main\n"
+        "sys.exit(main(['chat', '--tiny', '--device', 'cpu', '--temperature', '0']))\n"
+    )
+    demo = pexpect.spawn(
+        sys.executable, ["-c", script], env=environment(tmp_path), encoding="utf-8", timeout=120, dimensions=(40, 200)
+    )
+    demo.expect_exact("User: ")
+    demo.send("你好\r")
+    demo.expect_exact(GREETING)
+    demo.send("stop\r")
+    demo.expect_exact("Goodbye")
+    demo.expect(pexpect.EOF)
+    demo.close()
+    assert demo.exitstatus == 0
 
 
 def test_without_network_and_weights_it_says_what_to_do(tmp_path):

@@ -18,13 +18,15 @@ def print_growing(stream: Iterable[tuple[str, list]]) -> tuple[int, list | None]
         The number of steps, and the history with the last of them; None if there was no step.
     """
     steps, shown, response, history = 0, 0, "", None
-    for step in stream:
-        response, history = step
-        steps += 1
-        settled = _settled(response)
-        print(harmless(response[shown:settled]), end="", flush=True)
-        shown = max(shown, settled)
-    print(harmless(response[shown:]), flush=True)
+    try:
+        for step in stream:
+            response, history = step
+            steps += 1
+            settled = _settled(response)
+            print(harmless(response[shown:settled]), end="", flush=True)
+            shown = max(shown, settled)
+    finally:  # an error of the stream is told on a line of its own
+        print(harmless(response[shown:]), flush=True)
     return steps, history
 
 
