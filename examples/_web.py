@@ -42,6 +42,7 @@ def answering(model, tokenizer):
 
     def answer(query: str, history: list, max_length: int, top_p: float, temperature: float) -> Iterator[tuple]:
         """Yields the text box, the messages shown and the history while the answer grows."""
+        query = query or ""  # which only a request that no page sends leaves out
         if refusal := too_long(query, model):
             raise gr.Error(refusal, print_exception=False)
         if not query.strip():
