@@ -1,5 +1,11 @@
-"""Entry point for tools that still ask for a setup.py; every piece of metadata is in pyproject.toml."""
+"""What pyproject.toml cannot say: the tiny checkpoint in examples/ is packaged as faster_chatglm_6b/tiny_chatglm.
 
-from setuptools import setup
+There is one copy of it, where the clone has it. Every other piece of metadata is in pyproject.toml.
+"""
 
-setup()
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["faster_chatglm_6b*"]), "faster_chatglm_6b.tiny_chatglm"],
+    package_dir={"faster_chatglm_6b.tiny_chatglm": "examples/tiny_chatglm"},
+)

@@ -1,22 +1,58 @@
-"""Markdown in which HTML is text: ``<script>`` is shown, not run, and code keeps its characters."""
+"""Markdown to HTML in which nothing is HTML but what this file writes: no tags, no images, safe links only."""
 
 import re
+from functools import lru_cache
+from html import escape
 
-# Markdown shows these literally. A fence that is still open, as while it streams in, reaches to the end.
-_FENCE = r"^ {0,3}(?P<fence>`{3,}|~{3,})[^`\n]*$(?:.*?^ {0,3}(?P=fence)[`~]*[ \t]*$|.*\Z)"
-_SPAN = r"(?<![`\\])(?P<ticks>`+)(?!`)(?:(?!\n[ \t]*\n).)+?(?<!`)(?P=ticks)(?!`)"
-_CODE = re.compile(f"{_FENCE}|{_SPAN}", re.MULTILINE | re.DOTALL)
-_ENTITIES = {ord("&"): "&amp;", ord("<"): "&lt;"}
+from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline
+
+# As in web_demo.py's FORMULAS, which KaTeX draws in the browser: Markdown must not touch what is between them.
+_FORMULAS = (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"), ("$", "$"))
+# Some inputs cost the parser the square of their length. What is longer than this is shown without Markdown.
+LONGEST_MARKDOWN = 8_192
+_SCHEMES = re.compile(r"(https?://|mailto:)", re.IGNORECASE)
 
 
-def html_as_text(markdown: str) -> str:
-    """Markdown that a renderer shows with every tag and entity of ``markdown`` as it was written.
+@lru_cache(maxsize=256)
+def to_html(text: str) -> str:
+    """The text as one line of HTML that a second Markdown parser, the browser's, passes on as it is.
 
-    What it misjudges is still sanitised by Gradio's side in the browser: a tag may then vanish, but it never runs.
-    Code that is marked by indentation alone shows "&lt;" for "<".
+    A block that begins with <div> lasts until a blank line, and here are no line breaks at all. Should that parser
+    see it otherwise, there is still no "<" in it that the text brought along.
     """
-    pieces, end = [], 0
-    for code in _CODE.finditer(markdown):
-        pieces += [markdown[end : code.start()].translate(_ENTITIES), code.group()]
-        end = code.end()
-    return "".join([*pieces, markdown[end:].translate(_ENTITIES)])
+    # Neither can be sent: a lone half of a surrogate pair as UTF-8, and "\0" as HTML.
+    text = text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")
+    if len(text) > LONGEST_MARKDOWN:
+        html = f'<div style="white-space: pre-wrap">{escape(text)}</div>'
+    else:
+        html = f"<div>{_parser().render(text).strip()}</div>"
+    return html.replace("\r\n", "&#10;").replace("\n", "&#10;").replace("\r", "&#10;")
+
+
+def _formula(state: StateInline, silent: bool) -> bool:
+    """A formula as it was written."""
+    for opening, closing in _FORMULAS:
+        if not state.src.startswith(opening, state.pos):
+            continue
+        begin = state.pos + len(opening)
+        end = state.src.find(closing, begin, state.posMax)
+        if end <= begin or opening == "$" and "\n" in state.src[begin:end]:
+            continue
+        if not silent:
+            state.push("text", "", 0).content = state.src[state.pos : end + len(closing)]
+        state.pos = end + len(closing)
+        return True
+    return False
+
+
+@lru_cache(maxsize=1)
+def _parser() -> MarkdownIt:
+    parser = MarkdownIt("commonmark", {"html": False, "breaks": True, "maxNesting": 20}).enable(
+        ["table", "strikethrough"]
+    )
+    # An entity stays as it was typed, and of an image only the link to it is left.
+    parser.disable(["entity", "html_inline", "html_block", "image"])
+    parser.inline.ruler.before("escape", "formula", _formula)
+    parser.validateLink = lambda url: _SCHEMES.match(url.strip()) is not None
+    return parser

@@ -66,9 +66,13 @@ def load(name: str | None) -> tuple[torch.nn.Module, Any]:
         SystemExit: after a sentence on what to do, where the checkpoint cannot be had.
     """
     if name is not None:
-        from _loading import load_or_exit
+        from faster_chatglm_6b.cli import checkpoint
+        from faster_chatglm_6b.cli.errors import CommandError
 
-        tokenizer, model = load_or_exit(argparse.Namespace(model=name, tiny=False, bits=None, device=None))
+        try:
+            tokenizer, model = checkpoint.load(name)
+        except CommandError as error:
+            sys.exit(str(error))
         return model.eval(), tokenizer
     from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
     from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration

@@ -1,5 +1,7 @@
-"""``python -m faster_chatglm_6b`` prints the status report."""
+"""``python -m faster_chatglm_6b``: the commands of ``faster_chatglm_6b.cli``; without one, the status report."""
 
-from . import status
+import sys
 
-print(status())
+from .cli import main
+
+sys.exit(main())

@@ -44,14 +44,16 @@ def picture(language: str, data: Path) -> str:
 
 
 def headline(language: str, data: Path) -> str:
-    """One sentence: ms per token by precision."""
+    """Ms per token by precision, next to plain PyTorch on the same card, and what the weights were."""
     words, ours = WORDS[language], by_precision(data)
     shown = {name: ours[name] for name in ("fp16", "int8", "int4") if name in ours}
     times = words["and"].join(words["time"].format(precision=name, **run) for name, run in shown.items())
     shares = words["and"].join(f"{run['share']:.0%}" for run in shown.values())
-    stock = next(record for record in read(ELSEWHERE, data)["records"] if record["system"] == "stock")
-    low, high = stock["ms_range"]
-    return words["headline"].format(times=times, shares=shares, low=low, high=high, **ours["fp16"])
+    gpu = ours["fp16"]["gpu"]
+    # Only rows of the same card: another one has another memory.
+    torch = [row for row in table_rows("torch", data) if row["gpu"] == gpu and row["weights"] == "fp16"]
+    plain = "".join(words["headline_plain"].format(precision=precision(row), **row) for row in torch)
+    return words["headline"].format(times=times, shares=shares, plain=plain, gpu=gpu)
 
 
 def speed(language: str, data: Path) -> str:

@@ -1,15 +1,21 @@
-"""examples/cli_demo.py as a person at a terminal uses it: through a pseudo-terminal."""
+"""examples/cli_demo.py, which is the command ``chat``, as a person at a terminal uses it, and with piped input."""
 
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pexpect
 import pytest
+import torch
 from babbler import make_babbler
+
+from faster_chatglm_6b.cli import chat, checkpoint, main
+from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = str(ROOT / "examples" / "cli_demo.py")
@@ -137,29 +143,38 @@ def test_an_answer_streams_and_ctrl_c_stops_it_only(terminal, tiny_dir, tmp_path
     assert CLEARS_THE_SCREEN not in chat.screen
 
 
-def test_what_was_said_before_ctrl_c_is_remembered():
-    """The same stream, stopped after three steps, in this process: a terminal cannot be stopped at a given token."""
-    script = (
-        "import cli_demo, signal\n"
-        "class Model:\n"
-        "    def stream_chat(self, tokenizer, query, history, **settings):\n"
-        "        for i in range(100):\n"
-        "            if i == 3: signal.raise_signal(signal.SIGINT)\n"
-        "            yield 'abcdefgh' * i, [*history, (query, 'abcdefgh' * i)]\n"
-        "history = cli_demo.answer(Model(), None, 'q', [('a', 'b')], {})\n"
-        "assert history == [('a', 'b'), ('q', 'abcdefgh' * 2)], history\n"
-        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT / "examples",
-        env=environment(ROOT),
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "ChatGLM-6B: " + "abcdefgh" * 2 + "\n(stopped)\n"
+class Slow:
+    """A model whose stream is interrupted at a given step: a terminal cannot be stopped at a given token."""
+
+    config = SimpleNamespace(max_sequence_length=2048)
+
+    def stream_chat(self, tokenizer, query, history, **settings):
+        for i in range(100):
+            if i == 3:
+                signal.raise_signal(signal.SIGINT)
+            yield "abcdefgh" * i, [*history, (query, "abcdefgh" * i)]
+
+
+def test_what_was_said_before_ctrl_c_is_remembered(capsys):
+    before = signal.getsignal(signal.SIGINT)
+    history = chat.answer(Slow(), None, "q", [("a", "b")], {})
+    assert history == [("a", "b"), ("q", "abcdefgh" * 2)]
+    assert signal.getsignal(signal.SIGINT) is before
+    assert capsys.readouterr().out == "ChatGLM-6B: " + "abcdefgh" * 2 + "\n(stopped)\n"
+
+
+class Exhausted(Slow):
+    """A model whose memory ends in the middle of an answer."""
+
+    def stream_chat(self, tokenizer, query, history, **settings):
+        yield "abcdefgh", [*history, (query, "abcdefgh")]
+        raise torch.cuda.OutOfMemoryError("no room for 3 \x1b[31m tokens")
+
+
+def test_an_answer_that_fails_in_the_middle_leaves_the_conversation_as_it_was(capsys):
+    history = [("a", "b")]
+    assert chat.answer(Exhausted(), None, "q", history, {}) is history
+    assert capsys.readouterr().out.endswith("\nno room for 3 \N{REPLACEMENT CHARACTER}[31m tokens\n")
 
 
 def test_ctrl_d_ends_it_and_a_long_conversation_does_not(terminal):
@@ -171,6 +186,102 @@ def test_ctrl_d_ends_it_and_a_long_conversation_does_not(terminal):
     chat.prompt()
     chat.demo.send(CTRL_D)
     chat.ends()
+
+
+@pytest.fixture
+def piped(monkeypatch, capsys):
+    """The command ``chat`` in this process, its input being bytes that are no terminal's; what it shows."""
+
+    def converse(text: bytes) -> str:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
+        assert main(["chat", "--tiny", "--device", "cpu", "--temperature", "0"]) == 0
+        shown = capsys.readouterr().out
+        assert shown.endswith("Goodbye. 再见。\n")
+        return shown
+
+    return converse
+
+
+def test_a_pipe_is_read_as_text(tmp_path):
+    """In a process of its own: prompt_toolkit waited here for the rest of a key."""
+    command = [sys.executable, DEMO, "--device", "cpu", "--temperature", "0", "--tiny"]
+    text = "\x1b[31mx\nstop\nand more\n"
+    settings = {"env": environment(tmp_path), "capture_output": True, "encoding": "utf-8", "timeout": 300}
+    done = subprocess.run(command, input=text, **settings)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert done.stdout.endswith("Goodbye. 再见。\n") and done.stdout.count("ChatGLM-6B: ") == 1
+    assert "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "answers"),
+    [
+        (b"\x1b\n\x1b[200~x\n\x1bO\nstop\nx\n", 3),
+        (b"\xff\xfe\x80 what?\n\xc3\nstop", 2),
+        (b"\x00\x03\x04\x07\xc2\x9b?\n\nstop\n", 1),
+        (b"", 0),
+        (b"hello", 1),
+    ],
+    ids=["unfinished keys", "no UTF-8", "control characters", "nothing", "no line break"],
+)
+def test_whatever_is_piped_in(piped, text, answers):
+    shown = piped(text)
+    assert shown.count("ChatGLM-6B: ") == answers
+    assert not set(shown) & {"\x1b", "\x9b", "\x07", "\0"}
+
+
+def test_a_piped_conversation_has_a_memory(piped):
+    shown = piped(b"My name is Anna.\nWhat is my name?\nclear\nWhat is my name?\n")
+    answers = re.findall("ChatGLM-6B: (.*)", shown)
+    assert len(answers) == 3 and "Anna" in answers[1] and "Anna" not in answers[2]
+
+
+def test_a_message_that_is_too_long_is_refused_by_its_length(piped, monkeypatch):
+    tokenized = []
+    encode = ChatGLMTokenizer.encode_text
+    monkeypatch.setattr(
+        ChatGLMTokenizer, "encode_text", lambda self, text, **more: tokenized.append(text) or encode(self, text, **more)
+    )
+    shown = piped(b"x" * 200_000 + "\n你好\n".encode())
+    assert "The message has 200000 characters, but at most 32768 can be asked at once: send a part of it." in shown
+    assert f"ChatGLM-6B: {GREETING}" in shown
+    assert tokenized and max(map(len, tokenized)) < 1000
+
+
+def test_an_encoding_without_chinese_loses_characters_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("What is int8?\n你好\n".encode()), encoding="utf-8"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert main(["chat", "--tiny", "--device", "cpu", "--temperature", "0"]) == 0
+    sys.stdout.flush()
+    shown = sys.stdout.buffer.getvalue()
+    assert b"ChatGLM-6B: Call quantize(8) after loading" in shown and b"Goodbye. ???" in shown
+
+
+def test_ctrl_c_while_loading_is_one_word(monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "_load", lambda *arguments: signal.raise_signal(signal.SIGINT))
+    assert main(["chat", "--tiny", "--device", "cpu"]) == 130
+    assert capsys.readouterr() == ("", "Interrupted.\n")
+
+
+def test_without_prompt_toolkit_lines_are_read_by_input(tmp_path):
+    """At a terminal, where prompt_toolkit would be used."""
+    script = (
+        "import sys\n"
+        "sys.modules['prompt_toolkit'] = None\n"
+        "from faster_chatglm_6b.cli import main\n"
+        "sys.exit(main(['chat', '--tiny', '--device', 'cpu', '--temperature', '0']))\n"
+    )
+    demo = pexpect.spawn(
+        sys.executable, ["-c", script], env=environment(tmp_path), encoding="utf-8", timeout=120, dimensions=(40, 200)
+    )
+    demo.expect_exact("User: ")
+    demo.send("你好\r")
+    demo.expect_exact(GREETING)
+    demo.send("stop\r")
+    demo.expect_exact("Goodbye")
+    demo.expect(pexpect.EOF)
+    demo.close()
+    assert demo.exitstatus == 0
 
 
 def test_without_network_and_weights_it_says_what_to_do(tmp_path):

@@ -140,6 +140,26 @@ def test_a_token_takes_less_time_than_in_any_other_system():
         assert measured[name]["ms_per_step"] < ours[name] < fastest, name
 
 
+@BOTH
+def test_the_first_screen_compares_on_one_card_and_says_what_was_not_at_hand(name):
+    """Against the files themselves: ours and plain PyTorch, the same GPU."""
+    headline = read(name).split("<!-- headline")[1].split("<!-- end -->")[0]
+    rows = {row["name"]: row for row in make_tables.read(make_tables.TABLE)["rows"]}
+    plain = rows["torch off"]["records"][0]
+    assert f"{rows['torch off']['ms_per_step']:.2f}" == "25.97" and plain["gpu"] == "NVIDIA H200"
+    for part in ("25.97", "3.00", "1.76", "1.22", plain["gpu"]):
+        assert part in headline
+    assert "H100" not in headline
+    assert {"en": "The real weights were never at hand", "zh": "真实的权重一直不在手头"}[LANGUAGES[name]] in headline
+
+
+def test_without_a_row_of_the_same_card_the_headline_does_not_compare(monkeypatch):
+    monkeypatch.setattr(make_tables, "table_rows", lambda backend, data: [])
+    for language in make_tables.READMES:
+        headline = make_tables.headline(language, make_tables.DATA)
+        assert "3.00" in headline and "25.97" not in headline and "PyTorch" not in headline
+
+
 def test_aims_that_were_missed_are_counted():
     for language in make_tables.READMES:
         words, text = make_tables.WORDS[language], make_tables.aims(language, make_tables.DATA)

@@ -1,10 +1,6 @@
 """examples/web_demo.py as visitors see it, in headless Chromium."""
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +9,8 @@ pytest.importorskip("playwright", reason='playwright is not installed: pip insta
 
 from babbler import make_babbler
 from playwright.sync_api import Browser, expect, sync_playwright
-from web_page import FLAGS, ROOT, SOON, Visitor, serving
+from web_page import FLAGS, SOON, Visitor
+from web_server import run, serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
@@ -24,6 +21,11 @@ ATTACK = (
     "<script>window.ran = 1; alert(1)</script>\n"
     '<img src="x" onerror="window.ran = 2; alert(2)">\n'
     "[link](javascript:window.ran=3) &amp;"
+)
+# HTML that a browser's own Markdown parser finds where a simpler one sees code; an image and a form of another host.
+OVERLAY = (
+    "`a\n# <div style='position:fixed;inset:0'>x</div>`\n\n![i](http://evil.example/x.png)\n\n"
+    "<form action=http://evil.example><input></form>\n\n[r]: http://evil.example/y.png\n\n![r] [k](https://example.org)"
 )
 CODE = 'if a < b:\n    print("<i>&amp;</i>")'
 
@@ -100,6 +102,30 @@ def test_html_stays_text(browser, toy, tmp_path):
     visitor.page.screenshot(path=tmp_path / "html.png")
     assert visitor.page.evaluate("window.ran") is None and visitor.dialogs == []
     assert shown.locator("script, img").count() == 0
+
+
+@in_browser
+def test_markdown_brings_no_html_and_no_image_of_another_host(browser, toy, tmp_path):
+    visitor = visit(browser, toy)
+    visitor.say(OVERLAY)
+    expect(visitor.answers).to_have_count(1, timeout=SOON)
+    visitor.settle()
+    shown = visitor.questions.first
+    expect(shown).to_contain_text("<div style='position:fixed;inset:0'>x</div>")
+    expect(shown).to_contain_text("<form action=http://evil.example><input></form>")
+    assert shown.locator("img, form, input, [style]").count() == 0
+    links = [link.get_attribute("href") for link in shown.locator("a").all()]
+    assert links == ["http://evil.example/x.png", "http://evil.example/y.png", "https://example.org"]
+    assert [url for url in visitor.requested if "evil" in url] == []
+    visitor.page.screenshot(path=tmp_path / "markdown.png")
+
+
+@in_browser
+def test_a_message_that_is_too_long_is_refused_and_kept(browser, toy):
+    visitor = visit(browser, toy)
+    visitor.say("x" * 40_000)
+    expect(visitor.page.get_by_text("The message has 40000 characters")).to_be_visible(timeout=SOON)
+    assert visitor.questions.count() == 0 and visitor.box.input_value() == "x" * 40_000
 
 
 @in_browser
@@ -202,20 +228,14 @@ def test_auth_asks_for_the_login(browser, tmp_path):
         page.get_by_role("button", name="Send").wait_for(timeout=SOON)
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / "examples" / "web_demo.py"), *arguments]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=300)
-
-
 def test_without_network_and_weights_it_says_what_to_do(tmp_path):
-    done = run(tmp_path, "--device", "cpu")
+    done = run("--device", "cpu", HF_HOME=str(tmp_path))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("THUDM/chatglm-6b is neither on this machine nor") and "--tiny" in last
 
 
 @pytest.mark.parametrize("login", ["me", ":secret", "me:"])
-def test_a_login_needs_both_parts(tmp_path, login):
-    done = run(tmp_path, "--tiny", "--auth", login)
+def test_a_login_needs_both_parts(login):
+    done = run("--tiny", "--auth", login)
     assert done.returncode == 2 and "user:password" in done.stderr.splitlines()[-1]

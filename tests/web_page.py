@@ -1,71 +1,15 @@
-"""The web demo in a process of its own, and a browser's view of it, for test_web_demo.py."""
+"""A browser's view of the web demo, for test_web_demo.py."""
 
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 from playwright.sync_api import Browser, Page, expect
 
-ROOT = Path(__file__).resolve().parents[1]
 # Without a sandbox (it needs rights that containers lack), and without anything that would call home.
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
 SOON = 60_000  # milliseconds until something that must happen is given up
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-@contextmanager
-def serving(folder: Path, *arguments: str) -> Iterator[str]:
-    """The address at which the demo answers, once it does."""
-    port = free_port()
-    command = [
-        sys.executable,
-        str(ROOT / "examples" / "web_demo.py"),
-        "--port",
-        str(port),
-        "--device",
-        "cpu",
-        *arguments,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment |= {"HF_HOME": str(folder), "GRADIO_TEMP_DIR": str(folder), "NO_PROXY": "127.0.0.1"}
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        address = f"http://127.0.0.1:{port}/"
-        _wait_until_it_answers(address, server, folder / "log")
-        yield address
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-def _wait_until_it_answers(address: str, server: subprocess.Popen, log: Path) -> None:
-    for _ in range(1200):
-        assert server.poll() is None, log.read_text(encoding="utf-8")
-        try:
-            urllib.request.urlopen(address, timeout=10).close()
-            return
-        except urllib.error.HTTPError:  # such as 401: it asks for a login
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError(f"no answer at {address}: {log.read_text(encoding='utf-8')}")
 
 
 class Visitor:

@@ -1,4 +1,4 @@
-"""An answer in the terminal while it grows."""
+"""Text for the terminal: an answer while it grows, and nothing that steers the terminal."""
 
 from collections.abc import Iterable
 
@@ -6,20 +6,27 @@ from collections.abc import Iterable
 _HARMLESS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
+def harmless(text: str) -> str:
+    """The text with every control character but line breaks and tabs made visible."""
+    return text.translate(_HARMLESS)
+
+
 def print_growing(stream: Iterable[tuple[str, list]]) -> tuple[int, list | None]:
     """Print what each step of ``stream_chat`` adds, then a line break. What was printed stays: no redrawing.
 
     Returns:
-        the number of steps, and the history with the last of them; None if there was no step.
+        The number of steps, and the history with the last of them; None if there was no step.
     """
     steps, shown, response, history = 0, 0, "", None
-    for step in stream:
-        response, history = step
-        steps += 1
-        settled = _settled(response)
-        print(response[shown:settled].translate(_HARMLESS), end="", flush=True)
-        shown = max(shown, settled)
-    print(response[shown:].translate(_HARMLESS), flush=True)
+    try:
+        for step in stream:
+            response, history = step
+            steps += 1
+            settled = _settled(response)
+            print(harmless(response[shown:settled]), end="", flush=True)
+            shown = max(shown, settled)
+    finally:  # an error of the stream is told on a line of its own
+        print(harmless(response[shown:]), flush=True)
     return steps, history
 
 

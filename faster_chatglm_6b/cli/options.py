@@ -1,0 +1,94 @@
+"""The options that commands share, checked while they are parsed: nothing is loaded for a value that cannot work."""
+
+import argparse
+import math
+from typing import Any, NoReturn
+
+HUB_ID = "THUDM/chatglm-6b"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence, without the usage above it. Options are written in full."""
+
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, **{"allow_abbrev": False} | settings)
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with exit code 2."""
+        shown = message.translate({code: "\N{REPLACEMENT CHARACTER}" for code in range(32)})
+        self.exit(2, f"{self.prog}: {shown} (--help lists what there is)\n")
+
+
+def add_checkpoint_argument(parser: argparse.ArgumentParser, default: str) -> None:
+    """The word MODEL, which says the same as ``--model``; left out, it is what ``default`` tells."""
+    parser.add_argument(
+        "word", nargs="?", metavar="MODEL", help=f"hub id or directory of a ChatGLM-6B checkpoint ({default})"
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint, in how many bits, on which device."""
+    parser.add_argument("--model", help=f"hub id or directory of a ChatGLM-6B checkpoint, such as {HUB_ID}")
+    parser.add_argument("--tiny", action="store_true", help="use the tiny trained checkpoint: no download, no GPU")
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="quantise the weights while loading")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How long answers get, and how they are drawn."""
+    parser.add_argument(
+        "--max-length", type=_length, default=2048, help="tokens of prompt and answer (%(default)s)", metavar="N"
+    )
+    parser.add_argument(
+        "--top-p", type=_share, default=0.7, help="draw from this share of probability (%(default)s)", metavar="P"
+    )
+    parser.add_argument(
+        "--temperature", type=_temperature, default=0.95, help="0: no chance (%(default)s)", metavar="T"
+    )
+
+
+def generation_settings(max_length: int, top_p: float, temperature: float) -> dict[str, Any]:
+    """Arguments of ``stream_chat``. A temperature of 0 takes the most likely token every time."""
+    if temperature == 0:
+        return {"max_length": max_length, "do_sample": False}
+    return {"max_length": max_length, "do_sample": True, "top_p": top_p, "temperature": temperature}
+
+
+def question(text: str) -> str:
+    """A text that can be asked.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty, or holds bytes that are no UTF-8.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a question is a text that is not empty")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise argparse.ArgumentTypeError("the question holds bytes that are no UTF-8")
+    return text
+
+
+def _length(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens: a whole number from 1 on")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    number = _number(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: a number above 0, at most 1")
+    return number
+
+
+def _temperature(text: str) -> float:
+    number = _number(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no temperature: 0 or a number above it")
+    return number
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
