@@ -17,6 +17,8 @@ _SERVED = {
     "torchao": "modules_to_not_convert",
     "hqq": "skip_modules",
 }
+# The second from the model with the head, the third from the one without.
+_FLOATS = ("lm_head", "transformer.prefix_encoder", "prefix_encoder")
 _LOAD_IN = ("load_in_8bit", "load_in_4bit")
 
 
@@ -54,7 +56,7 @@ def prepare_foreign(name: Any, kwargs: dict[str, Any]) -> bool:
     kwargs["quantization_config"] = given = copy.deepcopy(given)
     attribute = _SERVED[method]
     skipped = given.get(attribute) if isinstance(given, dict) else getattr(given, attribute, None)
-    skipped = list(dict.fromkeys([*(skipped or ()), "lm_head", "prefix_encoder"]))
+    skipped = list(dict.fromkeys([*(skipped or ()), *_FLOATS]))
     if isinstance(given, dict):
         given[attribute] = skipped
     else:
