@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 from faster_chatglm_6b import vocabulary_file
 from faster_chatglm_6b.chat import InvalidScoreLogitsProcessor
 from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
+from faster_chatglm_6b.decoding.sampling import plan_sampling
 from faster_chatglm_6b.detokenizer import IncrementalDetokenizer
 from faster_chatglm_6b.ice_text import IceTextTokenizer
 from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
@@ -288,6 +289,8 @@ class TestModel:
             InvalidScoreLogitsProcessor, "__call__", lambda self, ids, scores: seen.append(self.token_id) or scores
         )
         old_model.chat(old_tokenizer, "你好", max_length=6, do_sample=False)
+        plans = [plan_sampling([InvalidScoreLogitsProcessor(token)], False, None, 20704) for token in (IMAGES + 5, 5)]
+        assert [plan.invalid_token for plan in plans] == [IMAGES + 5, 5] and plans[0].graph_key != plans[1].graph_key
         assert set(seen) == {IMAGES + 5} and old_tokenizer.convert_ids_to_tokens(IMAGES + 5) == "▁"
 
     def test_a_tokenizer_of_the_other_vocabulary_is_refused(self, old_model, tiny_model, old_tokenizer, tiny_tokenizer):
