@@ -210,7 +210,7 @@ class ChatMixin:
         """Arguments of ``generate`` for a chat turn. The caller's list of processors is copied, not extended."""
         processors = LogitsProcessorList([*(logits_processor or []), InvalidScoreLogitsProcessor()])
         settings = {"do_sample": do_sample, "logits_processor": processors, **kwargs}
-        given, file = settings.get("generation_config"), getattr(self, "generation_config", None)
+        given, file = settings.get("generation_config"), self.generation_config
         for name, value in _NOT_FROM_THE_FILE.items():
             if getattr(file, name, None) not in (None, value) and getattr(given, name, None) is None:
                 settings.setdefault(name, value)
