@@ -119,7 +119,8 @@ class ChatMixin:
             ValueError: as in ``chat`` for one of the queries, no list of queries, as many histories as there are no
                 queries, or ``min_length``, which would count the padding.
         """
-        _check_batch(queries, histories, kwargs)
+        _check_batch(queries, histories)
+        self._check_min_length(kwargs)
         histories = [History.of(history) for history in histories or [None] * len(queries)]
         prompts = [self._chat_ids(tokenizer, *turn) for turn in zip(queries, histories, strict=True)]
         lengths = [len(ids) for ids in prompts]
@@ -215,7 +216,7 @@ class ChatMixin:
             [*(logits_processor or []), InvalidScoreLogitsProcessor(tokenizer.blank_token_id)]
         )
         settings = {"do_sample": do_sample, "logits_processor": processors, **kwargs}
-        given, file = settings.get("generation_config"), getattr(self, "generation_config", None)
+        given, file = settings.get("generation_config"), self.generation_config
         for name, value in _NOT_FROM_THE_FILE.items():
             if getattr(file, name, None) not in (None, value) and getattr(given, name, None) is None:
                 settings.setdefault(name, value)
@@ -243,6 +244,20 @@ class ChatMixin:
                 raise no_room(length, max_length)
             settings["max_new_tokens"] = max_length - length
         return _in_one_place(settings)
+
+    def _check_min_length(self, kwargs: dict[str, Any]) -> None:
+        """Refuse it where rows are padded, wherever it stands; an argument goes before a config, and that before the
+        checkpoint's file."""
+        sources = [
+            kwargs,
+            *(vars(config) for config in (kwargs.get("generation_config"), self.generation_config) if config),
+        ]
+        min_length = next((source["min_length"] for source in sources if source.get("min_length") is not None), 0)
+        if min_length:
+            raise ValueError(
+                f"min_length is {min_length}, but in a batch it would count the padding too; pass min_length=0 and "
+                "min_new_tokens, which counts the answer alone."
+            )
 
     def _check_tokenizer(self, tokenizer: ChatGLMTokenizer) -> None:
         if not isinstance(tokenizer, ChatGLMTokenizer):
@@ -300,7 +315,7 @@ def _in_one_place(settings: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _check_batch(queries: Sequence[str], histories: Sequence[Rounds | None] | None, kwargs: dict[str, Any]) -> None:
+def _check_batch(queries: Sequence[str], histories: Sequence[Rounds | None] | None) -> None:
     if isinstance(queries, str) or not isinstance(queries, Sequence) or not queries:
         raise ValueError(
             f"The queries are {queries!r}, but chat_batch needs one text or more in a list; call chat() for one text."
@@ -310,9 +325,4 @@ def _check_batch(queries: Sequence[str], histories: Sequence[Rounds | None] | No
         raise ValueError(
             f"There are {len(queries)} queries, but the histories are {given}; pass one list of rounds, or None, for "
             "each query."
-        )
-    if kwargs.get("min_length"):
-        raise ValueError(
-            f"min_length is {kwargs['min_length']}, but in a batch it would count the padding too; pass "
-            "min_new_tokens, which counts the answer alone."
         )

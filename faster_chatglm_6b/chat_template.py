@@ -10,9 +10,10 @@ give them to ``chat``:
 
 Rendered as text, a conversation begins with a mark, a control character that the vocabulary drops, and its own
 control tokens stand after one each. ``tokenize`` takes no other control token of such a text for one, and texts in
-messages lose their marks. So the text can be tokenized later, with special tokens or without, to the same ids. A
-user's own text belongs into a message, or into ``encode_text``: ``tokenizer(text)`` takes typed control tokens for real,
-marked ones here as unmarked ones in stock.
+messages lose their marks. So the text can be tokenized later, with special tokens or without, to the same ids.
+
+A user's own text belongs into a message or into ``encode_text``: ``tokenizer(text)`` takes control tokens for real,
+marked ones as, in stock, those without a mark.
 """
 
 from __future__ import annotations

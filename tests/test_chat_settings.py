@@ -161,6 +161,15 @@ def test_limits(tiny_model, tiny_tokenizer, all_ways, with_file):
             call(tiny_tokenizer, "你好", **GREEDY, max_length=prompt)
 
 
+def test_min_length_of_the_file_is_refused_in_a_batch(tiny_tokenizer, with_file):
+    """It would count the padding, as that of the caller does."""
+    model = with_file(min_length=30)
+    with pytest.raises(ValueError, match="min_length is 30, but in a batch it would count the padding too"):
+        model.chat_batch(tiny_tokenizer, ["你好"], **GREEDY)
+    given = {**GREEDY, "max_new_tokens": 3, "min_length": 0}
+    assert model.chat_batch(tiny_tokenizer, ["你好"], **given)[0][0] == model.chat(tiny_tokenizer, "你好", **given)[0]
+
+
 def test_beams_of_the_caller_cannot_be_streamed(tiny_model, tiny_tokenizer):
     with pytest.raises(ValueError, match="Streaming yields one token at a time"):
         tiny_model.stream_chat(tiny_tokenizer, "你好", **GREEDY, num_beams=3)
