@@ -2,6 +2,7 @@
 ``chat_batch``, which it lacks."""
 
 import copy
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,11 +11,14 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 
 from .detokenizer import IncrementalDetokenizer
 from .generation import no_room
+from .history import History
 from .placement import input_device
-from .prompts import build_prompt, process_response
+from .prompts import process_response
 from .tokenization_chatglm import ChatGLMTokenizer
 
-History = list[tuple[str, str]]
+MAX_LENGTH = 2048
+# Rounds of (query, response), or messages with a role and a content: see ``history.History.of``.
+Rounds = Sequence[tuple[str, str]] | Sequence[dict[str, Any]]
 
 
 class InvalidScoreLogitsProcessor(LogitsProcessor):
@@ -45,59 +49,63 @@ class ChatMixin:
         self,
         tokenizer: ChatGLMTokenizer,
         query: str,
-        history: History | None = None,
-        max_length: int = 2048,
+        history: Rounds | None = None,
+        max_length: int = MAX_LENGTH,
         num_beams: int = 1,
         do_sample: bool = True,
         top_p: float = 0.7,
         temperature: float = 0.95,
         logits_processor: LogitsProcessorList | None = None,
         **kwargs: Any,
-    ) -> tuple[str, History]:
+    ) -> tuple[str, list[Any]]:
         """Answer one turn.
 
         Args:
             tokenizer: the checkpoint's tokenizer.
             query: the user's text. Control tokens typed in it ("[gMASK]", "<sop>"...) stay text.
-            history: earlier (query, response) rounds; not changed.
-            max_length: limit of prompt and answer together, in tokens.
+            history: earlier (query, response) rounds, or messages such as ``{"role": "user", "content": ...}`` that
+                end with an answer; not changed. System messages go before the first user text.
+            max_length: limit of prompt and answer together, in tokens. Left at 2048 it gives way to the
+                ``max_new_tokens`` of the checkpoint's generation_config.json, as to that of ``kwargs``.
             num_beams, do_sample, top_p, temperature, logits_processor, kwargs: as in ``generate``, whose default
-                ``top_k=50`` applies too.
+                ``top_k=50`` applies too, and so do ``stop_strings`` (the one that ended the answer stays in the
+                response) and ``stopping_criteria``.
 
         Returns:
-            the response, and the history with this round appended.
+            the response, and the history with this round appended in the form of the others: a pair, or two messages.
 
         Raises:
-            ValueError: an empty query, a tokenizer that does not fit the model, or a prompt that leaves no room.
+            ValueError: an empty query, a history that cannot be read, a tokenizer that does not fit the model, or a
+            prompt that leaves no room.
         """
-        history = list(history or [])
+        history = History.of(history)
         input_ids = self._chat_input_ids(tokenizer, query, history)
         kwargs["num_beams"] = num_beams
-        settings = _chat_settings(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
-        output_ids = self.generate(input_ids, **_in_one_place(settings))
+        settings = self._chat_settings(tokenizer, max_length, do_sample, top_p, temperature, logits_processor, kwargs)
+        output_ids = _sequences(self.generate(input_ids, **self._arguments(settings, input_ids.shape[1])))
         response = process_response(tokenizer.decode(output_ids[0, input_ids.shape[1] :].tolist()))
-        return response, [*history, (query, response)]
+        return response, history.with_round(query, response)
 
     def chat_batch(
         self,
         tokenizer: ChatGLMTokenizer,
         queries: Sequence[str],
-        histories: Sequence[History | None] | None = None,
-        max_length: int = 2048,
+        histories: Sequence[Rounds | None] | None = None,
+        max_length: int = MAX_LENGTH,
         num_beams: int = 1,
         do_sample: bool = True,
         top_p: float = 0.7,
         temperature: float = 0.95,
         logits_processor: LogitsProcessorList | None = None,
         **kwargs: Any,
-    ) -> tuple[list[str], list[History]]:
+    ) -> tuple[list[str], list[list[Any]]]:
         """Answer one turn of several conversations at once; a step costs little more than that of one.
 
         Without sampling each answer is the one that ``chat`` gives to its query alone.
 
         Args:
             queries: the users' texts, one per conversation.
-            histories: the earlier rounds of each conversation (None: it has none); not changed.
+            histories: the earlier rounds or messages of each conversation (None: it has none); not changed.
             max_length: limit of prompt and answer together in each conversation, in tokens, as in ``chat``.
             tokenizer, num_beams, do_sample, top_p, temperature, logits_processor, kwargs: as in ``chat``.
 
@@ -109,12 +117,12 @@ class ChatMixin:
                 queries, or ``min_length``, which would count the padding.
         """
         _check_batch(queries, histories, kwargs)
-        histories = [list(history or []) for history in histories or [None] * len(queries)]
+        histories = [History.of(history) for history in histories or [None] * len(queries)]
         prompts = [self._chat_ids(tokenizer, *turn) for turn in zip(queries, histories, strict=True)]
         lengths = [len(ids) for ids in prompts]
         longest = max(lengths)
         kwargs["num_beams"] = num_beams
-        settings = _chat_settings(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
+        settings = self._chat_settings(tokenizer, max_length, do_sample, top_p, temperature, logits_processor, kwargs)
         # Answers that end early are filled up with it, and decoding leaves it out.
         settings["pad_token_id"] = tokenizer.pad_token_id
         room = [None] * len(prompts)
@@ -126,45 +134,46 @@ class ChatMixin:
         padded = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
         mask = [[0] * (longest - length) + [1] * length for length in lengths]
         device = input_device(self)
-        output_ids = self.generate(
+        output = self.generate(
             torch.tensor(padded, device=device),
             attention_mask=torch.tensor(mask, device=device),
-            **_in_one_place(settings),
+            **self._arguments(settings, longest),
         )
+        output_ids = _sequences(output)
         # The first of several returned sequences, as chat takes it.
         answers = output_ids[:: len(output_ids) // len(prompts), longest:].tolist()
         limited = [answer[:limit] for answer, limit in zip(answers, room, strict=True)]
         responses = [process_response(tokenizer.decode(answer)) for answer in limited]
         turns = zip(queries, histories, responses, strict=True)
-        return responses, [[*history, (query, response)] for query, history, response in turns]
+        return responses, [history.with_round(query, response) for query, history, response in turns]
 
     def stream_chat(
         self,
         tokenizer: ChatGLMTokenizer,
         query: str,
-        history: History | None = None,
-        max_length: int = 2048,
+        history: Rounds | None = None,
+        max_length: int = MAX_LENGTH,
         do_sample: bool = True,
         top_p: float = 0.7,
         temperature: float = 0.95,
         logits_processor: LogitsProcessorList | None = None,
         **kwargs: Any,
-    ) -> Iterator[tuple[str, History]]:
-        """Answer one turn token by token; arguments as in ``chat``, without beams.
+    ) -> Iterator[tuple[str, list[Any]]]:
+        """Answer one turn token by token; arguments as in ``chat``, without beams (a file's ``num_beams`` is not used).
 
         Yields:
             the response so far and the history with it, once per token. A character of which only some bytes are there
             yet is held back. An answer that ends at once yields one empty response.
         """
-        history = list(history or [])
+        history = History.of(history)
         input_ids = self._chat_input_ids(tokenizer, query, history)
-        settings = _chat_settings(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
-        tokens = self.stream_tokens(input_ids, **_in_one_place(settings))
+        settings = self._chat_settings(tokenizer, max_length, do_sample, top_p, temperature, logits_processor, kwargs)
+        tokens = self.stream_tokens(input_ids, **self._arguments(settings, input_ids.shape[1]))
         return self._stream_responses(tokenizer, query, history, tokens)
 
     def _stream_responses(
         self, tokenizer: ChatGLMTokenizer, query: str, history: History, tokens: Iterator[torch.Tensor]
-    ) -> Iterator[tuple[str, History]]:
+    ) -> Iterator[tuple[str, list[Any]]]:
         text = IncrementalDetokenizer(tokenizer)
         yielded, response = None, ""
         for token in tokens:
@@ -172,21 +181,63 @@ class ChatMixin:
             if token_id == tokenizer.eos_token_id and yielded is not None:
                 break
             response = yielded = process_response(text.push([token_id]))
-            yield response, [*history, (query, response)]
+            yield response, history.with_round(query, response)
         response = process_response(text.finish())
         if response != yielded:
-            yield response, [*history, (query, response)]
+            yield response, history.with_round(query, response)
 
-    def _chat_input_ids(self, tokenizer: ChatGLMTokenizer, query: str, history: History) -> torch.Tensor:
+    def _chat_input_ids(self, tokenizer: ChatGLMTokenizer, query: str, history: Any) -> torch.Tensor:
         """Ids [1, length] of a turn's prompt, on the model's device."""
         return torch.tensor([self._chat_ids(tokenizer, query, history)], device=input_device(self))
 
-    def _chat_ids(self, tokenizer: ChatGLMTokenizer, query: str, history: History) -> list[int]:
+    def _chat_ids(self, tokenizer: ChatGLMTokenizer, query: str, history: Any) -> list[int]:
         if not isinstance(query, str) or not query.strip():
             raise ValueError(f"The query is {query!r}, but chat needs a text that is not empty.")
         self._check_tokenizer(tokenizer)
-        ids = tokenizer.encode_text(build_prompt(query, history))
+        ids = tokenizer.encode_text(History.of(history).prompt(query))
         return [*ids, tokenizer.gmask_token_id, tokenizer.bos_token_id]
+
+    def _chat_settings(
+        self,
+        tokenizer: ChatGLMTokenizer,
+        max_length: int,
+        do_sample: bool,
+        top_p: float,
+        temperature: float,
+        logits_processor: LogitsProcessorList | None,
+        kwargs: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Arguments of ``generate`` for a chat turn. The caller's list of processors is copied, not extended."""
+        processors = LogitsProcessorList([*(logits_processor or []), InvalidScoreLogitsProcessor()])
+        settings = {"do_sample": do_sample, "logits_processor": processors, **kwargs}
+        given, file = settings.get("generation_config"), getattr(self, "generation_config", None)
+        for name, value in _NOT_FROM_THE_FILE.items():
+            if getattr(file, name, None) not in (None, value) and getattr(given, name, None) is None:
+                settings.setdefault(name, value)
+        if settings.get("max_new_tokens") is None and getattr(given, "max_new_tokens", None) is None:
+            if max_length != MAX_LENGTH or getattr(file, "max_new_tokens", None) is None:
+                settings["max_length"] = max_length
+        sources = (settings.get("stop_strings"), *(getattr(source, "stop_strings", None) for source in (given, file)))
+        stop_strings = next((strings for strings in sources if strings), None)
+        if stop_strings is not None:
+            settings |= {"stop_strings": _as_generated(stop_strings), "tokenizer": tokenizer}
+        if do_sample:
+            settings |= {"top_p": top_p, "temperature": temperature}
+        return settings
+
+    def _arguments(self, settings: dict[str, Any], length: int) -> dict[str, Any]:
+        """``settings`` as ``generate`` takes them for a prompt of ``length`` tokens.
+
+        Raises:
+            ValueError: ``max_length`` leaves no room.
+        """
+        if "max_length" in settings and getattr(self.generation_config, "max_new_tokens", None) is not None:
+            # generate() prefers max_new_tokens wherever it stands.
+            max_length = settings.pop("max_length")
+            if length >= max_length:
+                raise no_room(length, max_length)
+            settings["max_new_tokens"] = max_length - length
+        return _in_one_place(settings)
 
     def _check_tokenizer(self, tokenizer: ChatGLMTokenizer) -> None:
         if not isinstance(tokenizer, ChatGLMTokenizer):
@@ -204,23 +255,29 @@ class ChatMixin:
             )
 
 
-def _chat_settings(
-    max_length: int,
-    do_sample: bool,
-    top_p: float,
-    temperature: float,
-    logits_processor: LogitsProcessorList | None,
-    kwargs: dict[str, Any],
-) -> dict[str, Any]:
-    """Arguments of ``generate`` for a chat turn. The caller's list of processors is copied, not extended."""
-    processors = LogitsProcessorList([*(logits_processor or []), InvalidScoreLogitsProcessor()])
-    settings = {"do_sample": do_sample, "logits_processor": processors, **kwargs}
-    config = settings.get("generation_config")
-    if settings.get("max_new_tokens") is None and getattr(config, "max_new_tokens", None) is None:
-        settings["max_length"] = max_length
-    if do_sample:
-        settings |= {"top_p": top_p, "temperature": temperature}
-    return settings
+# A chat turn returns one text, whatever generation_config.json asks of generate(). Arguments of the caller are kept.
+_NOT_FROM_THE_FILE = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+
+
+def _as_generated(stop_strings: Any) -> list[str]:
+    """Stop strings with half-width marks: the vocabulary has no others, ``process_response`` makes them full-width."""
+    strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+    if not isinstance(strings, (list, tuple)) or not all(isinstance(text, str) and text for text in strings):
+        raise ValueError(f"stop_strings is {stop_strings!r}, but it must be a text or a list of texts, none empty.")
+    return [unicodedata.normalize("NFKC", text) for text in strings]
+
+
+def _sequences(output: Any) -> torch.Tensor:
+    """The ids of ``generate``'s result, also where a caller asks for more than ids."""
+    return output if isinstance(output, torch.Tensor) else output.sequences
 
 
 def _in_one_place(settings: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +294,7 @@ def _in_one_place(settings: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _check_batch(queries: Sequence[str], histories: Sequence[History | None] | None, kwargs: dict[str, Any]) -> None:
+def _check_batch(queries: Sequence[str], histories: Sequence[Rounds | None] | None, kwargs: dict[str, Any]) -> None:
     if isinstance(queries, str) or not isinstance(queries, Sequence) or not queries:
         raise ValueError(
             f"The queries are {queries!r}, but chat_batch needs one text or more in a list; call chat() for one text."

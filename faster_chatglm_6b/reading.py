@@ -20,7 +20,7 @@ from .caches import CACHE_NAMES, Cache
 
 # Arguments of transformers' loop that the captured loop follows or has no use for.
 # What is to be put out is asked for with return_dict_in_generate, which the captured loop leaves to the plain one.
-_FOLLOWED = {"attention_mask", "use_cache", "logits_to_keep", "cache_position", "generator"}
+_FOLLOWED = {"attention_mask", "use_cache", "logits_to_keep", "cache_position", "generator", "tokenizer"}
 _FOLLOWED |= {"output_attentions", "output_hidden_states"}
 
 # The fields of GenerationConfig from transformers 4.45 to 5.24. Each acts through a logits processor or a stopping

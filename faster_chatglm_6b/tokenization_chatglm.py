@@ -16,6 +16,7 @@ from transformers import AddedToken, PreTrainedTokenizer
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy, logging
 
+from .chat_template import MARK, ChatTemplateMixin
 from .ice_text import WHERE_TO_GET_IT, IceTextTokenizer, VocabularyError, clean_up_spacing
 from .padding import attention_mask, context_length, pad_on_the_left, position_ids
 from .tokenizer_errors import check_settings, clear_errors
@@ -26,7 +27,7 @@ logger = logging.get_logger(__name__)
 _ROWS_WITHOUT_PIECE = 130528 - 130344
 
 
-class ChatGLMTokenizer(PreTrainedTokenizer):
+class ChatGLMTokenizer(ChatTemplateMixin, PreTrainedTokenizer):
     """Text <-> ids of ChatGLM-6B, by sentencepiece (`ice_text.model`).
 
     `tokenizer(text)` gives `input_ids` only: the text, then [gMASK] <sop>; a pair gives text, [gMASK] <sop>, second
@@ -195,7 +196,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
         """Pieces of `text`; special tokens in it are pieces of their own."""
-        if self._holds_special_token(text):
+        if MARK in text or self._holds_special_token(text):
             return super().tokenize(text, **kwargs)
         return self._tokenize(text)  # the base class would walk the text character by character
 

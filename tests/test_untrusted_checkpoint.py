@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from faster_chatglm_6b import model_size
+from faster_chatglm_6b.chat_template import CHAT_TEMPLATE
 from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
@@ -177,7 +178,8 @@ WRITTEN = {"config.json", "generation_config.json", "model.safetensors"}
 
 @pytest.mark.parametrize("kind", ["float", "int8", "prefix"])
 def test_saved_directories_hold_nothing_that_runs(tiny_dir, tiny_tokenizer, tmp_path, kind):
-    """JSON, the tokenizer's own model and safetensors; no Python, no pickle."""
+    """JSON, the tokenizer's own model, safetensors and our chat template, which transformers renders in a sandbox; no
+    Python, no pickle."""
     settings = {"pre_seq_len": 4} if kind == "prefix" else {}
     model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, **settings)
     if kind == "int8":
@@ -186,6 +188,9 @@ def test_saved_directories_hold_nothing_that_runs(tiny_dir, tiny_tokenizer, tmp_
     assert {path.name for path in tmp_path.iterdir()} <= WRITTEN
     ChatGLMTokenizer.from_pretrained(tiny_dir).save_pretrained(tmp_path)
     for path in tmp_path.iterdir():
+        if path.name == "chat_template.jinja":
+            assert path.read_text("utf-8") == CHAT_TEMPLATE
+            continue
         assert path.suffix in (".json", ".safetensors") or path.name == "ice_text.model", path
         start = path.read_bytes()[:4]
         assert start[:2] != b"PK" and start[:1] != b"\x80" and os.stat(path).st_mode & 0o111 == 0, path
