@@ -29,6 +29,12 @@ def record_served(kind: str, name: str) -> None:
         _served[kind, name] += 1
 
 
+def served_names() -> list[str]:
+    """The checkpoints, path or hub id, of which something was served."""
+    with _lock:
+        return list(dict.fromkeys(name for _, name in _served))
+
+
 def record_passed_through(name: str, reason: str) -> bool:
     """Notes that a related checkpoint was left to its own code; True the first time for this name and reason."""
     with _lock:

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from . import _status, backend, recognition
+from .hub_modules import HubModuleFinder
 
 logger = logging.getLogger("faster_chatglm_6b")
 
@@ -54,6 +55,7 @@ def install() -> None:
         _state.installed = True
         _remove_finders()
         sys.meta_path.insert(0, _Finder())
+        sys.meta_path.append(_HubModules())
     _wait_for_import_in_progress()
     with _lock:
         if _state.installed and hasattr(sys.modules.get(_TARGET), _FUNCTION):
@@ -149,7 +151,17 @@ class _PatchingLoader:
                 _patch(module)
 
 
+class _HubModules(HubModuleFinder):
+    """The finder, marked as ours."""
+
+
+setattr(_HubModules, _FINDER_MARK, True)
+
+
 def _remove_finders() -> None:
+    for finder in sys.meta_path:
+        if hasattr(finder, _FINDER_MARK) and hasattr(finder, "forget"):
+            finder.forget()
     sys.meta_path[:] = [finder for finder in sys.meta_path if not hasattr(finder, _FINDER_MARK)]
 
 

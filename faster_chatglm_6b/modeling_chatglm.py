@@ -8,9 +8,9 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .adapters import PROMPT_LEARNING, AdapterHost
 from .arguments import check_inputs, check_labels, highest_position
-from .blocks import GLMBlock, Step
+from .blocks import GLU, GLMBlock, SelfAttention, Step
 from .caches import CACHE_NAME, CACHE_NAMES, Cache, as_cache, cache_in, check_cache, check_cached_batch
-from .chat import ChatMixin
+from .chat import ChatMixin, InvalidScoreLogitsProcessor
 from .configuration_chatglm import ChatGLMConfig
 from .generation import PrefixGenerationMixin
 from .layers import normalise, project
@@ -20,9 +20,25 @@ from .ops import operators_for
 from .placement import execution_device
 from .prefix_encoder import PrefixEncoder
 from .prompt_layout import PromptLayout, cached_tokens, causal_hidden
+from .quantization import QuantizedEmbedding, QuantizedLinear
 from .rotary import RotaryTable
 from .stock_names import StockGenerationNames, StockModelNames, StockNetworkNames
 from .training import TrainingMixin, batch_first, check_loss_arguments
+
+# With what scripts import from the checkpoint's file of this name.
+__all__ = [
+    "ChatGLMConfig",
+    "ChatGLMForConditionalGeneration",
+    "ChatGLMModel",
+    "ChatGLMPreTrainedModel",
+    "GLMBlock",
+    "GLU",
+    "InvalidScoreLogitsProcessor",
+    "PrefixEncoder",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "SelfAttention",
+]
 
 
 class ChatGLMPreTrainedModel(CheckpointMixin, StockModelNames, PreTrainedModel):
