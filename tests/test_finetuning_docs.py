@@ -68,7 +68,9 @@ def test_the_programs(place, kind, with_trl):
         pytest.importorskip(needed, reason=f"{kind} needs {needed}: pip install {needed}")
     program = SECTIONS[kind][0]
     if with_trl:
-        program = re.sub(r"^trainer = Trainer\(\n.*?^\)\n", lambda _: TRL, program, flags=re.MULTILINE | re.DOTALL)
+        rate = r"learning_rate=[\d.e-]+"
+        lines = re.sub(rate, re.search(rate, program).group(), TRL)
+        program = re.sub(r"^trainer = Trainer\(\n.*?^\)\n", lambda _: lines, program, flags=re.MULTILINE | re.DOTALL)
         assert "SFTTrainer(" in program
     namespace = {"__name__": "finetuning"}
     torch.manual_seed(0)
@@ -79,7 +81,7 @@ def test_the_programs(place, kind, with_trl):
     model, again = (namespace[name].eval() for name in ("model", "again"))
     tokenizer = namespace["tokenizer"]
     # trl trains an adapter over quantised weights in bfloat16, and PEFT loads it in float32.
-    tolerance = 0.05 if with_trl and kind == "QLoRA" else 0
+    tolerance = 0.2 if with_trl and kind == "QLoRA" else 0
     assert namespace["response"] == namespace["history"][0][1]
     for row in ROWS[:4]:
         ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
