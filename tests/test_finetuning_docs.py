@@ -52,9 +52,12 @@ def place(tmp_path, monkeypatch):
 
 
 def on_the_tiny_model(program):
-    """The same program on the toy checkpoint and on the CPU, without reports to a server."""
+    """The same program on the toy checkpoint and on the CPU, without reports to a server.
+
+    Without trl's autocast too, which stays in the trained model's forward and would round what is compared.
+    """
     program = program.replace('"THUDM/chatglm-6b"', repr(str(ROOT / "examples" / "tiny_chatglm")))
-    settings = r'\1\2, report_to=[], use_cpu=True, save_strategy="no"'
+    settings = r'\1\2, report_to=[], use_cpu=True, bf16=False, save_strategy="no"'
     return re.sub(r'(TrainingArguments\(|SFTConfig\(\s*)("\w+")', settings, program)
 
 
@@ -65,7 +68,9 @@ def test_the_programs(place, kind, with_trl):
         pytest.importorskip(needed, reason=f"{kind} needs {needed}: pip install {needed}")
     program = SECTIONS[kind][0]
     if with_trl:
-        program = re.sub(r"^trainer = Trainer\(\n.*?^\)\n", lambda _: TRL, program, flags=re.MULTILINE | re.DOTALL)
+        rate = r"learning_rate=[\d.e-]+"
+        lines = re.sub(rate, re.search(rate, program).group(), TRL)
+        program = re.sub(r"^trainer = Trainer\(\n.*?^\)\n", lambda _: lines, program, flags=re.MULTILINE | re.DOTALL)
         assert "SFTTrainer(" in program
     namespace = {"__name__": "finetuning"}
     torch.manual_seed(0)
@@ -75,6 +80,8 @@ def test_the_programs(place, kind, with_trl):
     assert sum(losses[-6:]) < 0.95 * sum(losses[:6]), losses
     model, again = (namespace[name].eval() for name in ("model", "again"))
     tokenizer = namespace["tokenizer"]
+    # trl trains an adapter over quantised weights in bfloat16, and PEFT loads it in float32.
+    tolerance = 0.2 if with_trl and kind == "QLoRA" else 0
     assert namespace["response"] == namespace["history"][0][1]
     for row in ROWS[:4]:
         ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
@@ -82,4 +89,4 @@ def test_the_programs(place, kind, with_trl):
         expected = model.generate(input_ids=ids, **settings)
         assert again.generate(input_ids=ids, **settings).tolist() == expected.tolist()
         with torch.no_grad():
-            assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+            torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=tolerance)
