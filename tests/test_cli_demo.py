@@ -257,6 +257,16 @@ def test_an_encoding_without_chinese_loses_characters_and_nothing_else(monkeypat
     assert b"ChatGLM-6B: Call quantize(8) after loading" in shown and b"Goodbye. ???" in shown
 
 
+def test_closed_streams(monkeypatch, capsys):
+    """As under ``<&-`` and ``>&-``."""
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["chat", "--tiny"]) == 2
+    assert capsys.readouterr().err == "The standard input is closed, but chat reads the messages there.\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"stop\n")))
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["status"]) == 0
+
+
 def test_ctrl_c_while_loading_is_one_word(monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "_load", lambda *arguments: signal.raise_signal(signal.SIGINT))
     assert main(["chat", "--tiny", "--device", "cpu"]) == 130

@@ -76,7 +76,8 @@ def run_command(run: Callable[[argparse.Namespace], None], arguments: argparse.N
     """Call ``run(arguments)``; what a user causes ends in one sentence and an exit code, not in a traceback."""
     try:
         run(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return 0
     except CommandError as error:
         print(harmless(str(error)), file=sys.stderr)

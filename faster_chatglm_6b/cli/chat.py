@@ -9,6 +9,7 @@ from itertools import takewhile
 from threading import Event
 
 from .checkpoint import load_asked, out_of_memory, too_long
+from .errors import CommandError
 from .options import HUB_ID, generation_settings
 from .printing import harmless, print_growing
 
@@ -21,8 +22,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Load, greet, converse, say goodbye.
 
     Raises:
-        CommandError: no checkpoint.
+        CommandError: no checkpoint, or nothing to read messages from.
     """
+    if sys.stdin is None:
+        raise CommandError("The standard input is closed, but chat reads the messages there.", code=2)
     tokenizer, model = load_asked(arguments, default=HUB_ID)
     print(WELCOME)
     converse(model, tokenizer, generation_settings(arguments.max_length, arguments.top_p, arguments.temperature))
@@ -77,7 +80,7 @@ def ctrl_c_sets() -> Iterator[Event]:
 
 def _prompt() -> Callable[[str], str]:
     """prompt_toolkit's line editor at a terminal if it is installed, else ``input``."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)):
         # In a pipe prompt_toolkit takes text that begins with ESC for a key, and waits for the rest of it.
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="replace")
