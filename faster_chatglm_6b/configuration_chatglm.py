@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
 
+from . import config_keys
+from .checkpoint_json import read_json
 from .model_size import check_size
 
 # Each size and the most that it may be: far more than any ChatGLM-6B has.
@@ -106,6 +108,7 @@ class ChatGLMConfig(PretrainedConfig):
         self.quantization_head_bits = quantization_head_bits
         self.pre_seq_len = pre_seq_len
         self.prefix_projection = prefix_projection
+        kwargs = config_keys.of_a_caller(kwargs, type(self))
         # transformers 4.45's pipeline() loads a tokenizer only for a config that names its class.
         kwargs.setdefault("tokenizer_class", "ChatGLMTokenizer")
         _check_dtype(kwargs)
@@ -137,6 +140,13 @@ class ChatGLMConfig(PretrainedConfig):
                 "checkpoint again."
             )
         return result
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> Any:
+        """transformers' reader of config.json, for the settings that are taken from a checkpoint: see config_keys."""
+        settings = read_json(json_file)
+        settings = getattr(cls, "_decode_special_floats", lambda value: value)(settings)
+        return config_keys.of_a_file(settings, str(json_file), cls) if isinstance(settings, dict) else settings
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
