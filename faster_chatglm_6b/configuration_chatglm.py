@@ -26,7 +26,7 @@ _SWITCHES = (
     "prefix_projection",
     "tie_word_embeddings",
 )
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 _AUTO_MAP = {
     "AutoConfig": "configuration_chatglm.ChatGLMConfig",
     "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
@@ -255,8 +255,8 @@ def _check_dtype(fields: dict[str, Any]) -> None:
     """transformers would look the name up among everything that torch has."""
     for name in ("dtype", "torch_dtype"):
         value = fields.get(name)
-        if value is not None and str(value).rsplit(".", 1)[-1] not in (*_DTYPES, "auto"):
+        if value is not None and str(value).rsplit(".", 1)[-1] not in (*DTYPES, "auto"):
             raise ValueError(
-                f"config.json gives {name}={value!r}, but one of {', '.join(_DTYPES)} is needed; "
+                f"config.json gives {name}={value!r}, but one of {', '.join(DTYPES)} is needed; "
                 "take config.json from the checkpoint again."
             )

@@ -5,7 +5,6 @@ import inspect
 import json
 import logging
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
