@@ -29,8 +29,8 @@ def check_bin(path: str, size: int) -> bool:
         whether it is an archive, which can be mapped into memory; files of torch before 1.6 are none.
 
     Raises:
-        zipfile.BadZipFile, ValueError: its structure is not as torch writes it. Where a pickle in it is torn, nothing is
-        raised: torch's reader says so.
+        zipfile.BadZipFile, ValueError: its structure is not as torch writes it. A pickle in it that is torn is left to
+        torch's reader.
     """
     with open(path, "rb") as file:
         is_archive = file.read(4) == b"PK\3\4"

@@ -1,4 +1,4 @@
-"""Before a checkpoint's weights are loaded: its files are looked into, and only files that were looked into are read."""
+"""Before a checkpoint's weights are loaded: its files are looked into, and no other files are read."""
 
 import copy
 import inspect

@@ -116,8 +116,8 @@ class CheckpointMixin:
     def _load_and_finalize_distributed_pretrained_model(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' reader of torch's distributed checkpoints, whose index is a pickle."""
         raise ValueError(
-            "Distributed checkpoints (a .metadata file and *.distcp) are not loaded, as their index can hold any Python "
-            "object; save the model with save_pretrained() as safetensors."
+            "Distributed checkpoints (a .metadata file and *.distcp) are not loaded, as their index can hold any "
+            "Python object; save the model with save_pretrained() as safetensors."
         )
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
