@@ -7,6 +7,7 @@ from transformers.configuration_utils import PretrainedConfig
 from . import config_keys
 from .checkpoint_json import read_json
 from .model_size import check_size
+from .saving import replaced_file
 
 # Each size and the most that it may be: far more than any ChatGLM-6B has.
 _SIZES = {
@@ -179,6 +180,11 @@ class ChatGLMConfig(PretrainedConfig):
         # transformers sets the caller's own values after construction.
         (result[0] if isinstance(result, tuple) else result)._check()
         return result
+
+    def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
+        """transformers' writer of config.json; where it fails, a file that was there stays as it was."""
+        with replaced_file(json_file_path) as path:
+            super().to_json_file(path, use_diff=use_diff)
 
     @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:

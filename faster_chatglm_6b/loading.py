@@ -20,6 +20,7 @@ from .config_keys import check_attention
 from .configuration_chatglm import DTYPES, ChatGLMConfig
 from .hook import checkpoint_code_blocked, is_checkpoint_code_blocked
 from .quantized_loading import load_quantized, quantizes_while_loading
+from .saving import saved_beside
 
 # How torch, safetensors and transformers say that a file cannot be read.
 _DAMAGE = (SafetensorError, UnpicklingError, EOFError, DamagedFile)
@@ -124,6 +125,24 @@ class CheckpointMixin:
         """transformers' choice of attention, the last place where the name of a hub repository is noticed."""
         check_attention(attn_implementation)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``save_pretrained``, which leaves an earlier checkpoint there whole until the new one is.
+
+        Written beside the old files, in a folder of ``save_directory``, and then renamed: a full disk or Ctrl-C leaves
+        the old checkpoint as it was. Shards that the new one does not have are removed.
+
+        Raises:
+            OSError, SafetensorError: the files cannot be written.
+        """
+        directory = os.fspath(save_directory)
+        # Distributed checkpoints are written by several processes at once, into one folder.
+        if os.path.isfile(directory) or kwargs.get("distributed_checkpoint"):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(directory)))
+        with saved_beside(directory, bool(kwargs.get("is_main_process", args[0] if args else True))) as beside:
+            return super().save_pretrained(beside, *args, **kwargs)
 
     def tie_head(self) -> None:
         """Share the embedding with the head where the config ties them.
