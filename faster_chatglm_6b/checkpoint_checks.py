@@ -21,8 +21,8 @@ from .model_size import check_weight_files
 _OTHER_WEIGHTS = ("state_dict", "gguf_file", "from_tf", "from_flax", "key_mapping")
 _QUANTIZATION_SETTINGS = ("quantization_bit", "quantization_group_size", "quantization_head_bits")
 
-# Real paths of the files that this thread or task may load weights from; None: not restricted.
-_checked: ContextVar[frozenset[str] | None] = ContextVar("faster_chatglm_6b_checked_files", default=None)
+# Real paths of the files that this thread or task may load a model's weights from, until it has; none: any.
+_checked: ContextVar[list[frozenset[str]]] = ContextVar("faster_chatglm_6b_checked_files")
 
 
 def check_checkpoint(model_class: Any, name: Any, kwargs: dict[str, Any]) -> frozenset[str] | None:
@@ -58,7 +58,7 @@ def check_checkpoint(model_class: Any, name: Any, kwargs: dict[str, Any]) -> fro
 @contextmanager
 def only_checked_files(paths: frozenset[str] | None) -> Iterator[None]:
     """Around transformers' loader: ``refuse_other_files`` knows which files were checked."""
-    token = _checked.set(paths)
+    token = _checked.set([] if paths is None else [paths])
     try:
         yield
     finally:
@@ -68,12 +68,14 @@ def only_checked_files(paths: frozenset[str] | None) -> Iterator[None]:
 def refuse_other_files(loader: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Raise ValueError where transformers' loader was called for files that were not checked.
 
+    An adapter's weights, which transformers 5 loads with the same function, come after the model's.
+
     Args:
         loader: ``_load_pretrained_model``, whose arguments have had two names. args, kwargs: of the call.
     """
-    checked = _checked.get()
-    if checked is None:
+    if not _checked.get([]):
         return
+    checked = _checked.get().pop()
     arguments = inspect.signature(loader).bind(*args, **kwargs).arguments
     files = arguments.get("checkpoint_files") or arguments.get("resolved_archive_file") or ()
     files = [files] if isinstance(files, str) else files
@@ -101,7 +103,9 @@ def _configurations(
     if given:
         config = copy.deepcopy(config)
     else:
-        keys = own_keys(ChatGLMConfig) - set(_QUANTIZATION_SETTINGS)
+        keys = own_keys(ChatGLMConfig)
+        if not stored.get("quantization_bit"):
+            keys = keys - set(_QUANTIZATION_SETTINGS)
         settings = {key: kwargs[key] for key in (*keys, *ChatGLMConfig.attribute_map) if key in kwargs}
         config = model_class.config_class.from_dict(dict(stored), **settings)
     if not stored.get("quantization_bit"):

@@ -9,6 +9,8 @@ not filtered here.
 import logging
 from typing import Any
 
+from .recognition import LOCAL_CLASSES, class_name
+
 logger = logging.getLogger("faster_chatglm_6b")
 
 # transformers' own settings that say something about this model, or nothing to it.
@@ -163,14 +165,19 @@ def _check_plugin(value: Any, path: str) -> None:
 
 
 def _local_auto_map(auto_map: Any) -> dict[str, Any]:
-    """The entries that lead to classes of ChatGLM-6B, which are served by ours."""
-    from .recognition import LOCAL_CLASSES, class_name
+    """Without the entries that lead to other classes of another repository, which would be judged by its own files.
 
+    The hook serves the classes of ChatGLM-6B, and refuses others of this checkpoint.
+    """
     if not isinstance(auto_map, dict):
         return {}
     kept = {}
     for auto_class, reference in auto_map.items():
         references = reference if isinstance(reference, list) else [reference]
-        if all(one is None or (isinstance(one, str) and class_name(one) in LOCAL_CLASSES) for one in references):
+        if all(one is None or _is_of_this_checkpoint(one) for one in references):
             kept[auto_class] = reference
     return kept
+
+
+def _is_of_this_checkpoint(reference: Any) -> bool:
+    return isinstance(reference, str) and ("--" not in reference or class_name(reference) in LOCAL_CLASSES)

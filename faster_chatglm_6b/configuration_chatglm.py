@@ -1,5 +1,6 @@
 """Configuration of ChatGLM-6B, field for field the one of THUDM/chatglm-6b's config.json."""
 
+import math
 from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
@@ -177,6 +178,7 @@ class ChatGLMConfig(PretrainedConfig):
             raise ValueError(
                 f"config.json has a setting of a wrong type; take config.json from the checkpoint again. ({cause})"
             ) from error
+        _check_finite(config_dict)
         # transformers sets the caller's own values after construction.
         (result[0] if isinstance(result, tuple) else result)._check()
         return result
@@ -236,6 +238,12 @@ class ChatGLMConfig(PretrainedConfig):
                 "exists, and null (None) for a head that is not quantised; give one of them, or take config.json "
                 "from the checkpoint again."
             )
+        for name in ("quantization_group_size", "quantization_head_bits", "quantization_embeddings"):
+            if getattr(self, name) and not self.quantization_bit:
+                raise ValueError(
+                    f"config.json or an argument gives {name}={getattr(self, name)!r} without quantization_bit, which "
+                    "would do nothing; give quantization_bit=8 or 4 with it, or leave it out."
+                )
         if not isinstance(self.layernorm_epsilon, (int, float)) or not 0 < self.layernorm_epsilon < 1:
             raise ValueError(
                 f"config.json gives layernorm_epsilon={self.layernorm_epsilon!r}, but a number between 0 and 1 is "
@@ -255,6 +263,15 @@ def _check_size(name: str, value: Any, most: int) -> None:
             f"config.json or an argument gives {name}={value}, but more than {most} is refused; "
             "give less, or take config.json from the checkpoint again."
         )
+
+
+def _check_finite(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(
+                f"config.json gives {name}={value!r}, but a finite number is needed; take config.json from the "
+                "checkpoint again."
+            )
 
 
 def _check_dtype(fields: dict[str, Any]) -> None:

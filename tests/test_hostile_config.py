@@ -228,7 +228,9 @@ def test_settings_of_the_users_own_stay(checkpoint, tmp_path):
 
 def test_foreign_entries_of_auto_map_are_not_taken(checkpoint):
     auto_map = json.loads((checkpoint / "config.json").read_text("utf-8"))["auto_map"]
-    edit_config(checkpoint, {"auto_map": {**auto_map, "AutoProcessor": "processing.Evil", "AutoModelForCTC": 3}})
+    edit_config(
+        checkpoint, {"auto_map": {**auto_map, "AutoProcessor": "someone/evil--processing.Evil", "AutoModelForCTC": 3}}
+    )
     assert ChatGLMConfig.from_pretrained(checkpoint).auto_map == auto_map
 
 
