@@ -11,7 +11,9 @@ The import, which may stand before or after the others, does this and no more:
 1. ``backend.py`` chooses the framework that will run the model (``FASTER_CHATGLM_6B_BACKEND=auto|torch|oneflow``).
    Where that is OneFlow, ``oneflow_compat`` lets ``import torch`` mean OneFlow, and the import must stand first;
 2. ``hook.py`` has transformers resolve the classes of a ChatGLM-6B checkpoint to those of this package. ChatGLM2,
-   ChatGLM3 and GLM-4 checkpoints, and all other models, are not touched.
+   ChatGLM3 and GLM-4 checkpoints, and all other models, are not touched. A checkpoint that looks like ChatGLM-6B and is
+   not recognised is left to its own code with a warning; ``FASTER_CHATGLM_6B_STRICT=1`` or ``enable(strict=True)``
+   refuses all that call themselves ChatGLM and are not ChatGLM-6B.
 
 It loads neither torch nor transformers, and OneFlow only where that may run the model. ``disable()`` undoes it,
 ``status()`` tells what it did, and with ``FASTER_CHATGLM_6B_DISABLE=1`` nothing is ever installed.
@@ -32,13 +34,20 @@ revision = "8b7d33596d18c5e83e2da052d05ca4db02e60620"
 __all__ = ["__version__", "disable", "disabled", "enable", "revision", "status"]
 
 _DISABLE_VARIABLE = "FASTER_CHATGLM_6B_DISABLE"
+_STRICT_VARIABLE = "FASTER_CHATGLM_6B_STRICT"
 
 
-def enable() -> None:
-    """Serves ChatGLM-6B checkpoints from now on; the import does it. With ``FASTER_CHATGLM_6B_DISABLE=1``, nothing."""
+def enable(strict: bool | None = None) -> None:
+    """Serves ChatGLM-6B checkpoints from now on; the import does it. With ``FASTER_CHATGLM_6B_DISABLE=1``, nothing.
+
+    Args:
+        strict: whether a checkpoint that calls itself ChatGLM (by its model_type or the names of its classes) and is
+            not recognised as ChatGLM-6B is refused with a ValueError, instead of being left to its own code, which
+            ``trust_remote_code=True`` would run. None: as it was, at first as ``FASTER_CHATGLM_6B_STRICT`` says.
+    """
     if not _is_switched_off_by_environment():
         backend.activate()
-        hook.install()
+        hook.install(hook.is_strict() if strict is None else bool(strict))
 
 
 def disable() -> None:
@@ -61,20 +70,25 @@ def disabled() -> Iterator[None]:
 
 def status() -> _status.Status:
     """What was chosen, patched and served so far, and why; printing it gives a readable report."""
-    return _status.report(__version__, revision, hook.is_installed(), _switch(), _backend, hook.patched_names())
+    report = _status.report(__version__, revision, hook.is_installed(), _switch(), _backend, hook.patched_names())
+    return report._replace(strict=hook.is_installed() and hook.is_strict())
 
 
 def _is_switched_off_by_environment() -> bool:
-    return os.environ.get(_DISABLE_VARIABLE, "").strip().lower() not in ("", "0", "false", "no", "off")
+    return _is_set(_DISABLE_VARIABLE)
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
 def _switch() -> str:
     if hook.is_installed():
-        return "enabled"
+        return "enabled, strict: other checkpoints named ChatGLM are refused" if hook.is_strict() else "enabled"
     if _is_switched_off_by_environment():
         return f"off, {_DISABLE_VARIABLE}={os.environ[_DISABLE_VARIABLE]} is set"
     return "off, disable() was called"
 
 
 _backend = backend.use(backend.choose_backend())
-enable()
+enable(strict=_is_set(_STRICT_VARIABLE) or hook.is_strict())

@@ -76,7 +76,8 @@ class Status(NamedTuple):
     ``served`` counts per (kind, checkpoint); ``passed_through`` maps a related checkpoint to the reason why its own
     code runs; ``operators`` maps "device dtype" to {operator: (implementation, reason)}; ``captured_generations``
     and ``plain_generations`` map a reason to a count; ``framework`` are lines about transformers, torch and OneFlow;
-    ``notices`` are sentences about what was not expected, of the installed transformers for example.
+    ``notices`` are sentences about what was not expected, of the installed transformers for example; ``strict`` tells
+    whether checkpoints that call themselves ChatGLM and are not ChatGLM-6B are refused.
     """
 
     version: str
@@ -95,6 +96,7 @@ class Status(NamedTuple):
     plain_generations: dict[str, int]
     framework: tuple[str, ...]
     notices: tuple[str, ...]
+    strict: bool = False
 
     def __str__(self) -> str:
         lines = [

@@ -4,10 +4,7 @@ transformers casts whatever it finds to the model's dtype and warns at most of n
 without their scales, for example, would become a model that talks nonsense.
 """
 
-import json
 import os
-import struct
-import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,12 +12,24 @@ import torch
 from safetensors import safe_open
 from transformers.utils import cached_file
 
+from .agreement import Held
+from .bin_files import check_bin
+from .checkpoint_json import check_readable, read_json
+
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # In transformers' order of preference.
 SAFETENSORS_FILES = ("model.safetensors", "model.safetensors.index.json")
 BIN_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-# Bytes that may follow a record of a zip archive: its checksum and sizes once more, short or long, marked or not.
-_DESCRIPTOR_SIZES = (0, 12, 16, 20, 24)
+# Far more than any shard of ChatGLM-6B.
+_MOST_FILE_BYTES = 1 << 40
+# The files' names for torch's dtypes.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+}
 
 
 class DamagedFile(Exception):
@@ -32,49 +41,62 @@ def only(kwargs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
 
 
-def weight_files(name: Any, hub: dict[str, Any], use_safetensors: bool | None = None) -> dict[str, set[str]]:
+def weight_files(
+    name: Any, hub: dict[str, Any], use_safetensors: bool | None = None, variant: str | None = None
+) -> dict[str, set[str]]:
     """The files with the weights of a directory or hub id, downloaded where need be.
 
+    Links are followed, as the caches of huggingface_hub are made of them; names in an index stay beside it.
+
     Args:
-        hub: those of HUB_ARGUMENTS that the caller gave. use_safetensors: of ``from_pretrained``.
+        hub: those of HUB_ARGUMENTS that the caller gave. use_safetensors, variant: of ``from_pretrained``.
 
     Returns:
         {path: the tensors that an index says are in it}; empty if there are no files.
 
     Raises:
-        OSError: a file that the index names is missing.
+        OSError: a file that the index names is missing, or one is a pipe, a device or the like.
         ValueError: an index that does not map names of tensors to names of files beside it.
     """
     wanted = () if use_safetensors is False else SAFETENSORS_FILES
     for file in (*wanted, *(() if use_safetensors else BIN_FILES)):
-        path = cached_file(name, file, **hub, _raise_exceptions_for_missing_entries=False)
+        path = cached_file(name, _of_variant(file, variant), **hub, _raise_exceptions_for_missing_entries=False)
         if path is not None:
             break
     else:
         return {}
     if not file.endswith(".index.json"):
-        return {path: set()}
-    promised: dict[str, set[str]] = {}
-    for tensor, shard in _weight_map(path, name).items():
-        promised.setdefault(shard, set()).add(tensor)
-    return {cached_file(name, shard, **hub): tensors for shard, tensors in promised.items()}
+        files: dict[str, set[str]] = {path: set()}
+    else:
+        promised: dict[str, set[str]] = {}
+        for tensor, shard in _weight_map(path, name, os.path.splitext(file[: -len(".index.json")])[1]).items():
+            promised.setdefault(shard, set()).add(tensor)
+        files = {cached_file(name, shard, **hub): tensors for shard, tensors in promised.items()}
+    for path in files:
+        check_readable(path, _MOST_FILE_BYTES)
+    return files
 
 
-def _weight_map(path: str, name: Any) -> dict[str, str]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            index = json.load(file)
-        weight_map = index["weight_map"]
-        files = set(weight_map.values())
-        is_sound = bool(files) and isinstance(index.get("metadata"), dict)
-    except (ValueError, LookupError, TypeError, AttributeError):
-        is_sound = False
-    if not is_sound or not all(isinstance(file, str) and file and not set(file) & {"/", "\\", "\0"} for file in files):
+def _of_variant(file: str, variant: str | None) -> str:
+    """transformers' name of a variant's file: model.fp16.safetensors, model.safetensors.index.fp16.json."""
+    start, end = os.path.splitext(file)
+    return f"{start}.{variant}{end}" if variant else file
+
+
+def _weight_map(path: str, name: Any, ending: str) -> dict[str, str]:
+    index = read_json(path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    is_sound = isinstance(weight_map, dict) and bool(weight_map) and isinstance(index.get("metadata"), dict)
+    if not is_sound or not all(_is_beside(file, ending) for file in weight_map.values()):
         raise ValueError(
-            f"The index of {name} must hold metadata and a weight_map from tensors to files beside it, but does not; "
-            "copy or download it again."
+            f"The index of {name} must hold metadata and a weight_map from tensors to {ending} files beside it, but "
+            "does not; copy or download it again."
         )
     return weight_map
+
+
+def _is_beside(file: Any, ending: str) -> bool:
+    return isinstance(file, str) and file.endswith(ending) and file != ending and not set(file) & {"/", "\\", "\0", ":"}
 
 
 def tensors_of_file(path: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -89,72 +111,79 @@ def tensors_of_file(path: str) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, file.get_tensor(name)
         return
     try:
-        # Files of torch before 1.6 are no archives, and cannot be mapped.
-        is_archive = zipfile.is_zipfile(path)
-        if is_archive:
-            _check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        size = os.path.getsize(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=check_bin(path, size))
         if not all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in content.items()):
             raise TypeError("it is no dictionary of tensors")
+        _check_tensors(content, size)
     except Exception as error:
         # Its pickle may be torn anywhere, and torch's reader then fails in any way.
         raise DamagedFile(str(error) or type(error).__name__) from error
     yield from content.items()
 
 
-def _check_archive(path: str) -> None:
-    """Raise BadZipFile where a .bin file's table of tensors has changed or its records do not lie end to end: mapped
-    into memory, torch would take the bytes of others for a tensor's. The tensors' own checksums are not looked at."""
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        records = sorted(archive.infolist(), key=lambda record: record.header_offset)
-        ends = [record.header_offset for record in records[1:]] + [archive.start_dir]
-        for record, end in zip(records, ends, strict=True):
-            with archive.open(record) as content:  # compares the record's own header with the directory
-                if record.CRC and "/data/" not in record.filename:  # torch can be told to leave checksums out
-                    content.read()
-            file.seek(record.header_offset + 26)
-            name_and_padding = sum(struct.unpack("<HH", file.read(4)))
-            behind = end - (record.header_offset + 30 + name_and_padding + record.file_size)
-            if record.compress_type != zipfile.ZIP_STORED or behind not in _DESCRIPTOR_SIZES:
-                raise zipfile.BadZipFile(f"record {record.filename} is not where the archive's directory says")
+def _check_tensors(content: dict[str, torch.Tensor], size: int) -> None:
+    """Refuse tensors that are more than bytes of the file: they would take memory when they are used."""
+    if not has_meta_device():
+        return  # such a framework has no such tensors either
+    total = 0
+    for name, tensor in content.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise TypeError(f"{name} is no plain tensor")
+        held = tensor.numel() * tensor.element_size()
+        # The head is the embedding in most checkpoints, whose bytes are there once then.
+        total += 0 if name == "lm_head.weight" else held
+        if held > tensor.untyped_storage().nbytes() or total > size:
+            raise ValueError(f"{name} has {tensor.numel()} numbers, but the file has {size} bytes only")
 
 
-def check_contents(files: dict[str, set[str]], name: Any, quantization_bit: int | None) -> None:
-    """Refuse what would load and be wrong: tensors that are not where the index says, integers that are not quantised
-    weights, scales that are no numbers.
-
-    Args:
-        files: from ``weight_files``. quantization_bit: of config.json.
+def contents(files: dict[str, set[str]], name: Any) -> dict[str, Held]:
+    """What the files hold, by name; of the content, scales alone are read.
 
     Raises:
         DamagedFile, SafetensorError: a file cannot be read as weights.
-        ValueError: see above; the message names the tensor.
+        ValueError: tensors that are not where the index says, or that two files hold, or scales that are no numbers.
     """
-    if not has_meta_device():
-        return  # such a framework maps no files into memory either: they would be read twice
-    dtypes: dict[str, torch.dtype] = {}
+    held: dict[str, Held] = {}
     for path, promised in files.items():
-        for key, tensor in tensors_of_file(path):
-            dtypes[key] = tensor.dtype
-            promised = promised - {key}
-            if key.endswith(".weight_scale") and not bool(torch.isfinite(tensor).all()):
+        found: dict[str, Held] = {}
+        for key, one, scale in _described(path):
+            found[key] = one
+            if scale is not None and not bool(torch.isfinite(scale).all()):
                 raise ValueError(
                     f"The weights of {name} hold scales that are not finite in {key}; copy or download them again."
                 )
-        if promised:
+        missing, twice = promised - found.keys(), held.keys() & found.keys()
+        if missing:
             raise ValueError(
-                f"The index of {name} says that {os.path.basename(path)} holds {min(promised)}, but it does not; copy "
+                f"The index of {name} says that {os.path.basename(path)} holds {min(missing)}, but it does not; copy "
                 "or download both again."
             )
-    for key, dtype in dtypes.items():
-        if not key.endswith((".weight", ".bias", ".weight_scale")):
-            continue
-        is_quantised = bool(quantization_bit) and f"{key}_scale" in dtypes
-        if dtype != torch.int8 if is_quantised else not dtype.is_floating_point:
+        if twice:
             raise ValueError(
-                f"The weights of {name} hold {key} as {dtype}, which does not go with quantization_bit="
-                f"{quantization_bit!r} of its config.json; take both from the same checkpoint."
+                f"Two weight files of {name} hold {min(twice)}, {os.path.basename(path)} being one of them; copy or "
+                "download them again."
             )
+        held |= found
+    return held
+
+
+def _described(path: str) -> Iterator[tuple[str, Held, torch.Tensor | None]]:
+    """(name, description, the tensor itself if it is a scale) of everything in a weight file."""
+    if not path.endswith(".safetensors"):
+        for key, tensor in tensors_of_file(path):
+            yield key, Held(tensor.dtype, tuple(tensor.shape)), tensor if key.endswith(".weight_scale") else None
+        return
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 safe_open is no mapping
+            part = file.get_slice(key)
+            dtype = _DTYPES.get(part.get_dtype(), getattr(torch, _long_name(part.get_dtype()), part.get_dtype()))
+            scale = file.get_tensor(key) if key.endswith(".weight_scale") else None
+            yield key, Held(dtype, tuple(part.get_shape())), scale
+
+
+def _long_name(dtype: str) -> str:
+    return dtype.replace("U", "uint").replace("I", "int").lower()
 
 
 def has_meta_device() -> bool:

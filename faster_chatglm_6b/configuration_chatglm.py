@@ -1,10 +1,14 @@
 """Configuration of ChatGLM-6B, field for field the one of THUDM/chatglm-6b's config.json."""
 
+import math
 from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
 
+from . import config_keys
+from .checkpoint_json import read_json
 from .model_size import check_size
+from .saving import replaced_file
 
 # Each size and the most that it may be: far more than any ChatGLM-6B has.
 _SIZES = {
@@ -24,7 +28,7 @@ _SWITCHES = (
     "prefix_projection",
     "tie_word_embeddings",
 )
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 _AUTO_MAP = {
     "AutoConfig": "configuration_chatglm.ChatGLMConfig",
     "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
@@ -110,6 +114,7 @@ class ChatGLMConfig(PretrainedConfig):
         self.quantization_head_bits = quantization_head_bits
         self.pre_seq_len = pre_seq_len
         self.prefix_projection = prefix_projection
+        kwargs = config_keys.of_a_caller(kwargs, type(self))
         # transformers 4.45's pipeline() loads a tokenizer only for a config that names its class.
         kwargs.setdefault("tokenizer_class", "ChatGLMTokenizer")
         _check_dtype(kwargs)
@@ -143,6 +148,13 @@ class ChatGLMConfig(PretrainedConfig):
         return result
 
     @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> Any:
+        """transformers' reader of config.json, for the settings that are taken from a checkpoint: see config_keys."""
+        settings = read_json(json_file)
+        settings = getattr(cls, "_decode_special_floats", lambda value: value)(settings)
+        return config_keys.of_a_file(settings, str(json_file), cls) if isinstance(settings, dict) else settings
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """transformers' ``from_dict``, for a config.json that gives every size: none is guessed. Ids that the first
         checkpoints do not give (``[MASK]``, ``[gMASK]``, ``<pad>``) follow from those of ``<sop>`` and ``<eop>``.
@@ -172,9 +184,15 @@ class ChatGLMConfig(PretrainedConfig):
             raise ValueError(
                 f"config.json has a setting of a wrong type; take config.json from the checkpoint again. ({cause})"
             ) from error
+        _check_finite(config_dict)
         # transformers sets the caller's own values after construction.
         (result[0] if isinstance(result, tuple) else result)._check()
         return result
+
+    def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
+        """transformers' writer of config.json; where it fails, a file that was there stays as it was."""
+        with replaced_file(json_file_path) as path:
+            super().to_json_file(path, use_diff=use_diff)
 
     @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
@@ -226,6 +244,12 @@ class ChatGLMConfig(PretrainedConfig):
                 "exists, and null (None) for a head that is not quantised; give one of them, or take config.json "
                 "from the checkpoint again."
             )
+        for name in ("quantization_group_size", "quantization_head_bits", "quantization_embeddings"):
+            if getattr(self, name) and not self.quantization_bit:
+                raise ValueError(
+                    f"config.json or an argument gives {name}={getattr(self, name)!r} without quantization_bit, which "
+                    "would do nothing; give quantization_bit=8 or 4 with it, or leave it out."
+                )
         if not isinstance(self.layernorm_epsilon, (int, float)) or not 0 < self.layernorm_epsilon < 1:
             raise ValueError(
                 f"config.json gives layernorm_epsilon={self.layernorm_epsilon!r}, but a number between 0 and 1 is "
@@ -257,12 +281,21 @@ def _check_size(name: str, value: Any, most: int) -> None:
         )
 
 
+def _check_finite(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(
+                f"config.json gives {name}={value!r}, but a finite number is needed; take config.json from the "
+                "checkpoint again."
+            )
+
+
 def _check_dtype(fields: dict[str, Any]) -> None:
     """transformers would look the name up among everything that torch has."""
     for name in ("dtype", "torch_dtype"):
         value = fields.get(name)
-        if value is not None and str(value).rsplit(".", 1)[-1] not in (*_DTYPES, "auto"):
+        if value is not None and str(value).rsplit(".", 1)[-1] not in (*DTYPES, "auto"):
             raise ValueError(
-                f"config.json gives {name}={value!r}, but one of {', '.join(_DTYPES)} is needed; "
+                f"config.json gives {name}={value!r}, but one of {', '.join(DTYPES)} is needed; "
                 "take config.json from the checkpoint again."
             )

@@ -38,10 +38,12 @@ _block_checkpoint_code: ContextVar[bool] = ContextVar("faster_chatglm_6b_block_c
 
 
 class _State:
-    """``installed``: look-ups are answered. ``upstreams``: hub ids that auto_maps of served checkpoints point to."""
+    """``installed``: look-ups are answered. ``strict``: what calls itself ChatGLM and is not served is refused.
+    ``upstreams``: hub ids that auto_maps of served checkpoints point to."""
 
     def __init__(self) -> None:
         self.installed = False
+        self.strict = False
         self.upstreams: set[str] = set()
 
 
@@ -49,10 +51,14 @@ class _State:
 _state: _State = globals().get("_state") or _State()
 
 
-def install() -> None:
-    """Redirects the classes of ChatGLM-6B checkpoints to ours, from now on. Installing twice is installing once."""
+def install(strict: bool = False) -> None:
+    """Redirects the classes of ChatGLM-6B checkpoints to ours, from now on. Installing twice is installing once.
+
+    Args:
+        strict: refuse what calls itself ChatGLM and is not served, instead of leaving it to its own code.
+    """
     with _lock:
-        _state.installed = True
+        _state.installed, _state.strict = True, strict
         _remove_finders()
         sys.meta_path.insert(0, _Finder())
         sys.meta_path.append(_HubModules())
@@ -78,6 +84,11 @@ def uninstall() -> None:
 def is_installed() -> bool:
     """Whether the classes of ChatGLM-6B checkpoints resolve to ours."""
     return _state.installed
+
+
+def is_strict() -> bool:
+    """Whether what calls itself ChatGLM and is not served is refused, while ``is_installed()``."""
+    return _state.strict
 
 
 def patched_names() -> tuple[str, ...]:
@@ -225,7 +236,7 @@ def _local_class(arguments: Mapping[str, Any]) -> type | None:
 
     Raises:
         ImportError: it is, and the installed transformers or torch is too old for us.
-        ValueError: it is, and a class is asked for that we have not.
+        ValueError: it is, and a class is asked for that we have not; or it only calls itself so, and that is refused.
     """
     # transformers <= 4.27 gives the class name alone, later ones "module.Name" or "owner/repository--module.Name"
     reference = arguments.get("class_reference") or arguments.get("class_name")
@@ -259,10 +270,32 @@ def _is_ours(checkpoint: str, arguments: Mapping[str, Any]) -> bool:
     verdict = recognition.judge_checkpoint(checkpoint, arguments)
     if verdict is None:
         # AutoModel.from_config asks with the repository that auto_map names, whose config.json need not be reachable.
-        return checkpoint in _state.upstreams
-    if verdict.reason and _status.record_passed_through(checkpoint, verdict.reason):
-        logger.info("%s: left to the checkpoint's own code, %s", checkpoint, verdict.reason)
+        if checkpoint in _state.upstreams:
+            return True
+        verdict = recognition.UNREADABLE
+    _leave_to_its_own_code(checkpoint, verdict)
     return verdict.is_served
+
+
+def _leave_to_its_own_code(checkpoint: str, verdict: recognition.Verdict) -> None:
+    """Say so, loudly where it looks like ChatGLM-6B; raise ValueError if that is not wanted."""
+    if verdict.is_served or not (verdict.reason or verdict.is_named):
+        return
+    if _state.strict and verdict.is_named:
+        raise ValueError(
+            f"{checkpoint} calls itself ChatGLM and is not taken for ChatGLM-6B ({verdict.reason}), and its own code "
+            "is refused by FASTER_CHATGLM_6B_STRICT=1 or enable(strict=True); correct the file if it is ChatGLM-6B, or "
+            "load it inside `with faster_chatglm_6b.disabled():` if you trust its code."
+        )
+    if not _status.record_passed_through(checkpoint, verdict.reason):
+        return
+    if verdict.looks_like_ours:
+        logger.warning(
+            "%s: looks like ChatGLM-6B and is not served, its own code runs: %s. Correct the file if it is ChatGLM-6B; "
+            "FASTER_CHATGLM_6B_STRICT=1 refuses such checkpoints.", checkpoint, verdict.reason,
+        )  # fmt: skip
+    else:
+        logger.info("%s: left to the checkpoint's own code, %s", checkpoint, verdict.reason)
 
 
 def _refuse_foreign_class(checkpoint: str, name: str, arguments: Mapping[str, Any]) -> None:
@@ -272,8 +305,13 @@ def _refuse_foreign_class(checkpoint: str, name: str, arguments: Mapping[str, An
         verdict = recognition.judge_checkpoint(checkpoint, {**arguments, "local_files_only": True})
     except Exception:
         logger.debug("%s: its JSON files could not be judged", checkpoint, exc_info=True)
-        return
-    if verdict is not None and verdict.is_served:
+        verdict = None
+    if verdict is None:
+        if "chatglm" not in name.lower():
+            return
+        verdict = recognition.UNREADABLE
+    _leave_to_its_own_code(checkpoint, verdict)
+    if verdict.is_served:
         raise ValueError(
             f"{checkpoint} is a ChatGLM-6B checkpoint, whose own code is not run, and its class {name} is not one of "
             f"{', '.join(recognition.LOCAL_CLASSES)}; "

@@ -2,6 +2,7 @@
 
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pickle import UnpicklingError
@@ -13,12 +14,14 @@ from safetensors import SafetensorError
 
 from . import _status
 from .backend import is_too_old
-from .checkpoint_files import HUB_ARGUMENTS, DamagedFile, check_contents, only, weight_files
-from .configuration_chatglm import ChatGLMConfig
+from .checkpoint_checks import check_checkpoint, only_checked_files, refuse_other_files
+from .checkpoint_files import DamagedFile
+from .config_keys import check_attention
+from .configuration_chatglm import DTYPES, ChatGLMConfig
 from .foreign_quantization import check_converted, prepare_foreign
 from .hook import checkpoint_code_blocked, is_checkpoint_code_blocked
-from .model_size import check_weight_files
 from .quantized_loading import load_quantized, quantizes_while_loading
+from .saving import saved_beside
 
 # How torch, safetensors and transformers say that a file cannot be read.
 _DAMAGE = (SafetensorError, UnpicklingError, EOFError, DamagedFile)
@@ -28,8 +31,18 @@ _DAMAGE_WORDS = ("PytorchStreamReader", "Unable to load weights from pytorch che
 _DTYPE = "torch_dtype" if is_too_old(transformers.__version__, "4.56") else "dtype"
 
 _PREFIX = "prefix_encoder."
-# Arguments with which the weights come from somewhere else.
-_OTHER_WEIGHTS = ("state_dict", "gguf_file", "variant", "from_tf", "from_flax")
+# Loading sets torch's default dtype, and an environment variable, for the whole process.
+_lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+# A child of a process in which another thread was loading would wait forever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @contextmanager
@@ -58,38 +71,82 @@ class CheckpointMixin:
             ValueError: weights that do not fit config.json, or a config.json that is not one of ChatGLM-6B.
         """
         given = (kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
-        kwargs[_DTYPE] = next((dtype for dtype in given if dtype is not None), "auto")
+        kwargs[_DTYPE] = _as_dtype(next((dtype for dtype in given if dtype is not None), "auto"))
+        check_attention(kwargs.get("attn_implementation"))
         config = kwargs.get("config")
         if config is not None and not isinstance(config, ChatGLMConfig) and hasattr(config, "to_dict"):
             kwargs["config"] = ChatGLMConfig.from_dict(config.to_dict())
-        is_foreign = prepare_foreign(pretrained_model_name_or_path, kwargs)
-        _check_weight_files(pretrained_model_name_or_path, kwargs)
-        with _clear_errors(pretrained_model_name_or_path):
-            _check_contents(pretrained_model_name_or_path, kwargs)
-        if quantizes_while_loading(pretrained_model_name_or_path, kwargs):
-            with _clear_errors(pretrained_model_name_or_path):
-                model = load_quantized(cls, pretrained_model_name_or_path, kwargs)
-            _status.record_served("model", str(pretrained_model_name_or_path))
-            return model
+        with _lock, _clear_errors(pretrained_model_name_or_path):
+            model = cls._load(pretrained_model_name_or_path, model_args, kwargs)
+        _status.record_served("model", str(pretrained_model_name_or_path))
+        return model
+
+    @classmethod
+    def _load(cls, name: Any, model_args: tuple, kwargs: dict[str, Any]) -> Any:
+        is_foreign = prepare_foreign(name, kwargs)
+        checked = check_checkpoint(cls, name, kwargs)
+        if quantizes_while_loading(name, kwargs):
+            return load_quantized(cls, name, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         # Without remote code transformers takes us for a native model and would ask the hub to convert .bin files.
         with (
             checkpoint_code_blocked(),
+            only_checked_files(checked),
             _environment_default("DISABLE_SAFETENSORS_CONVERSION", "true"),
-            _clear_errors(pretrained_model_name_or_path),
         ):
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
-        _check_complete(info, pretrained_model_name_or_path)
+            model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
+        _check_complete(model, info, name)
         if is_foreign:
-            check_converted(model, pretrained_model_name_or_path)
-        _begin_prefix(model, info, pretrained_model_name_or_path)
+            check_converted(model, name)
+        _begin_prefix(model, info, name)
         model.tie_head()
         # transformers 5 puts new parameters in the place of those that were frozen.
         model.base_model.freeze_below_prefix()
-        _status.record_served("model", str(pretrained_model_name_or_path))
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _from_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """transformers' way to a model without weights, which sets torch's default dtype too."""
+        check_attention(kwargs.get("attn_implementation"))
+        with _lock:
+            return super()._from_config(*args, **kwargs)
+
+    @classmethod
+    def _load_pretrained_model(cls, *args: Any, **kwargs: Any) -> Any:
+        """transformers' reader of weights, for the files that were checked."""
+        loader = super()._load_pretrained_model
+        refuse_other_files(loader, args, kwargs)
+        return loader(*args, **kwargs)
+
+    def _load_and_finalize_distributed_pretrained_model(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' reader of torch's distributed checkpoints, whose index is a pickle."""
+        raise ValueError(
+            "Distributed checkpoints (a .metadata file and *.distcp) are not loaded, as their index can hold any "
+            "Python object; save the model with save_pretrained() as safetensors."
+        )
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' choice of attention, the last place where the name of a hub repository is noticed."""
+        check_attention(attn_implementation)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``save_pretrained``, which leaves an earlier checkpoint there whole until the new one is.
+
+        Written beside the old files, in a folder of ``save_directory``, and then renamed: a full disk or Ctrl-C leaves
+        the old checkpoint as it was. Shards that the new one does not have are removed.
+
+        Raises:
+            OSError, SafetensorError: the files cannot be written.
+        """
+        directory = os.fspath(save_directory)
+        # Distributed checkpoints are written by several processes at once, into one folder.
+        if os.path.isfile(directory) or kwargs.get("distributed_checkpoint"):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(directory)))
+        with saved_beside(directory, bool(kwargs.get("is_main_process", args[0] if args else True))) as beside:
+            return super().save_pretrained(beside, *args, **kwargs)
 
     def tie_head(self) -> None:
         """Share the embedding with the head where the config ties them.
@@ -117,26 +174,24 @@ class CheckpointMixin:
         """Nothing: registering would make ``save_pretrained`` copy this package's source into checkpoints."""
 
 
-def _check_weight_files(name: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse a directory whose files cannot hold the model that its config.json asks for, before one is built."""
-    folder = os.path.join(str(name), kwargs.get("subfolder") or "")
-    if not os.path.isfile(os.path.join(folder, "config.json")):
-        return
-    config = kwargs.get("config")
-    if not isinstance(config, ChatGLMConfig):
-        config = ChatGLMConfig.from_pretrained(folder)
-    check_weight_files(config, folder)
+def _as_dtype(given: Any) -> Any:
+    """A dtype from its name; "auto" and what transformers takes besides stay.
+
+    Raises:
+        ValueError: no dtype that a model can have.
+    """
+    dtype = getattr(torch, given.removeprefix("torch.")) if isinstance(given, str) and _names_dtype(given) else given
+    is_other = isinstance(dtype, str) and dtype != "auto"
+    if is_other or (isinstance(dtype, torch.dtype) and not dtype.is_floating_point):
+        raise ValueError(
+            f"dtype={given!r} was asked for, but a model has one of {', '.join(DTYPES)}; give one of them, or 'auto' "
+            "for the checkpoint's own."
+        )
+    return dtype
 
 
-def _check_contents(name: Any, kwargs: dict[str, Any]) -> None:
-    """Look into the weight files, where they are the usual ones, before anything is built from them."""
-    if any(kwargs.get(argument) for argument in _OTHER_WEIGHTS):
-        return
-    hub = only(kwargs, HUB_ARGUMENTS)
-    stored, _ = ChatGLMConfig.get_config_dict(name, **hub)
-    if stored.get("quantization_config"):
-        return  # another library's integers, which it reads itself
-    check_contents(weight_files(name, hub, kwargs.get("use_safetensors")), name, stored.get("quantization_bit"))
+def _names_dtype(text: str) -> bool:
+    return text.removeprefix("torch.") in DTYPES
 
 
 @contextmanager
@@ -203,9 +258,13 @@ def _begin_prefix(model: Any, info: dict[str, Any], name: Any) -> None:
     prefix.reset_parameters()
 
 
-def _check_complete(info: dict[str, Any], name: Any) -> None:
-    """Refuse weights that are missing, which transformers would fill with random numbers; a P-Tuning prefix may be."""
-    missing = sorted(key for key in info["missing_keys"] if key != "lm_head.weight" and _PREFIX not in key)
+def _check_complete(model: Any, info: dict[str, Any], name: Any) -> None:
+    """Refuse weights that are missing, which transformers would fill with random numbers; a P-Tuning prefix may be.
+
+    What the files hold was compared before; weights that a caller gives, and those of OneFlow, were not.
+    """
+    tied = {"lm_head.weight", "lm_head.weight_scale"} if model.config.tie_word_embeddings else set()
+    missing = sorted(key for key in info["missing_keys"] if key not in tied and _PREFIX not in key)
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ValueError(

@@ -1,13 +1,13 @@
 """How large a model a config.json asks for, so that one that asks for too much is refused before memory is taken."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 # Far above every ChatGLM-6B, and far below what would fill a machine by a slip or on purpose.
 MOST_PARAMETERS = 10**11
 # Smaller models are loaded, and their missing tensors named, whatever their files hold.
 _WORTH_A_LOOK = 2**30
-_WEIGHT_FILES = (".safetensors", ".bin")
 
 
 def parameter_count(config: Any) -> int:
@@ -31,18 +31,17 @@ def check_size(config: Any) -> None:
         )
 
 
-def check_weight_files(config: Any, folder: str) -> None:
-    """Compare what config.json asks for with the bytes of the weight files beside it, whatever is in them.
+def check_weight_files(config: Any, paths: Iterable[str], name: Any) -> None:
+    """Compare what config.json asks for with the bytes of the weight files, whatever is in them.
 
     Raises:
         ValueError: a large model that the files cannot hold, even with a byte per parameter (half a one in 4 bits).
     """
-    with os.scandir(folder) as entries:
-        held = sum(entry.stat().st_size for entry in entries if entry.name.endswith(_WEIGHT_FILES))
+    held = sum(map(os.path.getsize, paths))
     asked = parameter_count(config) // (2 if config.quantization_bit == 4 else 1)
     if held and asked > max(held, _WORTH_A_LOOK):
         raise ValueError(
-            f"config.json of {folder} asks for {parameter_count(config) / 1e9:.1f} billion parameters, but the weight "
+            f"config.json of {name} asks for {parameter_count(config) / 1e9:.1f} billion parameters, but the weight "
             f"files beside it hold {held / 1e9:.3f} GB only; take both from the same checkpoint, or copy or download "
             "it again."
         )

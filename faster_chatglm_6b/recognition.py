@@ -4,8 +4,11 @@ ChatGLM2, ChatGLM3, GLM-4 and VisualGLM share model_type "chatglm" and the class
 serve, so neither of these can decide.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from .checkpoint_json import MOST_BYTES, check_readable
 
 # Class name in the checkpoint's auto_map -> module and class of ours.
 LOCAL_CLASSES = {
@@ -31,14 +34,22 @@ _OUR_AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoMod
 
 
 class Verdict(NamedTuple):
-    """``is_served``: the checkpoint is ours. ``reason``: why a related one is not; empty for the models of others."""
+    """``is_served``: the checkpoint is ours. ``reason``: why a related one is not; empty for the models of others.
+
+    ``is_named``: it calls itself ChatGLM and is not served. ``looks_like_ours``: besides, it has what ChatGLM-6B has
+    and no later GLM.
+    """
 
     is_served: bool
     reason: str
+    is_named: bool = False
+    looks_like_ours: bool = False
 
 
 SERVED = Verdict(True, "")
 UNRELATED = Verdict(False, "")
+# A class of ChatGLM is asked for, of a checkpoint that tells nothing about itself.
+UNREADABLE = Verdict(False, "neither its config.json nor its tokenizer_config.json can be read", True, True)
 
 
 def judge_config(config: Mapping[str, Any]) -> Verdict:
@@ -80,7 +91,14 @@ def judge_checkpoint(name: str, hub_options: Mapping[str, Any]) -> Verdict | Non
 
     Returns:
         The verdict, or ``None`` if neither config.json nor tokenizer_config.json can be read there.
+
+    Raises:
+        OSError: one of them is there, and far too large or too deep to be one of a checkpoint.
     """
+    for file in ("config.json", "tokenizer_config.json"):
+        path = os.path.join(name, str(hub_options.get("subfolder") or ""), file)
+        if os.path.isfile(path):
+            check_readable(path, MOST_BYTES)
     from transformers.configuration_utils import PretrainedConfig
 
     options = {key: hub_options[key] for key in _HUB_OPTIONS if hub_options.get(key) is not None}
@@ -88,7 +106,9 @@ def judge_checkpoint(name: str, hub_options: Mapping[str, Any]) -> Verdict | Non
         config, _ = PretrainedConfig.get_config_dict(name, **options)
     except (OSError, ValueError):
         config = {}
-    verdict = judge_config(config)
+    except RecursionError as error:
+        raise OSError(f"config.json of {name} is nested too deeply to be read; copy or download it again.") from error
+    verdict = _with_claims(judge_config(config), config)
     if verdict != UNRELATED or "model_type" in config:
         return verdict
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -99,9 +119,35 @@ def judge_checkpoint(name: str, hub_options: Mapping[str, Any]) -> Verdict | Non
         tokenizer_config = {}
     if not config and not tokenizer_config:
         return None
-    return judge_tokenizer_config(tokenizer_config)
+    return _with_claims(judge_tokenizer_config(tokenizer_config), tokenizer_config)
 
 
+def _with_claims(verdict: Verdict, config: Mapping[str, Any]) -> Verdict:
+    """The verdict with what a config.json or tokenizer_config.json that is not served says about itself."""
+    if verdict.is_served or not any(_NAME in text.lower() for text in _texts(_names(config))):
+        return verdict
+    keys = set(config)
+    looks_like_ours = bool(keys & _OUR_KEYS) or config.get("vocab_size") in _VOCABULARIES
+    reason = verdict.reason or f"its model_type is {config.get('model_type')!r}, where ChatGLM-6B has 'chatglm'"
+    return Verdict(False, reason, True, looks_like_ours)
+
+
+def _names(config: Mapping[str, Any]) -> list[Any]:
+    """What a checkpoint calls itself and its classes."""
+    auto_map = config.get("auto_map")
+    classes = list(auto_map.values()) if isinstance(auto_map, Mapping) else []
+    return [config.get("model_type"), config.get("architectures"), config.get("tokenizer_class"), classes]
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, (list, tuple)):
+        return [text for one in value for text in _texts(one)]
+    return [value] if isinstance(value, str) else []
+
+
+# In the names of all GLM chat models of the time, whichever the spelling.
+_NAME = "chatglm"
+_OUR_KEYS = _CHATGLM_6B_KEYS | {"num_image_tokens", "gmask_token", "gmask_token_id", "eop_token"}
 # force_download is left out: the caller has just downloaded what it forced.
 _HUB_OPTIONS = ("cache_dir", "proxies", "token", "use_auth_token", "revision", "local_files_only", "subfolder")
 

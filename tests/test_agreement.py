@@ -1,0 +1,445 @@
+"""What config.json says and what the weight files hold agree exactly, and only the files that were looked into are
+loaded; both when a checkpoint is loaded as it is and when it is quantised on the way."""
+
+import io
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import struct
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
+from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMModel
+
+PATHS = {"float": {}, "quantised while loading": {"quantization_bit": 8}}
+BOTH_PATHS = pytest.mark.parametrize("settings", PATHS.values(), ids=PATHS.keys())
+HEAD, EMBEDDING = "lm_head.weight", "transformer.word_embeddings.weight"
+DENSE = "transformer.layers.1.attention.dense.weight"
+
+
+@pytest.fixture
+def checkpoint(tiny_dir, tmp_path):
+    """A copy of the tiny checkpoint to tamper with."""
+    return shutil.copytree(tiny_dir, tmp_path / "checkpoint")
+
+
+def edit_config(checkpoint, **changes):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+
+
+def edit_weights(checkpoint, change):
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+def as_bin(checkpoint, **changes):
+    """Turn the weights into a .bin file, with changes."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    torch.save(tensors | changes, checkpoint / "pytorch_model.bin")
+    return checkpoint / "pytorch_model.bin"
+
+
+def refused(checkpoint, message, error=ValueError, model_class=ChatGLMForConditionalGeneration, **settings):
+    """The sentence of the refusal, which comes before a model is built that has memory."""
+    built = []
+    initialise = model_class.__init__
+
+    def noting(self, *args, **kwargs):
+        built.append(torch.empty(0).device.type)
+        initialise(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(error, match=message) as caught:
+        patch.setattr(model_class, "__init__", noting)
+        model_class.from_pretrained(checkpoint, **settings)
+    assert set(built) <= {"meta"} and torch.get_default_dtype() == torch.float32
+    assert str(checkpoint) in str(caught.value) and "\n" not in str(caught.value)
+
+
+CONTRADICTIONS = {
+    "no head": (
+        {"tie_word_embeddings": False},
+        lambda tensors: tensors.pop(HEAD),
+        "lack lm_head.weight, which its config.json asks for",
+    ),
+    "fewer layers": ({"num_layers": 2}, None, r"hold transformer\.layers\.2\.\S+, which its config.json does not"),
+    "more layers": ({"num_layers": 4}, None, "lack transformer.layers.3"),
+    "a scale beside floats": (
+        {},
+        lambda tensors: tensors.update({f"{DENSE}_scale": torch.ones(128).half()}),
+        "hold transformer.layers.1.attention.dense.weight_scale, which its config.json does not ask for",
+    ),
+    "a tensor of another model": (
+        {},
+        lambda tensors: tensors.update({"transformer.image_encoder.weight": torch.ones(2, 2).half()}),
+        "hold transformer.image_encoder.weight, which its config.json does not ask for",
+    ),
+    "a prefix that config.json does not have": (
+        {},
+        lambda tensors: tensors.update({"transformer.prefix_encoder.embedding.weight": torch.ones(4, 768).half()}),
+        "hold transformer.prefix_encoder.embedding.weight, which",
+    ),
+    "no bias": ({}, lambda tensors: tensors.pop(DENSE.replace("weight", "bias")), "lack transformer.layers.1.att"),
+    "no embedding and no head": (
+        {},
+        lambda tensors: (tensors.pop(HEAD), tensors.pop(EMBEDDING)),
+        "lack lm_head.weight, transformer.word_embeddings.weight",
+    ),
+    "another width": ({"inner_hidden_size": 256}, None, "have other shapes than its config.json says"),
+    "another vocabulary": ({"vocab_size": 600}, None, "have other shapes than its config.json says"),
+    "an empty tensor": ({}, lambda tensors: tensors.update({DENSE: tensors[DENSE][:0]}), "other shapes than"),
+    "a flat tensor": ({}, lambda tensors: tensors.update({DENSE: tensors[DENSE].flatten()}), "other shapes than"),
+    "integers": ({}, lambda tensors: tensors.update({DENSE: tensors[DENSE].to(torch.int32)}), "as torch.int32"),
+    "bytes": ({}, lambda tensors: tensors.update({DENSE: tensors[DENSE].to(torch.int8)}), "as torch.int8"),
+    "integers in a norm": (
+        {},
+        lambda tensors: tensors.update({"transformer.final_layernorm.weight": torch.ones(128, dtype=torch.int64)}),
+        "final_layernorm.weight as torch.int64",
+    ),
+    "floats of one byte": (
+        {},
+        lambda tensors: tensors.update({DENSE: tensors[DENSE].to(torch.float8_e4m3fn)}),
+        "dense.weight as ",
+    ),
+}
+
+
+@BOTH_PATHS
+@pytest.mark.parametrize("kind", CONTRADICTIONS)
+def test_contradictions_are_refused(checkpoint, kind, settings):
+    config, change, message = CONTRADICTIONS[kind]
+    if config.get("vocab_size"):
+        config = {**config, "gmask_token_id": 321}
+    edit_config(checkpoint, **config)
+    if change:
+        edit_weights(checkpoint, change)
+    refused(checkpoint, message, **settings)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_contradictions_of_quantised_checkpoints_are_refused(golden_dir, tmp_path, bits):
+    folder = golden_dir / "ckpt" / f"tiny-int{bits}"
+    for name, config, change, message in (
+        ("fewer layers", {"num_layers": 2}, None, "hold transformer.layers.2"),
+        ("other bits", {"quantization_bit": 12 - bits}, None, "other shapes than its config.json says"),
+        ("no scale", {}, lambda tensors: tensors.pop(f"{DENSE}_scale"), f"lack {DENSE}_scale"),
+        ("floats", {}, lambda tensors: tensors.update({DENSE: tensors[DENSE].half()}), "as torch.float16, which"),
+        ("a scale of integers", {}, lambda t: t.update({f"{DENSE}_scale": torch.ones(128).char()}), "as torch.int8"),
+        ("groups", {"quantization_group_size": 32}, None, "other shapes than its config.json says"),
+        ("a quantised head", {"quantization_head_bits": 8, "tie_word_embeddings": False}, None, "lm_head"),
+        ("a quantised embedding", {"quantization_embeddings": True}, None, "lm_head.weight as torch.float16"),
+    ):
+        checkpoint = shutil.copytree(folder, tmp_path / name)
+        edit_config(checkpoint, **config)
+        if change:
+            edit_weights(checkpoint, change)
+        refused(checkpoint, message)
+
+
+def test_what_may_be_missing_or_there_in_vain(checkpoint, tiny_model):
+    """A head that is the embedding, rotary frequencies, a model without a head."""
+    edit_weights(checkpoint, lambda tensors: tensors.pop(HEAD))
+    edit_weights(checkpoint, lambda tensors: tensors.update({"transformer.rotary_emb.inv_freq": torch.ones(16)}))
+    for settings in ({}, {"quantization_bit": 8}):
+        model = ChatGLMForConditionalGeneration.from_pretrained(checkpoint, **settings)
+        assert model.lm_head.weight is model.transformer.word_embeddings.weight
+    assert torch.equal(
+        ChatGLMModel.from_pretrained(checkpoint).word_embeddings.weight.float(),
+        tiny_model.transformer.word_embeddings.weight,
+    )
+    refused(checkpoint, "hold layers.2", model_class=ChatGLMModel, **fewer_layers(checkpoint))
+
+
+def fewer_layers(checkpoint):
+    edit_config(checkpoint, num_layers=2)
+    return {}
+
+
+def test_a_base_model_of_its_own_and_its_head(tiny_dir, tiny_model, tmp_path):
+    """Saved without the prefix of names that the whole model has."""
+    ChatGLMModel.from_pretrained(tiny_dir).save_pretrained(tmp_path)
+    assert "word_embeddings.weight" in load_file(tmp_path / "model.safetensors")
+    model = ChatGLMForConditionalGeneration.from_pretrained(tmp_path).float()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny_model.parameters(), strict=True))
+    edit_weights(tmp_path, lambda tensors: tensors.pop("layers.0.mlp.dense_h_to_4h.bias"))
+    refused(tmp_path, "lack transformer.layers.0.mlp.dense_h_to_4h.bias")
+
+
+def test_a_caller_may_leave_out_layers_and_a_prefix(golden_dir, tiny_dir, tmp_path):
+    """Fewer layers or no prefix because the caller said so, not the checkpoint."""
+    model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, num_layers=2)
+    assert len(model.transformer.layers) == 2
+    config = ChatGLMConfig.from_pretrained(tiny_dir, num_layers=1)
+    assert len(ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, config=config).transformer.layers) == 1
+    tuned = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, pre_seq_len=4)
+    tuned.save_pretrained(tmp_path)
+    assert ChatGLMForConditionalGeneration.from_pretrained(tmp_path).config.pre_seq_len == 4
+    assert ChatGLMForConditionalGeneration.from_pretrained(tmp_path, pre_seq_len=None).config.pre_seq_len is None
+    config = ChatGLMConfig.from_pretrained(tiny_dir)
+    assert not hasattr(
+        ChatGLMForConditionalGeneration.from_pretrained(tmp_path, config=config).transformer, "prefix_encoder"
+    )
+
+
+def test_a_files_own_prefix_alone_names_what_is_missing(golden_dir):
+    """What the P-Tuning trainer saves is no model: its users load it with load_state_dict."""
+    refused(golden_dir / "ckpt" / "tiny-ptuning-proj0", "lack lm_head.weight, transformer.final_layernorm.bias")
+
+
+def test_a_derived_model_may_say_what_it_ignores(checkpoint):
+    class Derived(ChatGLMForConditionalGeneration):
+        _keys_to_ignore_on_load_unexpected = [r"^value_head\."]
+
+    edit_weights(checkpoint, lambda tensors: tensors.update({"value_head.weight": torch.ones(1, 128).half()}))
+    Derived.from_pretrained(checkpoint)
+    refused(checkpoint, "hold value_head.weight")
+
+
+# Which files are read.
+
+
+@BOTH_PATHS
+@pytest.mark.parametrize("weights", ["other.safetensors", "../other.safetensors", "absolute"])
+def test_a_file_that_config_json_names_is_not_read(checkpoint, settings, weights):
+    """Its weights differ: those of model.safetensors are loaded."""
+    stored = load_file(checkpoint / "model.safetensors")
+    for other in (checkpoint / "other.safetensors", checkpoint.parent / "other.safetensors"):
+        save_file({name: torch.zeros_like(tensor) for name, tensor in stored.items()}, other, {"format": "pt"})
+    edit_config(checkpoint, transformers_weights=str(other) if weights == "absolute" else weights)
+    model = ChatGLMForConditionalGeneration.from_pretrained(checkpoint, **settings)
+    assert torch.equal(model.transformer.word_embeddings.weight, stored[EMBEDDING])
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        ChatGLMForConditionalGeneration.from_pretrained(checkpoint, **settings)
+
+
+def test_a_file_that_a_callers_configuration_names_is_not_read_unchecked(checkpoint):
+    """Whoever sets it: only what was looked into is loaded."""
+    config = ChatGLMConfig.from_pretrained(checkpoint)
+    config.transformers_weights = "other.safetensors"
+    shutil.copy(checkpoint / "model.safetensors", checkpoint / "other.safetensors")
+    message = r"would load \S+other\.safetensors, which is none of the checkpoint's usual weight files \(model\."
+    try:
+        model = ChatGLMForConditionalGeneration.from_pretrained(checkpoint, config=config)
+    except ValueError as error:
+        assert re.search(message, str(error))
+    else:
+        assert not hasattr(model.config, "transformers_weights"), "this transformers reads it"
+
+
+@BOTH_PATHS
+@pytest.mark.parametrize(
+    "shard", ["../outside.safetensors", "/absolute.safetensors", "a\\b.safetensors", "c:x.safetensors", "..",
+              "pytorch_model.bin", ".safetensors", "", None, 3],
+)  # fmt: skip
+def test_an_index_stays_beside_its_files(checkpoint, settings, shard):
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    path.rename(checkpoint.parent / "outside.safetensors")
+    torch.save(tensors, checkpoint / "pytorch_model.bin")
+    if shard == "/absolute.safetensors":
+        shard = str(checkpoint.parent / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, shard)}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(
+        checkpoint, r"must hold metadata and a weight_map from tensors to \.safetensors files beside it", **settings
+    )
+
+
+@BOTH_PATHS
+def test_links_as_in_the_hubs_cache(checkpoint, settings):
+    blobs = checkpoint.parent / "blobs"
+    blobs.mkdir()
+    for number, name in enumerate(("config.json", "model.safetensors")):
+        (checkpoint / name).rename(blobs / str(number))
+        (checkpoint / name).symlink_to(Path("..", "blobs", str(number)))
+    ChatGLMForConditionalGeneration.from_pretrained(checkpoint, **settings)
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors").symlink_to("nowhere")
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        ChatGLMForConditionalGeneration.from_pretrained(checkpoint, **settings)
+
+
+@BOTH_PATHS
+def test_a_second_family_of_files(golden_dir, checkpoint, settings):
+    """safetensors come first, and have to be whole; .bin files beside them are not looked at, nor loaded."""
+    sharded = golden_dir / "ckpt" / "tiny-sharded"
+    for path in sharded.glob("pytorch_model*"):
+        shutil.copy(path, checkpoint)
+    (checkpoint / "pytorch_model-00001-of-00002.bin").write_bytes(b"damaged")
+    ChatGLMForConditionalGeneration.from_pretrained(checkpoint, **settings)
+    shutil.copy(sharded / "pytorch_model-00001-of-00002.bin", checkpoint)
+    edit_weights(checkpoint, lambda tensors: tensors.update({k: v.char() for k, v in tensors.items()}))
+    refused(checkpoint, "as torch.int8, which does not go with quantization_bit=None", **settings)
+    ChatGLMForConditionalGeneration.from_pretrained(checkpoint, use_safetensors=False, **settings)
+
+
+def test_two_files_with_the_same_tensor(golden_dir, tmp_path):
+    """Which of them transformers takes depends on the release."""
+    checkpoint = shutil.copytree(golden_dir / "ckpt" / "tiny-sharded", tmp_path / "checkpoint")
+    path = checkpoint / "pytorch_model-00002-of-00002.bin"
+    other = torch.load(checkpoint / "pytorch_model-00001-of-00002.bin", weights_only=True)
+    name = "transformer.layers.0.attention.dense.weight"
+    assert name in other
+    torch.save(torch.load(path, weights_only=True) | {name: other[name] + 1}, path)
+    refused(checkpoint, f"Two weight files of .* hold {name}")
+
+
+def test_a_variant_is_looked_into(checkpoint):
+    (checkpoint / "model.safetensors").rename(checkpoint / "model.fp16.safetensors")
+    ChatGLMForConditionalGeneration.from_pretrained(checkpoint, variant="fp16")
+    edit_config(checkpoint, num_layers=2)
+    refused(checkpoint, "hold transformer.layers.2", variant="fp16")
+
+
+def test_distributed_checkpoints_are_not_opened(checkpoint, tmp_path):
+    """Their index is a pickle."""
+    tripwire = tmp_path / "tripwire"
+
+    class Tripwire:
+        def __reduce__(self):
+            return os.mkdir, (str(tripwire),)
+
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Tripwire()))
+    (checkpoint / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises((ValueError, OSError)):
+        ChatGLMForConditionalGeneration.from_pretrained(checkpoint)
+    assert not tripwire.exists()
+
+
+# What the files ask for.
+
+
+def memory_limit(function):
+    """Run with 1 GB of address space beside what the process has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30), before[1]))
+    try:
+        function()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@BOTH_PATHS
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="the memory of this process cannot be told without /proc"
+)
+def test_bin_files_cost_no_more_than_they_hold(checkpoint, settings):
+    """A compressed table; tensors that repeat one number; storages that are not there."""
+    path = as_bin(checkpoint)
+    whole = path.read_bytes()
+
+    def deflated():
+        with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+            for record in old.infolist():
+                content = old.read(record)
+                if record.filename.endswith("data.pkl"):
+                    with new.open(record.filename, "w", force_zip64=True) as file:
+                        file.write(content)
+                        for _ in range(3 << 10):
+                            file.write(bytes(1 << 20))
+                else:
+                    new.writestr(record.filename, content)
+
+    def long_table():
+        with zipfile.ZipFile(path, "w") as new:
+            new.writestr("archive/data.pkl", bytes(17 << 20))
+            new.writestr("archive/version", b"3")
+
+    def repeated():
+        tensors = torch.load(io.BytesIO(whole), weights_only=True)
+        torch.save(tensors | {EMBEDDING: torch.ones(1).expand(1 << 20, 1 << 20)}, path)
+
+    def repeated_in_shape():
+        tensors = torch.load(io.BytesIO(whole), weights_only=True)
+        torch.save(tensors | {EMBEDDING: torch.ones(1).half().expand(704, 128)}, path)
+
+    def shared():
+        one = torch.ones(128 << 10)
+        torch.save({f"{number}": one.view(-1) for number in range(1 << 12)}, path)
+
+    def legacy():
+        torch.save({"a": torch.ones(256).half()}, path, _use_new_zipfile_serialization=False)
+        content = path.read_bytes()
+        assert content.count(b"K\x00M\x00\x01\x85") == 1 and content.count(b"cpuq\x06M\x00\x01N") == 1
+        # 2^31 - 1 numbers instead of 256.
+        content = content.replace(b"cpuq\x06M\x00\x01N", b"cpuq\x06J\xff\xff\xff\x7fN")
+        path.write_bytes(content)
+
+    def legacy_memo():
+        torch.save({"a": torch.ones(256).half()}, path, _use_new_zipfile_serialization=False)
+        content = path.read_bytes()
+        path.write_bytes(content.replace(b"M\x00\x01N", b"M\x00\x01K\x07"))
+
+    def reserving():
+        path.write_bytes(b"\x80\x02cbuiltins\nbytearray\n" + b"J\xff\xff\xff\x7f\x85R.")
+
+    for change in (deflated, long_table, repeated, repeated_in_shape, shared, legacy, legacy_memo, reserving):
+        change()
+        assert path.stat().st_size < 20 << 20
+
+        def load(change=change):
+            with pytest.raises(OSError, match="truncated or corrupt") as caught:
+                ChatGLMForConditionalGeneration.from_pretrained(checkpoint, **settings)
+            assert "allocate" not in str(caught.value), change
+            print(change.__name__, caught.value)
+
+        memory_limit(load)
+
+
+@BOTH_PATHS
+def test_tensors_that_are_none(checkpoint, settings):
+    """Sparse, quantised by torch, without content."""
+    path = checkpoint / "model.safetensors"
+    stored = load_file(path)
+    sparse = stored[DENSE].to_sparse()
+    quantised = torch.quantize_per_tensor(stored[DENSE].float(), 0.1, 0, torch.qint8)
+    for number, tensor in enumerate((sparse, quantised, stored[DENSE].to("meta"))):
+        folder = shutil.copytree(checkpoint, checkpoint.parent / str(number))
+        as_bin(folder, **{DENSE: tensor})
+        refused(folder, "truncated or corrupt", error=OSError, **settings)
+
+
+@BOTH_PATHS
+def test_pipes_and_headers_that_lie(checkpoint, settings):
+    path = checkpoint / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(struct.pack("<Q", 1 << 60) + content[8:])
+    refused(checkpoint, "truncated or corrupt", error=OSError, **settings)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        ChatGLMForConditionalGeneration.from_pretrained(checkpoint, **settings)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_whole_files_are_read_once(tiny_dir, tmp_path, form, monkeypatch):
+    """Looking into them reads no weights: only scales are taken out of a file."""
+    from faster_chatglm_6b import checkpoint_files
+
+    checkpoint = shutil.copytree(tiny_dir, tmp_path / "checkpoint")
+    if form == "bin":
+        as_bin(checkpoint)
+    files = checkpoint_files.weight_files(str(checkpoint), {})
+    taken, mapped = [], []
+    load = torch.load
+    monkeypatch.setattr(torch, "isfinite", lambda tensor: taken.append(tensor))
+    monkeypatch.setattr(torch, "load", lambda *args, mmap, **kw: mapped.append(mmap) or load(*args, mmap=mmap, **kw))
+    held = checkpoint_files.contents(files, "x")
+    assert not taken and mapped == [True] * (form == "bin")
+    assert {key: one.shape for key, one in held.items()} == {
+        key: tuple(value.shape) for key, value in load_file(tiny_dir / "model.safetensors").items()
+    }
