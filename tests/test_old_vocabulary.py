@@ -212,6 +212,7 @@ def test_the_first_ice_text_model_becomes_the_current_one(which, tmp_path, monke
 
 
 def test_the_first_ice_text_model_is_the_published_one():
+    """Size and hash of the file of March 2023, as remembered: no copy of it was at hand."""
     content = first_file((real_tokenizer_folder() / "ice_text.model").read_bytes())
     assert len(content) == 2699926
     assert hashlib.sha256(content).hexdigest() == "99871e0c85db81ad7af1028854fd091cd5778c8414ae9d94bbbc10d02c831c21"
