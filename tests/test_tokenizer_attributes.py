@@ -62,51 +62,51 @@ def test_bytes_of_ids_are_what_decoding_gives(tokenizer):
     assert not any(texts[: tokenizer.num_image_tokens])
 
 
-class TestXgrammar:
-    """Not among the dependencies; `pip install xgrammar` in the environment of the clients."""
+@pytest.fixture(scope="module")
+def xgrammar():
+    """Not among the dependencies; it is in the environment of the clients."""
+    return pytest.importorskip("xgrammar", reason="xgrammar is not installed")
 
-    @pytest.fixture(scope="class")
-    def xgrammar(self):
-        return pytest.importorskip("xgrammar", reason="xgrammar is not installed")
 
-    def test_from_huggingface(self, xgrammar, tokenizer):
-        info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=tokenizer.vocab_size + 40)
-        assert info.vocab_type == xgrammar.VocabType.BYTE_FALLBACK and info.add_prefix_space
-        assert info.stop_token_ids == [tokenizer.eos_token_id] and info.vocab_size == tokenizer.vocab_size + 40
-        decoded, expected = info.decoded_vocab, tokenizer.sp_tokenizer.bytes_of_ids()
-        markers = [*tokenizer.sp_tokenizer.control_pieces.values(), "<n>", "<|tab|>"]
-        markers += [f"<|blank_{length}|>" for length in range(2, 81)]
-        literal = {tokenizer.convert_tokens_to_ids(marker) for marker in markers}
-        for index in range(tokenizer.num_image_tokens, tokenizer.vocab_size):
-            # It takes markers and control pieces for the text of their names: see the next test for what does not.
-            name = tokenizer.convert_ids_to_tokens(index)
-            assert decoded[index] == (name.encode() if index in literal else expected[index]), name
+def test_xgrammar_from_huggingface(xgrammar, tokenizer):
+    info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=tokenizer.vocab_size + 40)
+    assert info.vocab_type == xgrammar.VocabType.BYTE_FALLBACK and info.add_prefix_space
+    assert info.stop_token_ids == [tokenizer.eos_token_id] and info.vocab_size == tokenizer.vocab_size + 40
+    decoded, expected = info.decoded_vocab, tokenizer.sp_tokenizer.bytes_of_ids()
+    markers = [*tokenizer.sp_tokenizer.control_pieces.values(), "<n>", "<|tab|>"]
+    markers += [f"<|blank_{length}|>" for length in range(2, 81)]
+    literal = {tokenizer.convert_tokens_to_ids(marker) for marker in markers}
+    for index in range(tokenizer.num_image_tokens, tokenizer.vocab_size):
+        # It takes markers and control pieces for the text of their names: see the next test for what does not.
+        name = tokenizer.convert_ids_to_tokens(index)
+        assert decoded[index] == (name.encode() if index in literal else expected[index]), name
 
-    def test_json_with_our_bytes_is_json(self, xgrammar, tiny_model, tiny_tokenizer):
-        info = xgrammar.TokenizerInfo(
-            tiny_tokenizer.sp_tokenizer.bytes_of_ids(),
-            vocab_type=xgrammar.VocabType.RAW,
-            vocab_size=tiny_model.config.vocab_size,
-            stop_token_ids=[tiny_tokenizer.eos_token_id],
-            add_prefix_space=True,
-        )
-        schema = {
-            "type": "object",
-            "properties": {"name": {"type": "string", "maxLength": 12}, "count": {"type": "integer"}},
-            "required": ["name", "count"],
-            "additionalProperties": False,
-        }
-        compiler = xgrammar.GrammarCompiler(info)
-        grammar = compiler.compile_json_schema(json.dumps(schema), any_whitespace=False)
-        bitmask = xgrammar.allocate_token_bitmask(1, info.vocab_size)
-        matcher = xgrammar.GrammarMatcher(grammar)
-        assert all(matcher.accept_token(index) for index in tiny_tokenizer.convert_tokens_to_ids(["{", '"']))
-        matcher.fill_next_token_bitmask(bitmask)
-        allowed = [index for index in range(664) if bitmask[0, index // 32] >> (index % 32) & 1]
-        names = tiny_tokenizer.convert_ids_to_tokens(allowed)
-        assert "n" in names and not {"<n>", "<|tab|>", "[gMASK]", "<eop>"} & set(names)
-        processor = xgrammar.contrib.hf.LogitsProcessor(grammar)
-        prompt = tiny_tokenizer("你好", return_tensors="pt")["input_ids"]
-        output = tiny_model.generate(prompt, max_new_tokens=80, do_sample=False, logits_processor=[processor])
-        answer = json.loads(tiny_tokenizer.decode(output[0, prompt.shape[1] :].tolist()))
-        assert set(answer) == {"name", "count"} and type(answer["count"]) is int
+
+def test_xgrammar_with_bytes_of_ids_gives_json(xgrammar, tiny_model, tiny_tokenizer):
+    info = xgrammar.TokenizerInfo(
+        tiny_tokenizer.sp_tokenizer.bytes_of_ids(),
+        vocab_type=xgrammar.VocabType.RAW,
+        vocab_size=tiny_model.config.vocab_size,
+        stop_token_ids=[tiny_tokenizer.eos_token_id],
+        add_prefix_space=True,
+    )
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 12}, "count": {"type": "integer"}},
+        "required": ["name", "count"],
+        "additionalProperties": False,
+    }
+    compiler = xgrammar.GrammarCompiler(info)
+    grammar = compiler.compile_json_schema(json.dumps(schema), any_whitespace=False)
+    bitmask = xgrammar.allocate_token_bitmask(1, info.vocab_size)
+    matcher = xgrammar.GrammarMatcher(grammar)
+    assert all(matcher.accept_token(index) for index in tiny_tokenizer.convert_tokens_to_ids(["{", '"']))
+    matcher.fill_next_token_bitmask(bitmask)
+    allowed = [index for index in range(664) if bitmask[0, index // 32] >> (index % 32) & 1]
+    names = tiny_tokenizer.convert_ids_to_tokens(allowed)
+    assert "n" in names and not {"<n>", "<|tab|>", "[gMASK]", "<eop>"} & set(names)
+    processor = xgrammar.contrib.hf.LogitsProcessor(grammar)
+    prompt = tiny_tokenizer("你好", return_tensors="pt")["input_ids"]
+    output = tiny_model.generate(prompt, max_new_tokens=80, do_sample=False, logits_processor=[processor])
+    answer = json.loads(tiny_tokenizer.decode(output[0, prompt.shape[1] :].tolist()))
+    assert set(answer) == {"name", "count"} and type(answer["count"]) is int
