@@ -8,18 +8,7 @@ from test_fault_table import is_run
 
 ROOT = Path(__file__).resolve().parents[1]
 BY_HAND = re.compile(r"by hand on (\d{4}-\d\d-\d\d)")
-NAMED = "PEFT trl bitsandbytes torchao quanto accelerate lm-eval LangChain LlamaIndex outlines xgrammar DeepSpeed".split()
-    "PEFT",
-    "trl",
-    "bitsandbytes",
-    "torchao",
-    "quanto",
-    "accelerate",
-    "lm-eval",
-    "LangChain",
-    "LlamaIndex",
-    "outlines",
-)
+NAMED = "PEFT trl bitsandbytes torchao quanto accelerate lm-eval LangChain LlamaIndex outlines xgrammar".split()
 
 
 def rows() -> list[list[str]]:
