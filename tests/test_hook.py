@@ -288,10 +288,8 @@ def test_other_models_are_logged_once_each(ways_to_load):
     assert [level for level, _ in messages] == ["INFO", "WARNING"]
     (_, chatglm2), (_, visualglm) = messages
     assert "chatglm2: left to the checkpoint's own code, config.json has ffn_hidden_size" in chatglm2
-    assert (
-        "visualglm: looks like ChatGLM-6B and is not served, its own code runs: config.json has eva_config, as VisualGLM"
-        in visualglm
-    )
+    assert "visualglm: looks like ChatGLM-6B and is not served, its own code runs: config.json has" in visualglm
+    assert "eva_config, as VisualGLM" in visualglm
 
 
 def test_other_tokenizer_without_a_model(ways_to_load):

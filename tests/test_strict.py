@@ -69,7 +69,8 @@ def found(tmp_path_factory, golden_dir):
         remote_code.edit_json(checkpoint / "config.json", **changes)
     nothing = remote_code.add_working_code(remote_code.chatglm_6b(root / "two tokenizers", tiny))
     (nothing / "config.json").unlink()
-    remote_code.edit_json(nothing / "tokenizer_config.json", num_image_tokens=20000, eop_token=7)
+    tokenizer_config = nothing / "tokenizer_config.json"
+    remote_code.edit_json(tokenizer_config, remove=("num_image_tokens", "gmask_token"), eop_token="<eop>")
     for name, changes in NEWER.items():
         config = {**remote_code.CHATGLM2_CONFIG, **changes}
         remote_code.other_glm(root / name, config, remote_code.CHATGLM2_TOKENIZER_CONFIG)
