@@ -13,8 +13,6 @@ from ..prefix_encoder import PrefixEncoder
 from ..quantization import QuantizedLinear
 from .sampling import CannotServe
 
-_OWN_OR_TORCHS = ("torch.nn.", f"{__name__.split('.')[0]}.")
-
 
 def check_model(model: Any) -> tuple:
     """Where the model's weights lie, for ``DecodeEngine.session``: captured graphs hold these addresses.
@@ -129,12 +127,9 @@ def _is_hooked(module: nn.Module) -> bool:
 
 def _is_patched(module: nn.Module) -> bool:
     """Whether somebody put another forward into the module's class."""
-    kind = type(module)
-    forward = kind.forward
-    # A list of modules has none, and the model's own class was looked at before.
-    if kind is nn.ModuleList or not kind.__module__.startswith(_OWN_OR_TORCHS):
-        return False
-    return getattr(forward, "__module__", None) != kind.__module__ or hasattr(forward, "__wrapped__")
+    owner = next(kind for kind in type(module).__mro__ if "forward" in kind.__dict__)
+    forward = owner.__dict__["forward"]
+    return getattr(forward, "__module__", None) != owner.__module__ or hasattr(forward, "__wrapped__")
 
 
 def _is_whole(module: nn.Module) -> bool:

@@ -1,0 +1,108 @@
+"""Why the captured loop leaves a model to the plain path: whatever its kernels would pass by. No kernel runs here."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from faster_chatglm_6b import blocks
+from faster_chatglm_6b.decoding.refusal import check_model
+from faster_chatglm_6b.decoding.sampling import CannotServe
+from faster_chatglm_6b.ops import cuda
+
+LAYER = "transformer.layers.1"
+PLACES = (
+    "lm_head",
+    "transformer",
+    "transformer.word_embeddings",
+    "transformer.final_layernorm",
+    LAYER,
+    f"{LAYER}.input_layernorm",
+    f"{LAYER}.attention",
+    f"{LAYER}.attention.query_key_value",
+    f"{LAYER}.mlp",
+    f"{LAYER}.mlp.dense_4h_to_h",
+)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.fixture
+def model(tiny_model, monkeypatch):
+    monkeypatch.setattr(cuda, "kernels_refusal", lambda device, dtype: None)
+    model = copy.deepcopy(tiny_model)
+    assert len(check_model(model)) > 2
+    return model
+
+
+def put(model, name, module):
+    owner, _, attribute = name.rpartition(".")
+    model.get_submodule(owner)._modules[attribute] = module
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_wrapped(model, name):
+    put(model, name, Wrapper(model.get_submodule(name)))
+    with pytest.raises(CannotServe, match=rf"^{name} is a .*test_refusal\.Wrapper$"):
+        check_model(model)
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "forward"])
+@pytest.mark.parametrize("name", PLACES)
+def test_hooked(model, name, kind):
+    module = model.get_submodule(name)
+    if kind == "forward":
+        module.forward = module.forward
+    else:
+        getattr(module, kind)(lambda *arguments: None)
+    with pytest.raises(CannotServe, match=f"^{name} has a forward hook or a replaced forward$"):
+        check_model(model)
+
+
+@pytest.mark.parametrize("kind", [blocks.SelfAttention, blocks.GLU, blocks.GLMBlock, nn.Linear, nn.LayerNorm])
+def test_forward_of_a_class_replaced(model, kind, monkeypatch):
+    """As forks patch an attention in for all layers."""
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *arguments: forward(self, *arguments))
+    with pytest.raises(CannotServe, match="has a forward hook or a replaced forward$"):
+        check_model(model)
+
+
+@pytest.mark.parametrize("name", ["lm_head", f"{LAYER}.mlp.dense_4h_to_h", f"{LAYER}.input_layernorm"])
+def test_weights_of_another_kind(model, name):
+    module = model.get_submodule(name)
+    module.weight = nn.Parameter(module.weight.data.as_subclass(Subclass), requires_grad=False)
+    with pytest.raises(CannotServe, match=f"a weight of {name} is a .*Subclass"):
+        check_model(model)
+
+
+def test_parametrised(model):
+    parametrize.register_parametrization(model.get_submodule(LAYER).attention.dense, "weight", nn.Identity())
+    with pytest.raises(CannotServe, match=f"{LAYER}.attention.dense is a .*ParametrizedLinear"):
+        check_model(model)
+
+
+@pytest.mark.parametrize("settings", [{"elementwise_affine": False}, {"bias": False}], ids=str)
+def test_norm_without_vectors(model, settings):
+    norm = model.transformer.final_layernorm
+    put(model, "transformer.final_layernorm", nn.LayerNorm(norm.normalized_shape, **settings))
+    with pytest.raises(CannotServe, match=r"transformer.final_layernorm has no weight or no bias"):
+        check_model(model)
+
+
+def test_plain_modules_of_the_user_are_served(model):
+    """They are what the network is made of."""
+    norm, linear = model.transformer.final_layernorm, model.get_submodule(LAYER).attention.dense
+    put(model, "transformer.final_layernorm", nn.LayerNorm(norm.normalized_shape))
+    put(model, f"{LAYER}.attention.dense", nn.Linear(linear.in_features, linear.out_features))
+    assert len(check_model(model)) > 2
