@@ -1,70 +1,26 @@
 """What config.json says and what the weight files hold agree exactly, and only the files that were looked into are
 loaded; both when a checkpoint is loaded as it is and when it is quantised on the way."""
 
-import io
 import json
 import os
 import pickle
 import re
-import resource
 import shutil
-import struct
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tampering import BOTH_PATHS, DENSE, EMBEDDING, HEAD, edit_config, edit_weights, refused
 
 from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMModel
-
-PATHS = {"float": {}, "quantised while loading": {"quantization_bit": 8}}
-BOTH_PATHS = pytest.mark.parametrize("settings", PATHS.values(), ids=PATHS.keys())
-HEAD, EMBEDDING = "lm_head.weight", "transformer.word_embeddings.weight"
-DENSE = "transformer.layers.1.attention.dense.weight"
 
 
 @pytest.fixture
 def checkpoint(tiny_dir, tmp_path):
     """A copy of the tiny checkpoint to tamper with."""
     return shutil.copytree(tiny_dir, tmp_path / "checkpoint")
-
-
-def edit_config(checkpoint, **changes):
-    path = checkpoint / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
-
-
-def edit_weights(checkpoint, change):
-    path = checkpoint / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
-
-
-def as_bin(checkpoint, **changes):
-    """Turn the weights into a .bin file, with changes."""
-    tensors = load_file(checkpoint / "model.safetensors")
-    (checkpoint / "model.safetensors").unlink()
-    torch.save(tensors | changes, checkpoint / "pytorch_model.bin")
-    return checkpoint / "pytorch_model.bin"
-
-
-def refused(checkpoint, message, error=ValueError, model_class=ChatGLMForConditionalGeneration, **settings):
-    """The sentence of the refusal, which comes before a model is built that has memory."""
-    built = []
-    initialise = model_class.__init__
-
-    def noting(self, *args, **kwargs):
-        built.append(torch.empty(0).device.type)
-        initialise(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(error, match=message) as caught:
-        patch.setattr(model_class, "__init__", noting)
-        model_class.from_pretrained(checkpoint, **settings)
-    assert set(built) <= {"meta"} and torch.get_default_dtype() == torch.float32
-    assert str(checkpoint) in str(caught.value) and "\n" not in str(caught.value)
 
 
 CONTRADICTIONS = {
@@ -317,129 +273,3 @@ def test_distributed_checkpoints_are_not_opened(checkpoint, tmp_path):
     with pytest.raises((ValueError, OSError)):
         ChatGLMForConditionalGeneration.from_pretrained(checkpoint)
     assert not tripwire.exists()
-
-
-# What the files ask for.
-
-
-def memory_limit(function):
-    """Run with 1 GB of address space beside what the process has."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30), before[1]))
-    try:
-        function()
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-@BOTH_PATHS
-@pytest.mark.skipif(
-    not Path("/proc/self/statm").exists(), reason="the memory of this process cannot be told without /proc"
-)
-def test_bin_files_cost_no_more_than_they_hold(checkpoint, settings):
-    """A compressed table; tensors that repeat one number; storages that are not there."""
-    path = as_bin(checkpoint)
-    whole = path.read_bytes()
-
-    def deflated():
-        with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
-            for record in old.infolist():
-                content = old.read(record)
-                if record.filename.endswith("data.pkl"):
-                    with new.open(record.filename, "w", force_zip64=True) as file:
-                        file.write(content)
-                        for _ in range(3 << 10):
-                            file.write(bytes(1 << 20))
-                else:
-                    new.writestr(record.filename, content)
-
-    def long_table():
-        with zipfile.ZipFile(path, "w") as new:
-            new.writestr("archive/data.pkl", bytes(17 << 20))
-            new.writestr("archive/version", b"3")
-
-    def repeated():
-        tensors = torch.load(io.BytesIO(whole), weights_only=True)
-        torch.save(tensors | {EMBEDDING: torch.ones(1).expand(1 << 20, 1 << 20)}, path)
-
-    def repeated_in_shape():
-        tensors = torch.load(io.BytesIO(whole), weights_only=True)
-        torch.save(tensors | {EMBEDDING: torch.ones(1).half().expand(704, 128)}, path)
-
-    def shared():
-        one = torch.ones(128 << 10)
-        torch.save({f"{number}": one.view(-1) for number in range(1 << 12)}, path)
-
-    def legacy():
-        torch.save({"a": torch.ones(256).half()}, path, _use_new_zipfile_serialization=False)
-        content = path.read_bytes()
-        assert content.count(b"K\x00M\x00\x01\x85") == 1 and content.count(b"cpuq\x06M\x00\x01N") == 1
-        # 2^31 - 1 numbers instead of 256.
-        content = content.replace(b"cpuq\x06M\x00\x01N", b"cpuq\x06J\xff\xff\xff\x7fN")
-        path.write_bytes(content)
-
-    def legacy_memo():
-        torch.save({"a": torch.ones(256).half()}, path, _use_new_zipfile_serialization=False)
-        content = path.read_bytes()
-        path.write_bytes(content.replace(b"M\x00\x01N", b"M\x00\x01K\x07"))
-
-    def reserving():
-        path.write_bytes(b"\x80\x02cbuiltins\nbytearray\n" + b"J\xff\xff\xff\x7f\x85R.")
-
-    for change in (deflated, long_table, repeated, repeated_in_shape, shared, legacy, legacy_memo, reserving):
-        change()
-        assert path.stat().st_size < 20 << 20
-
-        def load(change=change):
-            with pytest.raises(OSError, match="truncated or corrupt") as caught:
-                ChatGLMForConditionalGeneration.from_pretrained(checkpoint, **settings)
-            assert "allocate" not in str(caught.value), change
-            print(change.__name__, caught.value)
-
-        memory_limit(load)
-
-
-@BOTH_PATHS
-def test_tensors_that_are_none(checkpoint, settings):
-    """Sparse, quantised by torch, without content."""
-    path = checkpoint / "model.safetensors"
-    stored = load_file(path)
-    sparse = stored[DENSE].to_sparse()
-    quantised = torch.quantize_per_tensor(stored[DENSE].float(), 0.1, 0, torch.qint8)
-    for number, tensor in enumerate((sparse, quantised, stored[DENSE].to("meta"))):
-        folder = shutil.copytree(checkpoint, checkpoint.parent / str(number))
-        as_bin(folder, **{DENSE: tensor})
-        refused(folder, "truncated or corrupt", error=OSError, **settings)
-
-
-@BOTH_PATHS
-def test_pipes_and_headers_that_lie(checkpoint, settings):
-    path = checkpoint / "model.safetensors"
-    content = path.read_bytes()
-    path.write_bytes(struct.pack("<Q", 1 << 60) + content[8:])
-    refused(checkpoint, "truncated or corrupt", error=OSError, **settings)
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(OSError, match=r"model\.safetensors"):
-        ChatGLMForConditionalGeneration.from_pretrained(checkpoint, **settings)
-
-
-@pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_whole_files_are_read_once(tiny_dir, tmp_path, form, monkeypatch):
-    """Looking into them reads no weights: only scales are taken out of a file."""
-    from faster_chatglm_6b import checkpoint_files
-
-    checkpoint = shutil.copytree(tiny_dir, tmp_path / "checkpoint")
-    if form == "bin":
-        as_bin(checkpoint)
-    files = checkpoint_files.weight_files(str(checkpoint), {})
-    taken, mapped = [], []
-    load = torch.load
-    monkeypatch.setattr(torch, "isfinite", lambda tensor: taken.append(tensor))
-    monkeypatch.setattr(torch, "load", lambda *args, mmap, **kw: mapped.append(mmap) or load(*args, mmap=mmap, **kw))
-    held = checkpoint_files.contents(files, "x")
-    assert not taken and mapped == [True] * (form == "bin")
-    assert {key: one.shape for key, one in held.items()} == {
-        key: tuple(value.shape) for key, value in load_file(tiny_dir / "model.safetensors").items()
-    }
