@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+# OneFlow has no layouts.
+_STRIDED = getattr(torch, "strided", None)
 _ID_DTYPES = (torch.int64, torch.int32)
 # Far beyond any prompt; a table of so many positions still fits into memory.
 _MOST_POSITIONS = 2**20
@@ -24,11 +26,8 @@ def check_tensor(name: str, value: Any, needed: str) -> None:
         raise ValueError(f"{name} is a {type(value).__name__}, but a tensor is needed; pass {needed}.")
     if value.device.type == "meta":
         raise ValueError(f"{name} lies on the device meta and holds no values; pass {needed} on a real device.")
-    if getattr(value, "is_sparse", False) or getattr(value, "layout", None) not in (None, _STRIDED):
+    if getattr(value, "is_sparse", False) or (_STRIDED and value.layout != _STRIDED):
         raise ValueError(f"{name} is a sparse tensor, but a dense one is needed; pass {name}.to_dense().")
-
-
-_STRIDED = getattr(torch, "strided", None)
 
 
 def check_ids(input_ids: Any) -> None:

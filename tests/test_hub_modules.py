@@ -23,7 +23,7 @@ def tried(name):
         module = importlib.import_module(name)
     except ImportError as error:
         return type(error).__name__
-    return f"{module.__name__} {getattr(module, 'MARK', '')}".strip()
+    return f"{module.__name__} {getattr(module, 'WRITTEN_BY_THE_TEST', '')}".strip()
 
 
 before = [tried("transformers_modules"), tried("transformers_modules.chatglm_6b.modeling_chatglm")]
@@ -56,7 +56,7 @@ others = [tried(f"transformers_modules.{name}") for name in names]
 package = Path(HF_MODULES_CACHE) / "transformers_modules" / "other"
 package.mkdir(parents=True)
 (package / "__init__.py").write_text("")
-(package / "modeling_other.py").write_text("MARK = 'run'")
+(package / "modeling_other.py").write_text("WRITTEN_BY_THE_TEST = 'run'")
 importlib.invalidate_caches()
 beside = tried("transformers_modules.other.modeling_other")
 
@@ -70,7 +70,7 @@ faster_chatglm_6b.enable()
 package = Path(HF_MODULES_CACHE) / "transformers_modules" / "chatglm_6b"
 package.mkdir()
 (package / "__init__.py").write_text("")
-(package / "quantization.py").write_text("MARK = 'of earlier'")
+(package / "quantization.py").write_text("WRITTEN_BY_THE_TEST = 'of earlier'")
 importlib.invalidate_caches()
 earlier = tried("transformers_modules.chatglm_6b.quantization")
 told = ("before", "copied", "served", "spellings", "same", "others", "beside", "gone", "earlier")
