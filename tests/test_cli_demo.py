@@ -194,7 +194,7 @@ def piped(monkeypatch, capsys):
 
     def converse(text: bytes) -> str:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
-        assert main(["chat", "--tiny", "--device", "cpu", "--temperature", "0"]) == 0
+        assert main(["chat", "--tiny", "--device", "cpu", "--temperature", "0", "--max-length", "200"]) == 0
         shown = capsys.readouterr().out
         assert shown.endswith("Goodbye. 再见。\n")
         return shown
