@@ -24,15 +24,19 @@ def rows(name: str) -> list[list[str]]:
 
 
 def references(row: list[str]) -> list[str]:
-    return re.findall(r"`(tests/[\w/]+\.py::\w+)`", row[1])
+    return re.findall(r"`(tests/[\w/]+\.py::[\w:]+)`", row[1])
 
 
 def is_run(reference: str) -> bool:
     """Whether pytest collects the function, or a test file runs it as one of its checks."""
-    path, function = reference.split("::")
+    path, *classes, function = reference.split("::")
     if not (ROOT / path).is_file():
         return False
     module = ast.parse((ROOT / path).read_text("utf-8"))
+    for name in classes:
+        module = next((node for node in module.body if isinstance(node, ast.ClassDef) and node.name == name), None)
+        if module is None:
+            return False
     if function not in {node.name for node in module.body if isinstance(node, ast.FunctionDef)}:
         return False
     if not path.endswith("_checks.py"):
@@ -60,6 +64,9 @@ def test_a_missing_test_is_noticed():
     assert not is_run("tests/decoding/fault_checks.py::out_of_memory")
     assert not is_run("tests/decoding/fault_checks.py::nothing")
     assert not is_run("tests/decoding/test_faults.py::out_of_memory")
+    assert is_run("tests/test_foreign_quantization.py::TestBitsAndBytes::test_qlora")
+    assert not is_run("tests/test_foreign_quantization.py::test_qlora")
+    assert not is_run("tests/test_foreign_quantization.py::TestNothing::test_qlora")
     assert not is_run("tests/decoding/test_nothing.py::test_nothing")
 
 
