@@ -71,7 +71,7 @@ define install_torch
 	fi
 endef
 
-# The kernels' tests need a Triton; CUDA builds of torch bring the one that suits them.
+# The kernels' tests need a Triton; CUDA builds of torch bring the one that suits them. Before the clients, which would bring another.
 define install_interpreter
 	$(PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)' || $(PIP) install -q -e '.[interpreter]'
 endef
@@ -85,8 +85,8 @@ $(READY) $(READY_DEV): pyproject.toml setup.py
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@rm -f $(VENV)/.ready-*
 	@$(install_torch)
-	@$(PIP) install -q -e '.$(if $(findstring .ready-dev,$@),[$(EXTRAS)])' --upgrade '$(REQUIREMENT)'
 	@$(if $(findstring .ready-dev,$@),$(install_interpreter))
+	@$(PIP) install -q -e '.$(if $(findstring .ready-dev,$@),[$(EXTRAS)])' --upgrade '$(REQUIREMENT)'
 	@touch $(VENV)/.ready-$(TRANSFORMERS) $@
 
 # No torch in here. --no-deps: the package's own list asks for it.

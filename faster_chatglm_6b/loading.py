@@ -84,8 +84,9 @@ class CheckpointMixin:
     @classmethod
     def _load(cls, name: Any, model_args: tuple, kwargs: dict[str, Any]) -> Any:
         is_foreign = prepare_foreign(name, kwargs)
+        quantizes = quantizes_while_loading(name, kwargs)
         checked = check_checkpoint(cls, name, kwargs)
-        if quantizes_while_loading(name, kwargs):
+        if quantizes:
             return load_quantized(cls, name, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         # Without remote code transformers takes us for a native model and would ask the hub to convert .bin files.

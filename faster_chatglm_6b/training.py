@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .arguments import check_labels
 from .configuration_chatglm import ChatGLMConfig
 
 IGNORED = -100
@@ -50,9 +51,9 @@ class TrainingMixin:
             num_items_in_batch: what the sum is divided by; None: the number of labels that count.
 
         Raises:
-            ValueError: as in ``check_labels``.
+            ValueError: as in ``check_teaching``.
         """
-        check_labels(input_ids, labels, self.config)
+        check_teaching(input_ids, labels, self.config)
         reduction = "mean" if num_items_in_batch is None else "sum"
         loss = nn.functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1),
@@ -67,7 +68,7 @@ class TrainingMixin:
         return loss / num_items_in_batch
 
 
-def check_labels(input_ids: torch.Tensor | None, labels: torch.Tensor, config: ChatGLMConfig) -> None:
+def check_teaching(input_ids: torch.Tensor | None, labels: torch.Tensor, config: ChatGLMConfig) -> None:
     """Refuse labels from which a prefix LM learns nothing; warn once of those that count tokens of the context.
 
     Args:
@@ -75,25 +76,11 @@ def check_labels(input_ids: torch.Tensor | None, labels: torch.Tensor, config: C
         labels: int64 [B, M], -100 where the loss does not count.
 
     Raises:
-        ValueError: labels of another shape than the ids or out of the vocabulary; several examples in one row; a row
-            whose labels all lie in the context, which the model sees whole.
+        ValueError: several examples in one row; a row whose labels all lie in the context, which the model sees whole.
     """
-    labels = labels.cpu()
-    counted = labels != IGNORED
-    wrong = labels[counted & ((labels < 0) | (labels >= config.vocab_size))]
-    if wrong.numel():
-        raise ValueError(
-            f"labels hold {int(wrong[0])}, but a label is an id from 0 to {config.vocab_size - 1}, or {IGNORED} where "
-            "the loss does not count."
-        )
     if input_ids is None:
         return
-    ids = input_ids.cpu()
-    if ids.shape != labels.shape:
-        raise ValueError(
-            f"labels have shape {list(labels.shape)}, but input_ids have {list(ids.shape)}; pass one label for each "
-            "token, and pad both on the same side."
-        )
+    ids, counted = input_ids.cpu(), labels.cpu() != IGNORED
     is_sop = ids == config.bos_token_id
     is_mask = (ids == config.gmask_token_id) | (ids == config.mask_token_id)
     if bool(((is_mask[:, :-1] & is_sop[:, 1:]).sum(dim=1) > 1).any()):
@@ -170,7 +157,9 @@ def _with_fused_head(forward: Callable) -> Callable:
             )
         labels = kwargs.get("labels")
         if labels is not None:
-            check_labels(args[0] if args else kwargs.get("input_ids"), labels, self.config)
+            input_ids = args[0] if args else kwargs.get("input_ids")
+            check_labels(labels, input_ids, self.config.vocab_size)
+            check_teaching(input_ids, labels, self.config)
         with _batch_first():
             return forward(self, *args, **kwargs)
 

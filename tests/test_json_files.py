@@ -82,7 +82,7 @@ COMPANIONS = [{"quantization_group_size": 32}, {"quantization_head_bits": 8}, {"
 
 @pytest.mark.parametrize("settings", COMPANIONS, ids=lambda settings: next(iter(settings)))
 def test_companions_of_quantisation_without_bits(checkpoint, settings):
-    message = f"{next(iter(settings))}=.* without quantization_bit, which would do nothing; give quantization_bit=8"
+    message = f"{next(iter(settings))}=.* without quantization_bit"
     with pytest.raises(ValueError, match=message):
         ChatGLMForConditionalGeneration.from_pretrained(checkpoint, **settings)
     path = checkpoint / "config.json"

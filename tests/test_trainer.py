@@ -131,8 +131,8 @@ def refusals(tokenizer):
             "docs/finetuning.md shows how",
         ),
         "packed": (ids * 2, labels * 2, "holds several examples"),
-        "another length": (ids, labels[1:], r"labels have shape \[1, \d+\], but input_ids have"),
-        "no id": (ids, [*labels[:-1], 10**6], "labels hold 1000000, but a label is an id from 0 to"),
+        "another length": (ids, labels[1:], r"labels are torch.int64 of shape \[1, \d+\]; pass int64"),
+        "no id": (ids, [*labels[:-1], 10**6], "labels hold 1000000, but this model's vocabulary goes from 0 to"),
         "another ignored value": (ids, [-1, *labels[1:]], "labels hold -1, but"),
     }
 

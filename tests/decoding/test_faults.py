@@ -143,7 +143,7 @@ def stand_in(monkeypatch):
     """A model without weights that the captured loop takes, and a request of four tokens."""
     monkeypatch.setattr(loop, "check_model", lambda model: ("key",))
     monkeypatch.setattr(engine, "Session", StandInSession)
-    model = SimpleNamespace(lm_head=SimpleNamespace(weight=torch.zeros(1)))
+    model = SimpleNamespace(lm_head=torch.nn.Embedding(1, 1))
     model.config = SimpleNamespace(num_layers=1, hidden_size=1, pre_seq_len=None)
     model.transformer = SimpleNamespace(word_embeddings=model.lm_head)
     request = SimpleNamespace(input_ids=PROMPT, max_length=PROMPT.shape[1] + 4, eos_ids=(), has_end=False, others=[])
