@@ -20,7 +20,8 @@ RESIDUAL_ALPHA = math.sqrt(2 * 28)
 
 class Step(dict):
     """What all layers of one forward share: position_ids, cos, sin, attn_bias, prefix_length, past_key_values and
-    output_attentions. It is a dict, so that accelerate moves its tensors to each layer's device."""
+    output_attentions; and layer_id, the layer's place. It is a dict, so that accelerate moves its tensors to each
+    layer's device."""
 
     def __getattr__(self, name: str) -> object:
         try:
@@ -50,7 +51,7 @@ class SelfAttention(StockAttentionNames, AdapterHost):
         query = ops.fused_apply_rotary_emb(packed, tensor_index=0, **rotary)
         key = ops.fused_apply_rotary_emb(packed, tensor_index=1, **rotary)
         value = packed.view(batch, rows, width // (3 * self.head_size), 3, self.head_size)[:, :, :, 2].transpose(1, 2)
-        key, value = ops.fused_attention_concat_past_key_value(step.past_key_values, key, value, self.layer_id)
+        key, value = ops.fused_attention_concat_past_key_value(step.past_key_values, key, value, step.layer_id)
         context = ops.fused_multi_head_attention_inference_v2(
             query=query, key=key, value=value, attn_bias=step.attn_bias, prefix_length=step.prefix_length
         )

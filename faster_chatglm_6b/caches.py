@@ -118,9 +118,10 @@ def as_cache(past_key_values: Any, use_cache: bool) -> Any:
     return cache
 
 
-def check_cache(cache: Any, config: Any) -> None:
-    """Raise ValueError unless a cache, filled or empty, is one that a model of this configuration can append to."""
-    kind, layers, prefix = type(cache).__name__, config.num_layers, config.pre_seq_len or 0
+def check_cache(cache: Any, config: Any, layers: int) -> None:
+    """Raise ValueError unless a cache, filled or empty, is one that a model of this configuration, with so many layers,
+    can append to."""
+    kind, prefix = type(cache).__name__, config.pre_seq_len or 0
     of_two = hasattr(cache, "cross_attention_cache")
     if of_two or not (hasattr(cache, "update") and hasattr(cache, "get_seq_length")):
         raise ValueError(
@@ -136,7 +137,8 @@ def check_cache(cache: Any, config: Any) -> None:
         )
     length = cache.get_seq_length()
     held = len(parts) if parts is not None else layers
-    if any(cache.get_seq_length(layer) != length for layer in range(1, layers)) or (length and held > layers):
+    others = (cache.get_seq_length(layer) for layer in range(layers, held))
+    if any(cache.get_seq_length(layer) != length for layer in range(1, layers)) or any(others):
         raise ValueError(
             f"The cache holds {held} layers, and not all equally long, but this model has {layers}; pass a cache that "
             "this model filled, or an empty one."

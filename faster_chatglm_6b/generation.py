@@ -226,7 +226,8 @@ class PrefixGenerationMixin(SearchMixin):
         return kwargs
 
     def _check_cache(self, cache: Any, input_ids: torch.Tensor) -> None:
-        check_cache(cache, self.config)
+        layers = getattr(self.transformer, "layers", None)
+        check_cache(cache, self.config, self.config.num_layers if layers is None else len(layers))
         length = cached_tokens(cache, self.config)
         if length:
             check_cached_batch(cache, input_ids)

@@ -149,7 +149,7 @@ class ChatGLMModel(StockNetworkNames, ChatGLMPreTrainedModel):
         given = cache_in({"past_key_values": past_key_values, "cache": cache})
         cache = as_cache(given, use_cache)
         if given is not None:
-            check_cache(cache, self.config)
+            check_cache(cache, self.config, len(self.layers))
         past_length = cached_tokens(cache, self.config)
         check_inputs(input_ids, inputs_embeds, position_ids, attention_mask, self.config, past_length)
         if past_length:
@@ -185,12 +185,14 @@ class ChatGLMModel(StockNetworkNames, ChatGLMPreTrainedModel):
         for index, (layer, place) in enumerate(zip(self.layers, devices, strict=True)):
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
+            # Its place and not the number it was made with: layers are dropped and moved, too.
+            own_step = Step(step, layer_id=index)
             if checkpointing and index % self.checkpointed_every == 0:
                 hidden_states, probabilities = self._gradient_checkpointing_func(
-                    layer.__call__, hidden_states, tables[place], step
+                    layer.__call__, hidden_states, tables[place], own_step
                 )
             else:
-                hidden_states, probabilities = layer(hidden_states, tables[place], step)
+                hidden_states, probabilities = layer(hidden_states, tables[place], own_step)
             all_attentions.append(probabilities)
         hidden_states = normalise(self.final_layernorm, hidden_states, tables[devices[-1]])
         output = BaseModelOutputWithPast(

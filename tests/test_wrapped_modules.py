@@ -286,3 +286,15 @@ def test_stocks_state_dict_loads_strictly(tiny_model, tiny_dir):
     ):
         with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict"):
             model.load_state_dict({**state, key: torch.ones(8)}, strict=True)
+
+
+def test_dropped_and_moved_layers(tiny_model):
+    """The cache counts layers by their places, whatever number they were made with, and whatever num_layers says."""
+    model = copy.deepcopy(tiny_model)
+    kept = list(model.transformer.layers)
+    model.transformer.layers = nn.ModuleList((kept[-1], *kept[1:-1], kept[-1]))
+    swapped = model.generate(IDS, **GREEDY)
+    assert swapped.tolist() == model.generate(IDS, **GREEDY, use_cache=False).tolist()
+    model.transformer.layers = nn.ModuleList((kept[-1], *kept[:-2]))
+    fewer = model.generate(IDS, **GREEDY)
+    assert fewer.tolist() == model.generate(IDS, **GREEDY, use_cache=False).tolist()

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from typing import Any
 
 from .memory import cache_bytes, is_out_of_memory, too_little_for_the_loop
+from .refusal import check_sizes
 from .sampling import CannotServe
 from .session import Session, capacity_for
 
@@ -77,10 +78,11 @@ class DecodeEngine:
             key: where the weights lie, from ``check_model``; with other ones everything is made anew.
 
         Raises:
-            CannotServe: there is not enough memory for its cache.
+            CannotServe: weights of other sizes than the kernels' buffers, or not enough memory for its cache.
         """
         if key != self._key:
             self._drop()
+            check_sizes(model)
             self._key = key
         # No name is given to the session of before: it would hold its cache while the new one is made.
         if batch not in self._sessions or self._sessions[batch].capacity < tokens:

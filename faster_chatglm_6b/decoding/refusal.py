@@ -1,6 +1,5 @@
 """Which models the captured loop can run: it calls kernels on the weights and never the modules themselves."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from .sampling import CannotServe
 
 
 def check_model(model: Any) -> tuple:
-    """Where the model's weights lie, for ``DecodeEngine.session``: captured graphs hold these addresses.
+    """Where the model's weights lie, with their shapes, for ``DecodeEngine.session``: captured graphs hold them.
 
     It runs before every request, so it walks over the modules once and builds no names unless something is wrong.
 
@@ -41,16 +40,17 @@ def check_model(model: Any) -> tuple:
     if model.transformer.word_embeddings.max_norm is not None:
         raise CannotServe("the embedding has a max_norm")
     expected = _expected_types()
+    usual = {kind: not _is_patched(kind) for kind in (*expected, type(model))}
     addresses = []
     for module in _modules(model):
-        if module is not model and type(module) not in expected or _is_hooked(module) or not _is_whole(module):
+        if not usual.get(type(module)) or _has_hooks(module) or not _is_whole(module):
             raise CannotServe(_what_is_wrong(model, module))
         # Integers and their scales, of whatever float, have kernels of their own.
         any_dtype = ("weight", "weight_scale") if isinstance(module, QuantizedLinear) else ()
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            if not is_plain_tensor(parameter):
+            if type(parameter) is not nn.Parameter and not is_plain_tensor(parameter):
                 raise CannotServe(f"a weight of {_name(model, module)} is a {_kind(parameter)}")
             if (
                 parameter.device != device
@@ -61,19 +61,24 @@ def check_model(model: Any) -> tuple:
                     f"a weight of {_name(model, module)} is {parameter.dtype} on {parameter.device} with strides "
                     f"{list(parameter.stride())}; all must be contiguous and {dtype} on {device} like the embedding's"
                 )
+            # A smaller tensor may get the place of one that was freed.
             addresses.append(parameter.data_ptr())
+            addresses.append(parameter.shape)
+        if type(module) is nn.LayerNorm:
+            addresses.append(module.eps)
     if not addresses:
         raise CannotServe("the weights are no parameters")
     return device, dtype, *addresses
 
 
-def _modules(module: nn.Module) -> Iterator[nn.Module]:
+def _modules(module: nn.Module) -> list[nn.Module]:
     """The module and all below it, by their places: a shared one comes more than once. Without a P-Tuning prefix, which
     the prompt runs as the module that it is."""
-    yield module
-    for child in module._modules.values():
-        if child is not None and not isinstance(child, PrefixEncoder):
-            yield from _modules(child)
+    modules = [module]
+    # The list grows while it is walked over, which takes half the time of generators in each other.
+    for one in modules:
+        modules += [child for child in one._modules.values() if child is not None and type(child) is not PrefixEncoder]
+    return modules
 
 
 def check_ends(model: Any) -> None:
@@ -89,6 +94,35 @@ def check_ends(model: Any) -> None:
     for module, kinds in ((embedding, (nn.Embedding,)), (head, (nn.Linear, QuantizedLinear))):
         if type(module) not in kinds:
             raise CannotServe(_what_is_wrong(model, module))
+
+
+def check_sizes(model: Any) -> None:
+    """Whether the weights of a model that ``check_model`` accepts fit the kernels' buffers: a pruned model's do not.
+
+    Raises:
+        CannotServe: another number of layers than in the configuration, or a weight of another shape.
+    """
+    config, layers = model.config, model.transformer.layers
+    hidden, inner = config.hidden_size, config.inner_hidden_size
+    if len(layers) != config.num_layers:
+        raise CannotServe(f"the model has {len(layers)} layers, but num_layers is {config.num_layers}")
+    norms, linears = [model.transformer.final_layernorm], [(model.lm_head, hidden, model.lm_head.weight.shape[0])]
+    for layer in layers:
+        attention, mlp = layer.attention, layer.mlp
+        norms += layer.input_layernorm, layer.post_attention_layernorm
+        linears += (attention.query_key_value, hidden, 3 * hidden), (attention.dense, hidden, hidden)
+        linears += (mlp.dense_h_to_4h, hidden, inner), (mlp.dense_4h_to_h, inner, hidden)
+    found = [(norm, list(norm.weight.shape), [hidden]) for norm in norms]
+    for linear, columns, rows in linears:
+        if isinstance(linear, QuantizedLinear):
+            found.append((linear, [linear.out_features, linear.in_features], [rows, columns]))
+        else:
+            found.append((linear, list(linear.weight.shape), [rows, columns]))
+        if linear.bias is not None:
+            found.append((linear, list(linear.bias.shape), [rows]))
+    for module, shape, wanted in found:
+        if shape != wanted:
+            raise CannotServe(f"{_name(model, module)} has a weight or bias of shape {shape} instead of {wanted}")
 
 
 def _expected_types() -> set[type]:
@@ -120,21 +154,30 @@ def _check_forward(model: Any) -> None:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__) or _is_patched(
-        module
-    )
+    return _has_hooks(module) or _is_patched(type(module))
 
 
-def _is_patched(module: nn.Module) -> bool:
-    """Whether somebody put another forward into the module's class."""
-    owner = next(kind for kind in type(module).__mro__ if "forward" in kind.__dict__)
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _is_patched(kind: type) -> bool:
+    """Whether somebody put another forward into the class."""
+    owner = next((one for one in kind.__mro__ if "forward" in one.__dict__), nn.Module)
     forward = owner.__dict__["forward"]
     return getattr(forward, "__module__", None) != owner.__module__ or hasattr(forward, "__wrapped__")
 
 
 def _is_whole(module: nn.Module) -> bool:
-    """Whether a norm has both of its vectors, which the kernels read."""
-    return not isinstance(module, nn.LayerNorm) or (module.weight is not None and module.bias is not None)
+    """Whether the weights are parameters, by whose addresses graphs are told apart, and a norm has both of its
+    vectors, which the kernels read."""
+    state = module.__dict__
+    if "weight" in state or "bias" in state:
+        return False
+    if type(module) is not nn.LayerNorm:
+        return True
+    parameters = state["_parameters"]
+    return parameters["weight"] is not None and parameters["bias"] is not None
 
 
 def _name(model: Any, wanted: nn.Module) -> str:
@@ -150,5 +193,5 @@ def _what_is_wrong(model: Any, module: nn.Module) -> str:
     if _is_hooked(module):
         return f"{name} has a forward hook or a replaced forward"
     if not _is_whole(module):
-        return f"{name} has no weight or no bias"
+        return f"{name} has no weight or no bias among its parameters"
     return f"{name} is a {_kind(module)}"

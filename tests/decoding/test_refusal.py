@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from faster_chatglm_6b import blocks
-from faster_chatglm_6b.decoding.refusal import check_model
+from faster_chatglm_6b.decoding.refusal import check_model, check_sizes
 from faster_chatglm_6b.decoding.sampling import CannotServe
 from faster_chatglm_6b.ops import cuda
 
@@ -96,7 +96,7 @@ def test_parametrised(model):
 def test_norm_without_vectors(model, settings):
     norm = model.transformer.final_layernorm
     put(model, "transformer.final_layernorm", nn.LayerNorm(norm.normalized_shape, **settings))
-    with pytest.raises(CannotServe, match=r"transformer.final_layernorm has no weight or no bias"):
+    with pytest.raises(CannotServe, match=r"transformer.final_layernorm has no weight or no bias among its parameters"):
         check_model(model)
 
 
@@ -106,3 +106,51 @@ def test_plain_modules_of_the_user_are_served(model):
     put(model, "transformer.final_layernorm", nn.LayerNorm(norm.normalized_shape))
     put(model, f"{LAYER}.attention.dense", nn.Linear(linear.in_features, linear.out_features))
     assert len(check_model(model)) > 2
+
+
+@pytest.mark.parametrize("name", [f"{LAYER}.attention.dense", f"{LAYER}.input_layernorm"])
+def test_weight_that_is_no_parameter(model, name):
+    """Its address would not be among those that tell graphs apart."""
+    module = model.get_submodule(name)
+    weight = module.weight.data
+    del module.weight
+    module.weight = weight
+    with pytest.raises(CannotServe, match=f"^{name} has no weight or no bias among its parameters$"):
+        check_model(model)
+
+
+def test_model_as_configured_fits(model):
+    check_sizes(model)
+    check_sizes(copy.deepcopy(model).quantize(8, head_bits=8))
+
+
+def test_pruned_mlp(model):
+    """Plain layers of another width, which the network computes; the kernels' buffers have the configured one."""
+    mlp = model.get_submodule(LAYER).mlp
+    key, inner = check_model(model), mlp.dense_h_to_4h.out_features
+    mlp.dense_h_to_4h = nn.Linear(mlp.dense_h_to_4h.in_features, inner // 2)
+    mlp.dense_4h_to_h = nn.Linear(inner // 2, mlp.dense_4h_to_h.out_features)
+    assert check_model(model) != key
+    with pytest.raises(CannotServe, match=rf"{LAYER}.mlp.dense_h_to_4h has .* shape \[{inner // 2}, "):
+        check_sizes(model)
+
+
+def test_shape_is_part_of_the_key(model):
+    """Memory that a larger weight gave up may hold a smaller one."""
+    key, linear = check_model(model), model.get_submodule(LAYER).mlp.dense_h_to_4h
+    linear.weight.data, linear.bias.data = linear.weight.data[:-2], linear.bias.data[:-2]
+    assert check_model(model) != key
+
+
+def test_epsilon_is_part_of_the_key(model):
+    """It is written into captured graphs."""
+    key = check_model(model)
+    model.transformer.final_layernorm.eps *= 2
+    assert check_model(model) != key
+
+
+def test_dropped_layer(model):
+    del model.transformer.layers[1]
+    check_model(model)
+    with pytest.raises(CannotServe, match=r"^the model has \d+ layers, but num_layers is \d+$"):
+        check_sizes(model)
