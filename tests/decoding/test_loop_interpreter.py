@@ -64,7 +64,7 @@ def results(tmp_path_factory):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path[1:]])
     done = subprocess.run(
-        [sys.executable, __file__, str(output)], env=environment, capture_output=True, text=True, timeout=900
+        [sys.executable, __file__, str(output)], env=environment, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stderr
     print(done.stderr)
