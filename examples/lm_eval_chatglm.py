@@ -5,8 +5,8 @@
         --model_args pretrained=THUDM/chatglm-6b,trust_remote_code=True
 
 This is lm_eval's own command with one more model, "chatglm", which takes the arguments of "hf". With
---apply_chat_template contexts are written as chat writes them, and end in the same [gMASK] <sop>. In Python, import this
-file and pass ``model="chatglm"``, or ``ChatGLMLM(pretrained=model, tokenizer=tokenizer)``, to ``simple_evaluate``.
+--apply_chat_template contexts are written as chat writes them. In Python, import this file and pass
+``model="chatglm"``, or ``ChatGLMLM(pretrained=model, tokenizer=tokenizer)``, to ``simple_evaluate``.
 
 A text without a context (``loglikelihood_rolling``, for perplexities) is scored as the answer to an empty prompt. Where
 it is longer than the model's window, each further window has the token before it as its prompt.
