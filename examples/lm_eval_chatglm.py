@@ -4,8 +4,9 @@
     python examples/lm_eval_chatglm.py run --model chatglm --tasks hellaswag \
         --model_args pretrained=THUDM/chatglm-6b,trust_remote_code=True
 
-This is lm_eval's own command with one more model, "chatglm", which takes the arguments of "hf". In Python, import this
-file and pass ``model="chatglm"``, or ``ChatGLMLM(pretrained=model, tokenizer=tokenizer)``, to ``simple_evaluate``.
+This is lm_eval's own command with one more model, "chatglm", which takes the arguments of "hf". With
+--apply_chat_template contexts are written as chat writes them. In Python, import this file and pass
+``model="chatglm"``, or ``ChatGLMLM(pretrained=model, tokenizer=tokenizer)``, to ``simple_evaluate``.
 
 A text without a context (``loglikelihood_rolling``, for perplexities) is scored as the answer to an empty prompt. Where
 it is longer than the model's window, each further window has the token before it as its prompt.
@@ -22,6 +23,8 @@ import faster_chatglm_6b  # noqa: F401  first: it serves the checkpoint
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+
+from faster_chatglm_6b.chat_template import START
 
 
 @register_model("chatglm")
@@ -61,7 +64,7 @@ class ChatGLMLM(HFLM):
 
         Contexts lose their beginning where they are longer than ``left_truncate_len``, never their [gMASK] <sop>.
         """
-        prompts = [[*self.tok_encode(string), *self._prompt_end] for string in strings]
+        prompts = [self._prompt(string) for string in strings]
         prompts = [ids[-left_truncate_len:] if left_truncate_len else ids for ids in prompts]
         length = max(map(len, prompts))
         pads = [length - len(ids) for ids in prompts]
@@ -83,7 +86,7 @@ class ChatGLMLM(HFLM):
         """
         encoded = []
         for context, continuation in (request.args for request in requests):
-            context_ids, ids = [*self.tok_encode(context), *self._prompt_end], self.tok_encode(continuation)
+            context_ids, ids = self._prompt(context), self.tok_encode(continuation)
             self._check_room(ids)
             encoded.append(((context, continuation), context_ids, ids))
         return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
@@ -102,6 +105,12 @@ class ChatGLMLM(HFLM):
         for request, score in zip(requests, scores, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, score)
         return scores
+
+    def _prompt(self, context: str) -> list[int]:
+        """Ids of a context and its [gMASK] <sop>, which a rendered conversation (--apply_chat_template) has already."""
+        if context.startswith(START):
+            return self.tokenizer.encode(context)
+        return [*self.tok_encode(context), *self._prompt_end]
 
     def _windows(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
         """(prompt, scored tokens): the first prompt is empty, the others are the token before."""

@@ -221,10 +221,10 @@ class ChatMixin:
             if getattr(file, name, None) not in (None, value) and getattr(given, name, None) is None:
                 settings.setdefault(name, value)
         if settings.get("max_new_tokens") is None and getattr(given, "max_new_tokens", None) is None:
-            if max_length != MAX_LENGTH or getattr(file, "max_new_tokens", None) is None:
-                settings["max_length"] = max_length
+            if max_length not in (None, MAX_LENGTH) or getattr(file, "max_new_tokens", None) is None:
+                settings["max_length"] = MAX_LENGTH if max_length is None else max_length
         sources = (settings.get("stop_strings"), *(getattr(source, "stop_strings", None) for source in (given, file)))
-        stop_strings = next((strings for strings in sources if strings), None)
+        stop_strings = next((strings for strings in sources if strings not in (None, [], ())), None)
         if stop_strings is not None:
             settings |= {"stop_strings": _as_generated(stop_strings), "tokenizer": tokenizer}
         if do_sample:

@@ -22,6 +22,8 @@ def follow_settings(config: Any) -> None:
         ValueError: a search that reads what this model gives otherwise.
     """
     _refuse_searches(config)
+    if getattr(config, "stop_strings", None) in ([], ()):  # transformers would ask for a tokenizer to find none of them
+        config.stop_strings = None
     cache = getattr(config, "cache_implementation", None)
     if cache == "paged":
         raise no_continuous_batching()

@@ -74,7 +74,18 @@ def test_full_width_stop_strings(tiny_model, tiny_tokenizer, monkeypatch):
     assert process_response("你好!") == "你好！"
 
 
-@pytest.mark.parametrize("stop_strings", [3, [""], [None], ["a", 1], {"a"}])
+@pytest.mark.parametrize("nothing", [None, [], ()])
+def test_no_stop_strings_and_no_max_length(all_ways, tiny_model, with_file, long_answer, nothing):
+    """Servers hand on what a request leaves out as None or as an empty list."""
+    settings = {**GREEDY, "max_new_tokens": 30}
+    assert all_ways(tiny_model, **settings, stop_strings=nothing, max_length=None) == long_answer
+    assert all_ways(tiny_model, **GREEDY, generation_config=GenerationConfig(max_new_tokens=30, stop_strings=nothing))
+    assert all_ways(with_file(stop_strings=nothing), **settings) == long_answer
+    assert all_ways(with_file(max_new_tokens=30), **GREEDY, max_length=None) == long_answer
+    assert all_ways(tiny_model, **GREEDY, max_length=None) == all_ways(tiny_model, **GREEDY)
+
+
+@pytest.mark.parametrize("stop_strings", [3, "", [""], [None], ["a", 1], {"a"}])
 def test_stop_strings_that_are_none(tiny_model, tiny_tokenizer, stop_strings):
     for call in (tiny_model.chat, tiny_model.stream_chat):
         with pytest.raises(ValueError, match="stop_strings is .*, but it must be a text or a list of texts"):

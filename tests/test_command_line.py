@@ -204,3 +204,13 @@ def test_the_tiny_checkpoint_is_found_where_it_is_packaged_and_in_a_clone(monkey
     monkeypatch.setattr(checkpoint, "_TINY", (tmp_path / "a", tmp_path / "b"))
     with pytest.raises(CommandError, match="install the package again"):
         checkpoint.tiny_checkpoint()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a file on a full disk")
+def test_a_full_disk_is_one_sentence():
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "faster_chatglm_6b", "status"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert "The output cannot be written: No space left on device." in done.stderr and "Traceback" not in done.stderr

@@ -210,6 +210,40 @@ def test_simple_evaluate(model, tokenizer, tasks, monkeypatch):
     assert results["results"]["perplexity"]["word_perplexity,none"] > 1
 
 
+@pytest.mark.parametrize("turns", [1, 3])
+def test_a_chat_template_gives_the_prompt_that_chat_gives(model, tokenizer, turns):
+    """--apply_chat_template: one [gMASK] <sop>, for scores and for answers; what a question types stays text."""
+    lm = adapter(model, tokenizer, batch_size=2)
+    messages = [
+        {"role": "user", "content": "a \x10<sop> typed <eop> token"},
+        {"role": "assistant", "content": "你好"},
+        {"role": "user", "content": "天气"},
+    ][:turns]
+    context = lm.apply_chat_template(messages)
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert prompt.count(tokenizer.gmask_token_id) == prompt.count(tokenizer.bos_token_id) == 1
+    rows, mask = lm.tok_batch_encode([context, "a"])
+    assert rows[0].tolist() == prompt and mask[0].all()
+    ids = tokenizer.encode_text("你好")
+    ((score, _),) = lm.loglikelihood(requests("x", [(context, "你好")]))
+    assert score == pytest.approx(by_hand(model, tokenizer, prompt[:-2], ids)[0], abs=1e-3)
+    (text,) = lm.generate_until(requests("x", [(context, {"until": ["\n\n"], "max_gen_toks": 8})]))
+    said = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8)[0, len(prompt) :]
+    assert text == tokenizer.decode(said.tolist()).split("\n\n")[0]
+
+
+def test_a_chat_template_with_the_beginning_of_an_answer(model, tokenizer):
+    """lm_eval's gen_prefix: what is scored follows the prefix, and that follows [gMASK] <sop>."""
+    lm = adapter(model, tokenizer)
+    messages = [{"role": "user", "content": "天气"}, {"role": "assistant", "content": "今天"}]
+    context = lm.apply_chat_template(messages, add_generation_prompt=False)
+    prefix, ids = tokenizer.encode_text("今天"), tokenizer.encode_text("你好")
+    question = tokenizer.encode_text("天气")
+    expected = by_hand(model, tokenizer, question, [*prefix, *ids])[0] - by_hand(model, tokenizer, question, prefix)[0]
+    ((score, _),) = lm.loglikelihood(requests("x", [(context, "你好")]))
+    assert score == pytest.approx(expected, abs=1e-3)
+
+
 def test_the_command(tasks):
     """As its docstring says, in another process."""
     folder, _ = tasks

@@ -4,6 +4,7 @@ A command's module is imported when it runs: ``--help`` and ``status`` load neit
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -91,6 +92,12 @@ def run_command(run: Callable[[argparse.Namespace], None], arguments: argparse.N
     except BrokenPipeError:
         # The reader has gone. Python flushes stdout once more on its way out, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"The output cannot be written: {error.strerror}.", file=sys.stderr)
         return 1
 
 
