@@ -1,5 +1,6 @@
 """``from_pretrained``: the checkpoint's own dtype, no remote code, and an error instead of a half-loaded model."""
 
+import inspect
 import os
 import re
 import threading
@@ -15,8 +16,9 @@ from safetensors import SafetensorError
 from . import _status
 from .backend import is_too_old
 from .checkpoint_checks import check_checkpoint, only_checked_files, refuse_other_files
-from .checkpoint_files import DamagedFile
-from .config_keys import check_attention
+from .checkpoint_files import HUB_ARGUMENTS, DamagedFile, only
+from .checkpoint_json import read_json
+from .config_keys import check_attention, own_keys
 from .configuration_chatglm import DTYPES, ChatGLMConfig
 from .foreign_quantization import check_converted, prepare_foreign
 from .hook import checkpoint_code_blocked, is_checkpoint_code_blocked
@@ -31,6 +33,8 @@ _DAMAGE_WORDS = ("PytorchStreamReader", "Unable to load weights from pytorch che
 _DTYPE = "torch_dtype" if is_too_old(transformers.__version__, "4.56") else "dtype"
 
 _PREFIX = "prefix_encoder."
+# The Auto classes' name, among adapter_kwargs, for the directory of an adapter whose base is loaded.
+_ADAPTER = "_adapter_model_path"
 # Loading sets torch's default dtype, and an environment variable, for the whole process.
 _lock = threading.RLock()
 
@@ -74,8 +78,15 @@ class CheckpointMixin:
         kwargs[_DTYPE] = _as_dtype(next((dtype for dtype in given if dtype is not None), "auto"))
         check_attention(kwargs.get("attn_implementation"))
         config = kwargs.get("config")
-        if config is not None and not isinstance(config, ChatGLMConfig) and hasattr(config, "to_dict"):
+        if isinstance(config, (str, os.PathLike)):
+            settings = {key: kwargs.pop(key) for key in own_keys(ChatGLMConfig) if key in kwargs}
+            kwargs["config"] = ChatGLMConfig.from_pretrained(config, **settings, **only(kwargs, HUB_ARGUMENTS))
+        elif config is not None and not isinstance(config, ChatGLMConfig) and hasattr(config, "to_dict"):
             kwargs["config"] = ChatGLMConfig.from_dict(config.to_dict())
+        # transformers 4 leaves a name there after a save, and does not read it.
+        stored_dtype = getattr(kwargs.get("config"), _DTYPE, None)
+        if kwargs[_DTYPE] == "auto" and isinstance(stored_dtype, str):
+            kwargs[_DTYPE] = _as_dtype(stored_dtype)
         with _lock, _clear_errors(pretrained_model_name_or_path):
             model = cls._load(pretrained_model_name_or_path, model_args, kwargs)
         _status.record_served("model", str(pretrained_model_name_or_path))
@@ -83,11 +94,16 @@ class CheckpointMixin:
 
     @classmethod
     def _load(cls, name: Any, model_args: tuple, kwargs: dict[str, Any]) -> Any:
+        name = _base_of_adapter(name, kwargs)
         is_foreign = prepare_foreign(name, kwargs)
         quantizes = quantizes_while_loading(name, kwargs)
         checked = check_checkpoint(cls, name, kwargs)
         if quantizes:
-            return load_quantized(cls, name, kwargs)
+            model = load_quantized(cls, name, kwargs)
+            adapter = (kwargs.get("adapter_kwargs") or {}).get(_ADAPTER)
+            if adapter is not None:
+                model.load_adapter(str(adapter))
+            return model
         wants_info = kwargs.pop("output_loading_info", False)
         # Without remote code transformers takes us for a native model and would ask the hub to convert .bin files.
         with (
@@ -141,12 +157,14 @@ class CheckpointMixin:
             OSError, SafetensorError: the files cannot be written.
         """
         directory = os.fspath(save_directory)
+        # Their places among the arguments differ by release.
+        given = inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs).arguments
         # Distributed checkpoints are written by several processes at once, into one folder.
-        if os.path.isfile(directory) or kwargs.get("distributed_checkpoint"):
+        if os.path.isfile(directory) or given.get("distributed_checkpoint") or kwargs.get("distributed_checkpoint"):
             return super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("push_to_hub"):
+        if given.get("push_to_hub"):
             kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(directory)))
-        with saved_beside(directory, bool(kwargs.get("is_main_process", args[0] if args else True))) as beside:
+        with saved_beside(directory, bool(given.get("is_main_process", True))) as beside:
             return super().save_pretrained(beside, *args, **kwargs)
 
     def tie_head(self) -> None:
@@ -173,6 +191,22 @@ class CheckpointMixin:
     @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
         """Nothing: registering would make ``save_pretrained`` copy this package's source into checkpoints."""
+
+
+def _base_of_adapter(name: Any, kwargs: dict[str, Any]) -> Any:
+    """The checkpoint that an adapter of PEFT in a directory is for, and the adapter among ``kwargs``; else ``name``.
+
+    The Auto classes do the same. A directory with a model in it is never left for another.
+    """
+    path = os.path.join(name, "adapter_config.json") if isinstance(name, (str, os.PathLike)) else ""
+    if not os.path.isfile(path) or os.path.isfile(os.path.join(name, "config.json")):
+        return name
+    settings = read_json(path)
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    if not isinstance(base, str):
+        raise ValueError(f"{path} names no base_model_name_or_path; load the base model, and then load_adapter().")
+    kwargs["adapter_kwargs"] = {**(kwargs.get("adapter_kwargs") or {}), _ADAPTER: os.fspath(name)}
+    return base
 
 
 def _as_dtype(given: Any) -> Any:

@@ -174,6 +174,9 @@ def _put(
     model: nn.Module, key: str, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None, name: Any
 ) -> None:
     """Set one parameter of the checkpoint, quantised on ``device`` where its layer is."""
+    base = f"{model.base_model_prefix}."
+    # Saved without a head, a model's names are those below the base.
+    key = key if key.startswith((base, "lm_head.")) else base + key
     owner_name, _, parameter_name = key.rpartition(".")
     try:
         owner = model.get_submodule(owner_name)

@@ -1,7 +1,9 @@
 """LoRA through PEFT over float and integer weights: generate, train, save, load, merge."""
 
 import copy
+import json
 import pickle
+import shutil
 import warnings
 
 import pytest
@@ -120,6 +122,31 @@ def test_save_and_load(base, golden_dir, request, tmp_path):
     through_transformers = load(golden_dir, name)
     through_transformers.load_adapter(str(tmp_path))
     assert torch.equal(logits(through_transformers), expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"quantization_bit": 8}])
+@pytest.mark.parametrize("by_auto_class", [False, True])
+def test_an_adapter_directory_and_its_base_quantised_or_not(golden_dir, tmp_path, by_auto_class, settings):
+    """The adapter is there, whichever class loads it and whether its base is quantised while it is read."""
+    adapted(load(golden_dir, "float")).save_pretrained(tmp_path)
+    kwargs = {"torch_dtype": torch.float32, **settings}
+    expected = ChatGLMForConditionalGeneration.from_pretrained(golden_dir / "ckpt" / "tiny", **kwargs).eval()
+    expected.load_adapter(str(tmp_path))
+    if by_auto_class:
+        model = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, **kwargs).eval()
+    else:
+        model = ChatGLMForConditionalGeneration.from_pretrained(tmp_path, **kwargs).eval()
+    assert any("lora_A" in name for name in model.state_dict())
+    assert torch.equal(logits(model), logits(expected))
+
+
+def test_an_adapter_beside_a_model_leads_to_no_other_directory(golden_dir, tmp_path):
+    base = shutil.copytree(golden_dir / "ckpt" / "tiny", tmp_path / "base")
+    (base / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(golden_dir / "ckpt" / "tiny")})
+    )
+    with pytest.raises(ValueError, match="was not checked"):
+        ChatGLMForConditionalGeneration.from_pretrained(base)
 
 
 def test_auto_model_of_an_adapter_directory(golden_dir, tmp_path):

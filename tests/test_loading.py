@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -162,6 +163,33 @@ def test_a_config_of_another_class_is_converted(tiny_dir, tiny_model):
     model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, config=config)
     assert isinstance(model.config, ChatGLMConfig)
     assert torch.equal(logits(model.float()), logits(tiny_model))
+
+
+@pytest.mark.parametrize("form", ["directory", "file"])
+def test_a_config_given_as_a_path(tiny_dir, tiny_model, tmp_path, form):
+    shutil.copy(tiny_dir / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    path = str(tiny_dir if form == "directory" else tiny_dir / "config.json")
+    model = ChatGLMForConditionalGeneration.from_pretrained(tmp_path, config=path)
+    assert torch.equal(logits(model.float()), logits(tiny_model))
+    model = ChatGLMForConditionalGeneration.from_pretrained(tmp_path, config=path, pre_seq_len=4)
+    assert model.config.pre_seq_len == 4
+
+
+def test_the_config_of_a_model_that_was_saved(tiny_dir, tiny_model, tmp_path):
+    """transformers 4 leaves the dtype's name in it."""
+    model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir)
+    model.save_pretrained(tmp_path)
+    model = ChatGLMForConditionalGeneration.from_pretrained(tmp_path, config=model.config)
+    assert model.dtype == torch.float16 and torch.equal(logits(model.float()), logits(tiny_model))
+
+
+def test_a_model_without_a_head_is_quantised_while_it_is_read(tiny_dir, tmp_path):
+    ChatGLMModel.from_pretrained(tiny_dir).save_pretrained(tmp_path)
+    model, expected = (
+        ChatGLMForConditionalGeneration.from_pretrained(folder, quantization_bit=8) for folder in (tmp_path, tiny_dir)
+    )
+    assert torch.equal(logits(model.float()), logits(expected.float()))
 
 
 def test_loading_info(tiny_dir):

@@ -1,11 +1,13 @@
 """Saving over a checkpoint keeps the old one whole until the new one is; loads at the same time leave torch alone."""
 
+import inspect
 import json
 import os
 import shutil
 import signal
 import threading
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -154,6 +156,25 @@ def test_a_save_by_another_process_removes_nothing(checkpoint):
     before = set(contents(checkpoint))
     model.save_pretrained(checkpoint, is_main_process=False)
     assert before <= set(contents(checkpoint))
+
+
+@pytest.mark.parametrize("by_place", [False, True])
+def test_a_repository_is_named_after_the_directory(checkpoint, monkeypatch, by_place):
+    class Asked(Exception):
+        pass
+
+    def create_repo(repo_id, *args, **kwargs):
+        raise Asked(repo_id)
+
+    model = ChatGLMForConditionalGeneration.from_pretrained(checkpoint)
+    # transformers 5 asks the hub's client by itself, earlier ones through a method.
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **kwargs: create_repo(repo_id))
+    monkeypatch.setattr(type(model), "_create_repo", staticmethod(create_repo), raising=False)
+    places = list(inspect.signature(transformers.PreTrainedModel.save_pretrained).parameters.values())[2:]
+    before = [one.default for one in places[: [one.name for one in places].index("push_to_hub")]]
+    arguments, named = ((*before, True), {}) if by_place else ((), {"push_to_hub": True})
+    with pytest.raises(Asked, match=f"^{checkpoint.name}$"):
+        model.save_pretrained(str(checkpoint), *arguments, **named)
 
 
 def test_a_path_that_is_a_file(checkpoint):

@@ -87,7 +87,26 @@ def test_bin_files_cost_no_more_than_they_hold(checkpoint, settings):
     def reserving():
         path.write_bytes(b"\x80\x02cbuiltins\nbytearray\n" + b"J\xff\xff\xff\x7f\x85R.")
 
-    for change in (deflated, long_table, repeated, repeated_in_shape, shared, legacy, legacy_memo, reserving):
+    def reserving_in_capitals():
+        torch.save({"a": torch.ones(1)}, path)
+        with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as old, zipfile.ZipFile(path, "w") as new:
+            for record in old.infolist():
+                content = old.read(record)
+                if record.filename.endswith("data.pkl"):
+                    content = b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."
+                new.writestr(record.filename.replace("data.pkl", "DATA.PKL"), content)
+
+    for change in (
+        deflated,
+        long_table,
+        repeated,
+        repeated_in_shape,
+        shared,
+        legacy,
+        legacy_memo,
+        reserving,
+        reserving_in_capitals,
+    ):
         change()
         assert path.stat().st_size < 20 << 20
 
