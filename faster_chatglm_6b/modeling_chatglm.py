@@ -60,13 +60,21 @@ class ChatGLMPreTrainedModel(CheckpointMixin, StockModelNames, PreTrainedModel):
             module.reset_parameters()
 
     # Not reentrant unless the caller asks for it: gradients reach a P-Tuning prefix past the layers' inputs.
+    def _checkpointing_arguments(self, given: dict | None) -> dict:
+        if self.config.pre_seq_len and given and given.get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant=True cannot train a P-Tuning prefix, whose gradients pass the layers' inputs by; leave "
+                "it out or pass use_reentrant=False."
+            )
+        return given or {"use_reentrant": False}
+
     if hasattr(PreTrainedModel, "activation_checkpointing_enable"):
 
         def activation_checkpointing_enable(
             self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
         ) -> None:
             """transformers' switch, as it is called since 5.24."""
-            kwargs = activation_checkpointing_kwargs or {"use_reentrant": False}
+            kwargs = self._checkpointing_arguments(activation_checkpointing_kwargs)
             super().activation_checkpointing_enable(kwargs, every_n_layers, offload)
             self.base_model.checkpointed_every = every_n_layers
     else:
@@ -75,7 +83,8 @@ class ChatGLMPreTrainedModel(CheckpointMixin, StockModelNames, PreTrainedModel):
             self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: object
         ) -> None:
             """transformers' switch."""
-            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **kwargs)
+            checkpointing_kwargs = self._checkpointing_arguments(gradient_checkpointing_kwargs)
+            super().gradient_checkpointing_enable(checkpointing_kwargs, **kwargs)
             self.base_model.checkpointed_every = kwargs.get("every_n_layers", 1)
 
 

@@ -104,3 +104,16 @@ def test_generation_keeps_its_cache(tiny_model, generator):
     with rows_read(model) as rows, notices() as found:
         model.generate(IDS, do_sample=False, max_new_tokens=5, eos_token_id=None, generator=generator)
     assert rows == [len(PROMPT[0])] + [1] * 4 and not found
+
+
+def test_reentrant_checkpoints_of_a_prefix_are_refused(tuned, tiny_dir):
+    """torch would end the first step with "backward through the graph a second time"."""
+    for settings in ({"use_reentrant": True}, {"use_reentrant": True, "preserve_rng_state": False}):
+        with pytest.raises(ValueError, match="use_reentrant=True cannot train a P-Tuning prefix"):
+            enable(tuned, settings)
+    assert not tuned.is_gradient_checkpointing
+    enable(tuned, {"use_reentrant": False})
+    assert tuned.is_gradient_checkpointing and gradients(tuned)
+    plain = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir).float()
+    enable(plain, {"use_reentrant": True})
+    assert plain.is_gradient_checkpointing

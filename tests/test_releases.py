@@ -93,7 +93,7 @@ class Ignored(BaseStreamer):
 
 def network_of(model):
     """Our model, out of the wrapper that PEFT puts around it."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model if isinstance(model, ChatGLMForConditionalGeneration) else model.get_base_model()
 
 
 CALLS = {
