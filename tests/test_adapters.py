@@ -145,7 +145,8 @@ def test_an_adapter_beside_a_model_leads_to_no_other_directory(golden_dir, tmp_p
     (base / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": str(golden_dir / "ckpt" / "tiny")})
     )
-    with pytest.raises(ValueError, match="was not checked"):
+    # transformers 4 would read that directory; 5 stays with the model, and PEFT refuses an adapter without a kind.
+    with pytest.raises(ValueError, match="was not checked|does not support None"):
         ChatGLMForConditionalGeneration.from_pretrained(base)
 
 
