@@ -33,6 +33,9 @@ def follow_settings(config: Any) -> None:
     if cache == "offloaded" and not torch.cuda.is_available():
         _log.info("cache_implementation='offloaded' needs a GPU to offload from; the default cache is used.")
         config.cache_implementation = None
+    if getattr(config, "return_legacy_cache", False) is None:
+        # transformers 4.45 and 4.46 would return a tuple [batch, heads, ...], but stock's is [length, batch, ...].
+        config.return_legacy_cache = False
     if getattr(config, "prefill_chunk_size", None) is not None:
         _log.info(
             "prefill_chunk_size=%r is not followed: a prompt is attended in both directions and read at once.",

@@ -152,6 +152,15 @@ def test_a_filled_cache_is_gone_on_with(tiny_model, quiet):
         assert second.tolist() == whole and rows == [1] * NEW
 
 
+def test_a_returned_cache_is_gone_on_with(tiny_model):
+    """transformers 4.45 and 4.46 made a tuple of it, of another layout than stock's."""
+    whole = tiny_model.generate(IDS, **{**SETTINGS, "max_new_tokens": 2 * NEW}).tolist()
+    first = tiny_model.generate(IDS, **SETTINGS, return_dict_in_generate=True)
+    with rows_read(tiny_model) as rows:
+        second = tiny_model.generate(first.sequences, **SETTINGS, past_key_values=first[CACHE_NAME])
+    assert second.tolist() == whole and rows == [1] * NEW
+
+
 def test_two_caches_are_refused(tiny_model):
     two = {"past_key_values": DynamicCache(), "cache": DynamicCache()}
     for call in (lambda: tiny_model.generate(IDS, **SETTINGS, **two), lambda: tiny_model(IDS, **two)):
