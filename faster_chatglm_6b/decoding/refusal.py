@@ -172,7 +172,8 @@ def _is_whole(module: nn.Module) -> bool:
     """Whether the weights are parameters, by whose addresses graphs are told apart, and a norm has both of its
     vectors, which the kernels read."""
     state = module.__dict__
-    if "weight" in state or "bias" in state:
+    # None there is a layer that has none, such as a quantised head without a bias.
+    if state.get("weight") is not None or state.get("bias") is not None:
         return False
     if type(module) is not nn.LayerNorm:
         return True

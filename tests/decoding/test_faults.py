@@ -142,6 +142,7 @@ class StandInSession:
 def stand_in(monkeypatch):
     """A model without weights that the captured loop takes, and a request of four tokens."""
     monkeypatch.setattr(loop, "check_model", lambda model: ("key",))
+    monkeypatch.setattr(engine, "check_sizes", lambda model: None)
     monkeypatch.setattr(engine, "Session", StandInSession)
     model = SimpleNamespace(lm_head=torch.nn.Embedding(1, 1))
     model.config = SimpleNamespace(num_layers=1, hidden_size=1, pre_seq_len=None)
