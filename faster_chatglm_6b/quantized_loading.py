@@ -16,11 +16,10 @@ from .checkpoint_files import (
     tensors_of_file,
     weight_files,
 )
-from .configuration_chatglm import ChatGLMConfig
+from .configuration_chatglm import DTYPES, ChatGLMConfig
 from .quantization import QuantizedLinear, frozen, quantize_weight
 
 _QUANTIZATION_SETTINGS = ("quantization_bit", "quantization_group_size", "quantization_head_bits")
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _OTHER_ARGUMENTS = {
     "adapter_kwargs",
     "config",
@@ -136,28 +135,12 @@ def _is_setting(argument: str) -> bool:
 
 
 def _dtype(kwargs: dict[str, Any], config: ChatGLMConfig) -> torch.dtype | None:
-    """The asked dtype, or the one that config.json names; None for that of the first tensor.
-
-    Raises:
-        ValueError: the caller asks for what is no float dtype.
-    """
-    for argument in ("dtype", "torch_dtype"):
-        asked = kwargs.get(argument)
-        if asked not in (None, "auto"):
-            dtype = _as_dtype(asked)
-            if dtype is None:
-                raise ValueError(
-                    f"from_pretrained was given {argument}={asked!r}, but one of {', '.join(_DTYPES)}, or 'auto', is "
-                    "needed."
-                )
-            return dtype
-    return _as_dtype(getattr(config, "dtype", None)) or _as_dtype(config.__dict__.get("torch_dtype"))
-
-
-def _as_dtype(value: Any) -> torch.dtype | None:
-    """A float dtype, given as itself or as its name; None for anything else."""
-    name = str(value).rsplit(".", 1)[-1]
-    return getattr(torch, name) if name in _DTYPES else None
+    """The asked dtype, which ``from_pretrained`` has checked, or the one that config.json names; None for that of the
+    first tensor."""
+    settings = [kwargs.get("dtype"), kwargs.get("torch_dtype")]
+    settings += [getattr(config, "dtype", None), config.__dict__.get("torch_dtype")]
+    names = (str(setting).rsplit(".", 1)[-1] for setting in settings)
+    return next((getattr(torch, name) for name in names if name in DTYPES), None)
 
 
 def _load_then_quantize(model_class: type, name: Any, config: ChatGLMConfig, kwargs: dict[str, Any]) -> Any:
