@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
+
+from .saving import replaced_file, saved_beside
 
 
 class SavingMixin:
@@ -14,18 +14,12 @@ class SavingMixin:
     def save_pretrained(
         self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any
     ) -> tuple[str, ...]:
-        """`PreTrainedTokenizer.save_pretrained`; interrupted, it leaves each file whole, and the old ones at first."""
+        """`PreTrainedTokenizer.save_pretrained`; interrupted, it leaves the old files as they were."""
         folder = Path(save_directory)
         if push_to_hub or folder.is_file():  # named after the directory, or refused by transformers
             return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".saving-", dir=folder) as beside:
+        with saved_beside(str(folder), removes_old=False) as beside:
             written = super().save_pretrained(beside, *args, **kwargs)
-            for path in sorted(Path(beside).rglob("*")):
-                if path.is_file():
-                    target = folder / path.relative_to(beside)
-                    target.parent.mkdir(exist_ok=True)
-                    os.replace(path, target)
         return tuple(str(folder / Path(path).relative_to(beside)) for path in written or ())
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
@@ -36,10 +30,6 @@ class SavingMixin:
         path = Path(save_directory)
         if path.is_dir():
             path = path / "-".join(filter(None, (filename_prefix, self.vocab_files_names["vocab_file"])))
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            beside.write_bytes(self.sp_tokenizer.model.serialized_model_proto())
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with replaced_file(path) as beside:
+            Path(beside).write_bytes(self.sp_tokenizer.model.serialized_model_proto())
         return (str(path),)
