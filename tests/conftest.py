@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import property_profiles  # noqa: F401 before the hypothesis plugin looks for the profile that was asked for
@@ -55,6 +56,12 @@ def tiny_dir(golden_dir) -> Path:
     return golden_dir / "ckpt" / "tiny"
 
 
+@pytest.fixture
+def checkpoint(tiny_dir, tmp_path) -> Path:
+    """A copy of the tiny checkpoint to tamper with or to save over."""
+    return shutil.copytree(tiny_dir, tmp_path / "checkpoint")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tiny_dir):
     """The tiny checkpoint in float32; tests must not change it."""
@@ -69,6 +76,22 @@ def tiny_tokenizer(tiny_dir):
     from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 
     return ChatGLMTokenizer.from_pretrained(tiny_dir)
+
+
+@pytest.fixture(scope="module", params=["tiny", "real"])
+def stock(request):
+    """(our tokenizer, what stock gave with the same ice_text.model), with the tiny and with THUDM's vocabulary."""
+    from tokenizer_data import load_golden, load_tokenizer
+
+    return load_tokenizer(request.param), load_golden(request.param)
+
+
+@pytest.fixture
+def tiny():
+    """The tiny checkpoint's tokenizer, to be changed by the test."""
+    from tokenizer_data import load_tokenizer
+
+    return load_tokenizer("tiny")
 
 
 @pytest.fixture(scope="session")

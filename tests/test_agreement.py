@@ -16,13 +16,6 @@ from tampering import BOTH_PATHS, DENSE, EMBEDDING, HEAD, edit_config, edit_weig
 from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMModel
 
-
-@pytest.fixture
-def checkpoint(tiny_dir, tmp_path):
-    """A copy of the tiny checkpoint to tamper with."""
-    return shutil.copytree(tiny_dir, tmp_path / "checkpoint")
-
-
 CONTRADICTIONS = {
     "no head": (
         {"tie_word_embeddings": False},

@@ -78,12 +78,6 @@ def test_streaming_of_what_has_no_single_next_token(tiny_model, tiny_tokenizer, 
         tiny_model.stream_chat(tiny_tokenizer, "你好", do_sample=False, max_length=12, **settings)
 
 
-@pytest.fixture
-def checkpoint(tiny_dir, tmp_path):
-    """A copy of the tiny checkpoint to damage."""
-    return shutil.copytree(tiny_dir, tmp_path / "checkpoint")
-
-
 def edit_config(checkpoint, **changes):
     path = checkpoint / "config.json"
     config = json.loads(path.read_text("utf-8"))

@@ -6,18 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from property_profiles import examples
-from tokenizer_data import load_golden, load_tokenizer, text_of
+from tokenizer_data import load_tokenizer, text_of
 
 from faster_chatglm_6b import detokenizer
 from faster_chatglm_6b.detokenizer import IncrementalDetokenizer
 
 HALF = "\N{REPLACEMENT CHARACTER}"
-
-
-@pytest.fixture(scope="module", params=["tiny", "real"])
-def stock(request):
-    """(our tokenizer, what stock gave with the same ice_text.model)."""
-    return load_tokenizer(request.param), load_golden(request.param)
 
 
 @pytest.fixture(scope="module")

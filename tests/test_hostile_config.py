@@ -10,23 +10,12 @@ from pathlib import Path
 import pytest
 import remote_code
 import transformers
+from tampering import edit_config
 from transformers import AutoConfig, AutoModel
 
 from faster_chatglm_6b import config_keys
 from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
-
-
-@pytest.fixture
-def checkpoint(tiny_dir, tmp_path):
-    """A copy of the tiny checkpoint to tamper with."""
-    return shutil.copytree(tiny_dir, tmp_path / "checkpoint")
-
-
-def edit_config(checkpoint, changes):
-    path = checkpoint / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
-
 
 # A package that stands for the optional one with which transformers runs kernels of hub repositories.
 FAKE_KERNELS = """
@@ -196,7 +185,7 @@ def test_settings_that_lead_somewhere_are_not_taken(checkpoint, caplog, key):
     value = LEADS_SOMEWHERE[key]
     # Auto classes follow this one before they ask for our class.
     shutil.copy(checkpoint / "config.json", checkpoint / "config.4.0.0.json")
-    edit_config(checkpoint, {key: value})
+    edit_config(checkpoint, **{key: value})
     with caplog.at_level(logging.WARNING, "faster_chatglm_6b"):
         config = ChatGLMConfig.from_pretrained(checkpoint)
         AutoConfig.from_pretrained(checkpoint, trust_remote_code=True)
@@ -217,7 +206,7 @@ def test_settings_of_the_users_own_stay(checkpoint, tmp_path):
         "my_map": {"a": {"b": None}},
         "ok": True,
     }
-    edit_config(checkpoint, own)
+    edit_config(checkpoint, **own)
     model = ChatGLMForConditionalGeneration.from_pretrained(checkpoint)
     assert {key: getattr(model.config, key) for key in own} == own
     model.save_pretrained(tmp_path / "saved")
@@ -228,15 +217,14 @@ def test_settings_of_the_users_own_stay(checkpoint, tmp_path):
 
 def test_foreign_entries_of_auto_map_are_not_taken(checkpoint):
     auto_map = json.loads((checkpoint / "config.json").read_text("utf-8"))["auto_map"]
-    edit_config(
-        checkpoint, {"auto_map": {**auto_map, "AutoProcessor": "someone/evil--processing.Evil", "AutoModelForCTC": 3}}
-    )
+    foreign = {"AutoProcessor": "someone/evil--processing.Evil", "AutoModelForCTC": 3}
+    edit_config(checkpoint, auto_map={**auto_map, **foreign})
     assert ChatGLMConfig.from_pretrained(checkpoint).auto_map == auto_map
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "quark", "someone/plugin", None, 3])
 def test_quantisation_by_plug_ins_is_refused(checkpoint, method):
-    edit_config(checkpoint, {"quantization_config": {"quant_method": method, "bits": 4}})
+    edit_config(checkpoint, quantization_config={"quant_method": method, "bits": 4})
     for load in (ChatGLMForConditionalGeneration, ChatGLMConfig):
         with pytest.raises(ValueError, match="hands to a plug-in; ChatGLM-6B's own quantisation is quantization_bit"):
             load.from_pretrained(checkpoint)
@@ -253,7 +241,7 @@ def test_quantisation_by_plug_ins_is_refused(checkpoint, method):
     ],
 )
 def test_numbers_that_cost_memory_or_contradict(checkpoint, changes, message):
-    edit_config(checkpoint, changes)
+    edit_config(checkpoint, **changes)
     with pytest.raises(ValueError, match=message):
         ChatGLMForConditionalGeneration.from_pretrained(checkpoint)
     with pytest.raises(ValueError, match=message):

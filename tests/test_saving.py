@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import shutil
 import signal
 import threading
 
@@ -16,12 +15,6 @@ from transformers import AutoModel
 from faster_chatglm_6b import loading, saving
 from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
-
-
-@pytest.fixture
-def checkpoint(tiny_dir, tmp_path):
-    """A copy of the tiny checkpoint to save over."""
-    return shutil.copytree(tiny_dir, tmp_path / "checkpoint")
 
 
 def contents(directory):

@@ -7,21 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizer_data import TEXTS, TINY, load_golden, load_tokenizer, text_of
+from tokenizer_data import TEXTS, TINY, load_golden, text_of
 
 from faster_chatglm_6b.ice_text import IceTextTokenizer
 from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
-
-
-@pytest.fixture(scope="module", params=["tiny", "real"])
-def stock(request):
-    """(our tokenizer, what stock gave with the same ice_text.model)."""
-    return load_tokenizer(request.param), load_golden(request.param)
-
-
-@pytest.fixture
-def tiny():
-    return load_tokenizer("tiny")
 
 
 def mask_rows(mask) -> list[str]:

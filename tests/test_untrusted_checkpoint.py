@@ -3,11 +3,11 @@
 import json
 import os
 import pickle
-import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tampering import edit_config
 from transformers import AutoModel
 
 from faster_chatglm_6b import model_size
@@ -25,17 +25,6 @@ class Tripwire:
 
     def __reduce__(self):
         return os.mkdir, (str(self.folder),)
-
-
-@pytest.fixture
-def checkpoint(tiny_dir, tmp_path):
-    """A copy of the tiny checkpoint to tamper with."""
-    return shutil.copytree(tiny_dir, tmp_path / "checkpoint")
-
-
-def edit_config(checkpoint, changes):
-    path = checkpoint / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
 
 
 def write_shards(checkpoint, state, path):
@@ -135,7 +124,7 @@ def test_fields_are_checked_before_anything_is_built(checkpoint, monkeypatch, ch
     """With the weights there and without, by our class and by the Auto class."""
     built = []
     monkeypatch.setattr(torch.nn.Module, "__init__", lambda self, *arguments, **kwargs: built.append(self))
-    edit_config(checkpoint, changes)
+    edit_config(checkpoint, **changes)
     with pytest.raises(ValueError, match=message) as caught:
         ChatGLMForConditionalGeneration.from_pretrained(checkpoint)
     assert "\n" not in str(caught.value)
@@ -154,7 +143,7 @@ def test_a_model_that_the_files_cannot_hold_is_not_built(checkpoint, monkeypatch
     built = []
     monkeypatch.setattr(torch.nn.Module, "__init__", lambda self, *arguments, **kwargs: built.append(self))
     sizes = {"hidden_size": 4096, "inner_hidden_size": 16384, "num_layers": 28, "num_attention_heads": 32}
-    edit_config(checkpoint, {**sizes, "quantization_bit": bits})
+    edit_config(checkpoint, **sizes, quantization_bit=bits)
     with pytest.raises(
         ValueError, match=r"asks for 5\.6 billion parameters, but the weight files beside it hold 0\.00"
     ):

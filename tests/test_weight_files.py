@@ -16,12 +16,6 @@ from tampering import BOTH_PATHS, DENSE, EMBEDDING, as_bin, refused
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 
 
-@pytest.fixture
-def checkpoint(tiny_dir, tmp_path):
-    """A copy of the tiny checkpoint to tamper with."""
-    return shutil.copytree(tiny_dir, tmp_path / "checkpoint")
-
-
 def memory_limit(function):
     """Run with 1 GB of address space beside what the process has."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
