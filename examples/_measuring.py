@@ -131,7 +131,7 @@ def run_once(model: torch.nn.Module, ids: torch.Tensor, mode: str, new_tokens: i
     """Generate ``new_tokens``; random weights must not end the answer early, so there is no end token."""
     from transformers import LogitsProcessorList
 
-    from faster_chatglm_6b.chat import InvalidScoreLogitsProcessor
+    from faster_chatglm_6b.conversation.chat import InvalidScoreLogitsProcessor
 
     settings = {"max_new_tokens": new_tokens, "eos_token_id": None, "pad_token_id": 3}
     if mode == "greedy":

@@ -236,7 +236,7 @@ def fitting_group_size(args: argparse.Namespace) -> int | None:
     from _measuring import CONFIG_6B
 
     from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
-    from faster_chatglm_6b.model_quantization import check_quantization
+    from faster_chatglm_6b.network.quantization import check_quantization
 
     size = args.group_size or GROUP_SIZE
     try:

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from _machine import read_ceiling  # noqa: E402
 
 from faster_chatglm_6b.ops import triton as kernels  # noqa: E402
-from faster_chatglm_6b.ops.triton import quantized_configs  # noqa: E402
-from faster_chatglm_6b.ops.triton.quantized_configs import Row, row_config, rows_for  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized import configs as quantized_configs  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized.configs import Row, row_config, rows_for  # noqa: E402
 
 LAYERS, HIDDEN, HEADS, SIZE, INNER, VOCAB = 28, 4096, 32, 128, 16384, 130528
 QKV, DENSE, UP, DOWN, HEAD = (3 * HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER), (VOCAB, HIDDEN)

@@ -23,7 +23,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from . import _status, backend, hook
+from . import backend, hook, report
 
 __version__ = "0.1.0"
 # The commit of THUDM/chatglm-6b whose behaviour is matched. Public programs name it as their snapshot of that
@@ -68,10 +68,10 @@ def disabled() -> Iterator[None]:
             enable()
 
 
-def status() -> _status.Status:
+def status() -> report.Status:
     """What was chosen, patched and served so far, and why; printing it gives a readable report."""
-    report = _status.report(__version__, revision, hook.is_installed(), _switch(), _backend, hook.patched_names())
-    return report._replace(strict=hook.is_installed() and hook.is_strict())
+    state = report.report(__version__, revision, hook.is_installed(), _switch(), _backend, hook.patched_names())
+    return state._replace(strict=hook.is_installed() and hook.is_strict())
 
 
 def _is_switched_off_by_environment() -> bool:

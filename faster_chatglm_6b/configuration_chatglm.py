@@ -6,9 +6,9 @@ from typing import Any
 from transformers.configuration_utils import PretrainedConfig
 
 from . import config_keys
-from .checkpoint_json import read_json
+from .disk.json_files import read_json
+from .disk.replacing import replaced_file
 from .model_size import check_size
-from .saving import replaced_file
 
 # Each size and the most that it may be: far more than any ChatGLM-6B has.
 _SIZES = {

@@ -21,7 +21,7 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
-from . import _status, backend, recognition
+from . import backend, recognition, report
 from .hub_modules import HubModuleFinder
 
 logger = logging.getLogger("faster_chatglm_6b")
@@ -261,7 +261,7 @@ def _local_class(arguments: Mapping[str, Any]) -> type | None:
         _state.upstreams.add(reference.split("--")[0])
     kind = {"ChatGLMConfig": "config", "ChatGLMTokenizer": "tokenizer"}.get(name)
     if kind is not None:  # models are noted by their from_pretrained: transformers 5 does not ask here for them
-        _status.record_served(kind, checkpoint)
+        report.record_served(kind, checkpoint)
     logger.info("%s: %s is ours, the checkpoint's own code is not run", checkpoint, name)
     return local_class
 
@@ -287,7 +287,7 @@ def _leave_to_its_own_code(checkpoint: str, verdict: recognition.Verdict) -> Non
             "is refused by FASTER_CHATGLM_6B_STRICT=1 or enable(strict=True); correct the file if it is ChatGLM-6B, or "
             "load it inside `with faster_chatglm_6b.disabled():` if you trust its code."
         )
-    if not _status.record_passed_through(checkpoint, verdict.reason):
+    if not report.record_passed_through(checkpoint, verdict.reason):
         return
     if verdict.looks_like_ours:
         logger.warning(

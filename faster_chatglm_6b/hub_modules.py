@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from . import _status
+from . import report
 
 _TOP = "transformers_modules"
 _FILES = ("modeling_chatglm", "configuration_chatglm", "tokenization_chatglm", "quantization")
@@ -71,7 +71,7 @@ class HubModuleFinder:
 def _served_packages() -> list[list[str]]:
     """The served checkpoints as transformers would name their packages: a directory's name, or owner and name."""
     names = []
-    for name in _status.served_names():
+    for name in report.served_names():
         is_folder = os.path.isdir(name) or name.count("/") != 1
         parts = [os.path.basename(os.path.normpath(name))] if is_folder else name.split("/")
         names.append([_plain(part) for part in parts])

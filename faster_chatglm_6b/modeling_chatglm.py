@@ -6,24 +6,24 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from .adapters import PROMPT_LEARNING, AdapterHost
-from .arguments import check_inputs, check_labels, highest_position
-from .blocks import GLU, GLMBlock, SelfAttention, Step
-from .caches import CACHE_NAME, CACHE_NAMES, Cache, as_cache, cache_in, check_cache, check_cached_batch
-from .chat import ChatMixin, InvalidScoreLogitsProcessor
+from .checkpoint.loading import CheckpointMixin
 from .configuration_chatglm import ChatGLMConfig
-from .generation import PrefixGenerationMixin
-from .layers import normalise, project
-from .loading import CheckpointMixin
-from .model_quantization import QuantizationMixin, prepare_quantized
+from .conversation.chat import ChatMixin, InvalidScoreLogitsProcessor
+from .generation.generate import PrefixGenerationMixin
+from .layers.adapters import PROMPT_LEARNING, AdapterHost
+from .layers.linear import normalise, project
+from .layers.placement import execution_device
+from .layers.prefix_encoder import PrefixEncoder
+from .layers.quantized import QuantizedEmbedding, QuantizedLinear
+from .layers.rotary import RotaryTable
+from .network.arguments import check_inputs, check_labels, highest_position
+from .network.blocks import GLU, GLMBlock, SelfAttention, Step
+from .network.prompt_layout import PromptLayout, cached_tokens, causal_hidden
+from .network.quantization import QuantizationMixin, prepare_quantized
+from .network.stock_names import StockGenerationNames, StockModelNames, StockNetworkNames
+from .network.training import TrainingMixin, batch_first, check_loss_arguments
 from .ops import operators_for
-from .placement import execution_device
-from .prefix_encoder import PrefixEncoder
-from .prompt_layout import PromptLayout, cached_tokens, causal_hidden
-from .quantization import QuantizedEmbedding, QuantizedLinear
-from .rotary import RotaryTable
-from .stock_names import StockGenerationNames, StockModelNames, StockNetworkNames
-from .training import TrainingMixin, batch_first, check_loss_arguments
+from .ops.caches import CACHE_NAME, CACHE_NAMES, Cache, as_cache, cache_in, check_cache, check_cached_batch
 
 # With what scripts import from the checkpoint's file of this name.
 __all__ = [

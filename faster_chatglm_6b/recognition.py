@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .checkpoint_json import MOST_BYTES, check_readable
+from .disk.json_files import MOST_BYTES, check_readable
 
 # Class name in the checkpoint's auto_map -> module and class of ours.
 LOCAL_CLASSES = {

@@ -15,15 +15,15 @@ from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizer
 
-from .chat_template import MARK, ChatTemplateMixin
-from .companion_config import image_tokens, longest_sequence, read_companion
-from .ice_text import IceTextTokenizer
-from .tokenizer_decoding import DecodingMixin
-from .tokenizer_encoding import EncodingMixin
-from .tokenizer_errors import check_files, check_image_tokens, check_settings, clear_errors, is_unlimited
-from .tokenizer_padding import PaddingMixin
-from .tokenizer_saving import SavingMixin
-from .vocabulary_file import WHERE_TO_GET_IT, VocabularyError
+from .conversation.chat_template import MARK, ChatTemplateMixin
+from .tokenizer.companion_config import image_tokens, longest_sequence, read_companion
+from .tokenizer.decoding import DecodingMixin
+from .tokenizer.encoding import EncodingMixin
+from .tokenizer.errors import check_files, check_image_tokens, check_settings, clear_errors, is_unlimited
+from .tokenizer.ice_text import IceTextTokenizer
+from .tokenizer.padding import PaddingMixin
+from .tokenizer.saving import SavingMixin
+from .tokenizer.vocabulary_file import WHERE_TO_GET_IT, VocabularyError
 
 
 class ChatGLMTokenizer(

@@ -8,9 +8,10 @@ import torch
 from transformers import GenerationConfig
 
 import faster_chatglm_6b
-from faster_chatglm_6b import _status, reading
-from faster_chatglm_6b.caches import CACHE_NAME
+from faster_chatglm_6b import report
+from faster_chatglm_6b.generation import reading
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration as Model
+from faster_chatglm_6b.ops.caches import CACHE_NAME
 
 PROMPT = [[20, 30, 40, 50, 60, 321, 324]]
 
@@ -40,7 +41,7 @@ def notices():
     logger = logging.getLogger("faster_chatglm_6b")
     logger.addHandler(handler)
     try:
-        with mock.patch.object(_status, "_notices", {}):
+        with mock.patch.object(report, "_notices", {}):
             yield found
             found += faster_chatglm_6b.status().notices
             assert all(sentence in str(faster_chatglm_6b.status()) for sentence in found)
@@ -169,7 +170,7 @@ def processors_in_another_form(model, captured=True):
     """A processor whose parameters moved, or whose class is gone, goes to transformers' loop with the reason."""
     from transformers.generation import logits_process
 
-    from faster_chatglm_6b.decoding.sampling import _known
+    from faster_chatglm_6b.decoding.sampler import _known
 
     processor = logits_process.RepetitionPenaltyLogitsProcessor(penalty=1.2)
     processor.__dict__["strength"] = processor.__dict__.pop("penalty")

@@ -11,13 +11,7 @@ from collections.abc import Callable, Sequence
 
 from .. import __version__, status
 from .errors import CommandError
-from .options import (
-    CommandParser,
-    add_checkpoint_argument,
-    add_model_options,
-    add_sampling_options,
-    question,
-)
+from .options import CommandParser, add_checkpoint_argument, add_model_options, add_sampling_options, question
 from .printing import harmless
 
 FOLLOW_UP = "用英文再说一遍"  # "Say that again in English": it can only be answered with the history

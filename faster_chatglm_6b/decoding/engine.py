@@ -6,7 +6,7 @@ from typing import Any
 
 from .memory import cache_bytes, is_out_of_memory, too_little_for_the_loop
 from .refusal import check_sizes
-from .sampling import CannotServe
+from .sampler import CannotServe
 from .session import Session, capacity_for
 
 # Sessions of other batch sizes stay as long as they are few and all caches together fit in this.

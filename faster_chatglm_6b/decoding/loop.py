@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from .. import _status
+from .. import report
+from ..generation.plain import plain_tokens
 from .engine import DecodeEngine
 from .memory import is_out_of_memory, memory_explained, memory_returned, reclaim, too_little_for_the_loop
-from .plain import plain_tokens
 from .refusal import check_model
 from .request import Request
-from .sampling import CannotServe
+from .sampler import CannotServe
 from .session import LOOKAHEAD
 
 
@@ -40,7 +40,7 @@ def captured_tokens(model: Any, request: Request | str, streamer: Any = None) ->
             for index in itertools.count():
                 token, is_last = run.next(index)
                 if index == 0:
-                    _status.record_generation("captured", "sampling" if request.do_sample else "greedy search")
+                    report.record_generation("captured", "sampling" if request.do_sample else "greedy search")
                 if streamer is not None:
                     streamer.put(token)
                 yield token
@@ -163,7 +163,7 @@ def generate_ids(
     try:
         tokens = list(captured_tokens(model, _request_or_reason(model, *arguments, model_kwargs), streamer))
     except CannotServe as reason:
-        _status.record_generation("plain", str(reason))
+        report.record_generation("plain", str(reason))
         tokens = None
     if tokens is None:
         # transformers' loop knows no generator.
@@ -208,5 +208,5 @@ def _captured_or_plain(
             yield from captured_tokens(model, request, streamer)
             return
         except CannotServe as reason:
-            _status.record_generation("plain", str(reason))
+            report.record_generation("plain", str(reason))
         yield from plain_tokens(model, *arguments, streamer, model_kwargs)

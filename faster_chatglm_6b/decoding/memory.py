@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .sampling import CannotServe
+from .sampler import CannotServe
 
 _log = logging.getLogger("faster_chatglm_6b")
 

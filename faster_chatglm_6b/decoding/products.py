@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..quantization import QuantizedLinear
+from ..layers.quantized import QuantizedLinear
 
 
 def product(

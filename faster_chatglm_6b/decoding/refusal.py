@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
-from ..layers import is_plain_tensor
-from ..placement import spread_over
-from ..prefix_encoder import PrefixEncoder
-from ..quantization import QuantizedLinear
-from .sampling import CannotServe
+from ..layers.linear import is_plain_tensor
+from ..layers.placement import spread_over
+from ..layers.prefix_encoder import PrefixEncoder
+from ..layers.quantized import QuantizedLinear
+from .sampler import CannotServe
 
 
 def check_model(model: Any) -> tuple:
@@ -126,7 +126,8 @@ def check_sizes(model: Any) -> None:
 
 
 def _expected_types() -> set[type]:
-    from .. import blocks, modeling_chatglm
+    from .. import modeling_chatglm
+    from ..network import blocks
 
     return {
         nn.Linear,

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
-from ..caches import cache_in
-from ..prompt_layout import PromptLayout
-from ..reading import pad_token, unfollowed_arguments, unfollowed_settings
+from ..generation.reading import pad_token, unfollowed_arguments, unfollowed_settings
+from ..network.prompt_layout import PromptLayout
+from ..ops.caches import cache_in
 from .refusal import check_ends
-from .sampling import MOST_END_TOKENS, CannotServe, SamplingPlan, plan_sampling
+from .sampler import MOST_END_TOKENS, CannotServe, SamplingPlan, plan_sampling
 
 MOST_SEQUENCES = 128
 

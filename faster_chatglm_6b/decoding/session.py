@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from ..ops.cuda import attention_kernels
-from .capture import capture, capture_stream, no_collection
+from .graphs import capture, capture_stream, no_collection
 from .memory import cache_bytes, is_out_of_memory
 from .request import Request
-from .sampling import MOST_END_TOKENS, Sampler
+from .sampler import MOST_END_TOKENS, Sampler
 from .step import DecodeStep
 
 _log = logging.getLogger("faster_chatglm_6b")

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..prompt_layout import PromptLayout
+from ..network.prompt_layout import PromptLayout
 from .kv_cache import KVCache
 from .products import normed_product, product
 
@@ -69,7 +69,7 @@ class DecodeStep:
         Returns:
             logits [B, V], a buffer that the next run overwrites.
         """
-        from ..blocks import RESIDUAL_ALPHA
+        from ..network.blocks import RESIDUAL_ALPHA
         from ..ops import triton as kernels
 
         network, workspace = model.transformer, self.workspace

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .. import _status, backend
+from .. import backend, report
 from . import reference
 
 OPERATOR_NAMES = (
@@ -67,7 +67,7 @@ def operators_for(device: torch.device, dtype: torch.dtype, head_size: int, diff
     if table is None:
         table = _chosen[key] = _choose(device, dtype, head_size)
         name = device.type if device.index is None else f"{device.type}:{device.index}"
-        _status.record_operators(f"{name} {str(dtype).split('.')[-1]}", table.choices)
+        report.record_operators(f"{name} {str(dtype).split('.')[-1]}", table.choices)
     return table
 
 

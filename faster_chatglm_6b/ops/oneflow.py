@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from ..caches import ListCache
 from ..oneflow_compat import ATTENTION_CAPABILITIES
 from . import OPERATOR_NAMES, Operators, reference
+from .caches import ListCache
 from .oneflow_trials import failure_of
 
 _HALF, _BFLOAT16, _FLOAT, _DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64

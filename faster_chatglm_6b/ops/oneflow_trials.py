@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from ..caches import ListCache
 from . import reference
+from .caches import ListCache
 
 _BATCH, _ROWS, _HEADS = 2, 3, 2
 

@@ -5,7 +5,8 @@ It runs program after program: few large blocks take seconds where a GPU's small
 
 from dataclasses import replace
 
-from faster_chatglm_6b.ops.triton import configs, quantized_gemv
+from faster_chatglm_6b.ops.triton import configs
+from faster_chatglm_6b.ops.triton.quantized import gemv as quantized_gemv
 
 
 def use_large_blocks(gemv: tuple[int, int, int] = (256, 512, 4), keys: int = 256) -> None:

@@ -10,9 +10,9 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import faster_chatglm_6b
-from faster_chatglm_6b.chat import InvalidScoreLogitsProcessor
+from faster_chatglm_6b.conversation.chat import InvalidScoreLogitsProcessor
 from faster_chatglm_6b.decoding import loop
-from faster_chatglm_6b.decoding.sampling import CannotServe
+from faster_chatglm_6b.decoding.sampler import CannotServe
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from faster_chatglm_6b.decoding import capture
+from faster_chatglm_6b.decoding import graphs as capture
 
 POOL = (0, 7)
 

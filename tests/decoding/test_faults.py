@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.generation.streamers import BaseStreamer
 
 from faster_chatglm_6b.decoding import engine, loop, memory
-from faster_chatglm_6b.decoding.sampling import CannotServe
+from faster_chatglm_6b.decoding.sampler import CannotServe
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
 PROMPT = torch.tensor([[5, 143, 90, 91, 321, 324]])

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from faster_chatglm_6b import blocks
 from faster_chatglm_6b.decoding.refusal import check_model, check_sizes
-from faster_chatglm_6b.decoding.sampling import CannotServe
+from faster_chatglm_6b.decoding.sampler import CannotServe
+from faster_chatglm_6b.network import blocks
 from faster_chatglm_6b.ops import cuda
 
 LAYER = "transformer.layers.1"

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from faster_chatglm_6b.prompt_layout import PromptLayout
+from faster_chatglm_6b.network.prompt_layout import PromptLayout
 
 TOLERANCE = 1e-3
 

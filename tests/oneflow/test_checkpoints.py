@@ -10,8 +10,8 @@ import pytest
 import torch
 from golden_checks import assert_close
 
+from faster_chatglm_6b.layers.quantized import quantize_weight
 from faster_chatglm_6b.oneflow_compat import safetensors_files, torch_files
-from faster_chatglm_6b.quantization import quantize_weight
 
 PROMPT = [[5, 143, 321, 324]]
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from golden_checks import assert_close, cases, check_batch, check_decode, check_prefill
 
-from faster_chatglm_6b.prompt_layout import PromptLayout
+from faster_chatglm_6b.network.prompt_layout import PromptLayout
 
-# Where stock misbehaves; tests/test_chat.py has a test for each.
+# Where stock misbehaves; tests/conversation/test_chat.py has a test for each.
 STOCK_BUGS = (
     "mask_in_query",
     "eop_in_query",

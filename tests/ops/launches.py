@@ -6,8 +6,8 @@ import torch
 
 from faster_chatglm_6b.ops import triton as kernels
 from faster_chatglm_6b.ops.triton import configs
-from faster_chatglm_6b.ops.triton.gemv import launch_gemv, launch_persistent_gemv
-from faster_chatglm_6b.ops.triton.small_batch_matmul import launch_small_batch_matmul
+from faster_chatglm_6b.ops.triton.linear.gemv import launch_gemv, launch_persistent_gemv
+from faster_chatglm_6b.ops.triton.linear.small_batch_matmul import launch_small_batch_matmul
 
 HEADS, SIZE, HIDDEN, INNER, VOCAB, CAPACITY, POSITIONS = 32, 128, 4096, 16384, 130528, 2048, 2048
 WEIGHTS = [(3 * HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER), (VOCAB, HIDDEN)]

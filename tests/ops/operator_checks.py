@@ -233,7 +233,7 @@ def check_matmul(
 
 def check_gemv_config(device: str, dtype: torch.dtype, rows: int, n: int, k: int, config: configs.Gemv) -> None:
     """One configuration, whatever the tables say."""
-    from faster_chatglm_6b.ops.triton.gemv import launch_gemv
+    from faster_chatglm_6b.ops.triton.linear.gemv import launch_gemv
 
     x, weight, bias = random(device, dtype, rows, k), random(device, dtype, n, k), random(device, dtype, n)
     residual = random(device, dtype, rows, n)
@@ -244,7 +244,7 @@ def check_gemv_config(device: str, dtype: torch.dtype, rows: int, n: int, k: int
 
 def check_dot_config(device: str, dtype: torch.dtype, rows: int, n: int, k: int, config: configs.Dot) -> None:
     """One configuration, whatever the tables say."""
-    from faster_chatglm_6b.ops.triton.small_batch_matmul import launch_small_batch_matmul
+    from faster_chatglm_6b.ops.triton.linear.small_batch_matmul import launch_small_batch_matmul
 
     x, weight, bias = random(device, dtype, rows, k), random(device, dtype, n, k), random(device, dtype, n)
     out = poison(device, dtype, rows, n)
@@ -261,7 +261,7 @@ def check_layer_norm_matmul(
     device: str, dtype: torch.dtype, rows: int, n: int, k: int, config: configs.Gemv | None = None
 ) -> None:
     """With ``config``: LayerNorm inside the GEMV (one row), whatever the tables say."""
-    from faster_chatglm_6b.ops.triton.gemv import launch_persistent_gemv
+    from faster_chatglm_6b.ops.triton.linear.gemv import launch_persistent_gemv
 
     x, weight = random(device, dtype, rows, k) + 2, (random(device, torch.float32, n, k) / math.sqrt(k)).to(dtype)
     gamma, beta, bias = random(device, dtype, k), random(device, dtype, k), random(device, dtype, n)

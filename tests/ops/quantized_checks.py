@@ -8,13 +8,13 @@ from operator_checks import ALPHA, assert_close, gelu64, layer_norm64, poison, r
 
 from faster_chatglm_6b.ops import triton as kernels
 from faster_chatglm_6b.ops.reference import unpack_int4
-from faster_chatglm_6b.ops.triton.dequantize import dequantize
-from faster_chatglm_6b.ops.triton.quantized_configs import Quantized, Row, Stream
-from faster_chatglm_6b.ops.triton.quantized_gemv import launch_quantized_gemv
-from faster_chatglm_6b.ops.triton.quantized_matmul import launch_quantized_matmul, serves
-from faster_chatglm_6b.ops.triton.quantized_norm import LayerNorm
-from faster_chatglm_6b.ops.triton.quantized_row import launch_quantized_row, normalises
-from faster_chatglm_6b.ops.triton.quantized_stream import launch_quantized_stream
+from faster_chatglm_6b.ops.triton.quantized.configs import Quantized, Row, Stream
+from faster_chatglm_6b.ops.triton.quantized.dequantize import dequantize
+from faster_chatglm_6b.ops.triton.quantized.gemv import launch_quantized_gemv
+from faster_chatglm_6b.ops.triton.quantized.matmul import launch_quantized_matmul, serves
+from faster_chatglm_6b.ops.triton.quantized.row import launch_quantized_row, normalises
+from faster_chatglm_6b.ops.triton.quantized.row_norm import LayerNorm
+from faster_chatglm_6b.ops.triton.quantized.stream import launch_quantized_stream
 
 LAUNCHES = {Quantized: launch_quantized_matmul, Stream: launch_quantized_stream, Row: launch_quantized_row}
 

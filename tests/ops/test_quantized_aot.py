@@ -13,8 +13,7 @@ from ahead_of_time import Launch  # noqa: E402
 from launches import HIDDEN, INNER, WEIGHTS, meta  # noqa: E402
 
 from faster_chatglm_6b.ops import triton as kernels  # noqa: E402
-from faster_chatglm_6b.ops.triton.dequantize import dequantize  # noqa: E402
-from faster_chatglm_6b.ops.triton.quantized_configs import (  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized.configs import (  # noqa: E402
     Row,
     quantized_config,
     row_config,
@@ -22,23 +21,13 @@ from faster_chatglm_6b.ops.triton.quantized_configs import (  # noqa: E402
     stream_config,
     streams_for,
 )
-from faster_chatglm_6b.ops.triton.quantized_gemv import launch_quantized_gemv  # noqa: E402
-from faster_chatglm_6b.ops.triton.quantized_layout import STREAMS_KEEP_THEIR_LAYOUT  # noqa: E402
-from faster_chatglm_6b.ops.triton.quantized_matmul import (  # noqa: E402
-    launch_quantized_matmul,
-    quantized_matmul_kernel,
-    tiles_of,
-)
-from faster_chatglm_6b.ops.triton.quantized_norm import LayerNorm  # noqa: E402
-from faster_chatglm_6b.ops.triton.quantized_row import (  # noqa: E402
-    launch_quantized_row,
-    quantized_row_kernel,
-    words_kept,
-)
-from faster_chatglm_6b.ops.triton.quantized_stream import (  # noqa: E402
-    launch_quantized_stream,
-    quantized_stream_kernel,
-)
+from faster_chatglm_6b.ops.triton.quantized.dequantize import dequantize  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized.gemv import launch_quantized_gemv  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized.matmul import launch_quantized_matmul, quantized_matmul_kernel, tiles_of  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized.row import launch_quantized_row, quantized_row_kernel, words_kept  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized.row_norm import LayerNorm  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized.stream import launch_quantized_stream, quantized_stream_kernel  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized.trial import STREAMS_KEEP_THEIR_LAYOUT  # noqa: E402
 
 CAPABILITIES = (80, 86, 89, 90)
 HALF, BFLOAT = torch.float16, torch.bfloat16

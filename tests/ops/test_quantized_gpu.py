@@ -7,8 +7,8 @@ pytest.importorskip("triton", reason="Triton is not installed, so there are no k
 
 import quantized_checks as checks  # noqa: E402
 
-from faster_chatglm_6b.ops.triton.quantized_configs import Quantized, Row, Stream  # noqa: E402
-from faster_chatglm_6b.ops.triton.quantized_layout import layout_holds  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized.configs import Quantized, Row, Stream  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized.trial import layout_holds  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,

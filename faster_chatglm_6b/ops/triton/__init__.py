@@ -4,23 +4,23 @@ Every function can be captured in a CUDA graph: no synchronisation, and no alloc
 are given. On compute capability 9.0 and later kernels are launched before their predecessor ends and wait inside.
 """
 
-from .decode_state import DecodeState
+from .decode_attention import decode_attention, fused_multi_head_attention_inference_v2
 from .embedding import embedding
 from .fast_gelu import fast_gelu
-from .full_sampling import full_sample
 from .fused_apply_rotary_emb import fused_apply_rotary_emb
 from .fused_attention_concat_past_key_value import fused_attention_concat_past_key_value
 from .fused_fast_gelu_mul import fused_fast_gelu_mul
-from .fused_linear_with_groupwise_quantized_weight import (
+from .linear.fused_matmul_bias import fused_matmul_bias, layer_norm_matmul_bias
+from .quantized.fused_linear_with_groupwise_quantized_weight import (
     fused_linear_with_groupwise_quantized_weight,
     layer_norm_quantized_linear,
 )
-from .fused_matmul_bias import fused_matmul_bias, layer_norm_matmul_bias
-from .fused_multi_head_attention_inference_v2 import decode_attention, fused_multi_head_attention_inference_v2
-from .greedy_sampling import greedy_sample
-from .logits_processors import copy_scores, min_length, no_repeat_ngram, repetition_penalty
+from .sampling.full import full_sample
+from .sampling.greedy import greedy_sample
+from .sampling.processors import copy_scores, min_length, no_repeat_ngram, repetition_penalty
+from .sampling.state import DecodeState
+from .sampling.top_k import top_k_sample
 from .skip_layer_norm import skip_layer_norm
-from .top_k_sampling import top_k_sample
 from .workspace import Workspace
 
 __all__ = [

@@ -1,0 +1,126 @@
+"""Before a checkpoint's weights are loaded: its files are looked into, and no other files are read."""
+
+import copy
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from transformers.utils import cached_file
+
+from ..config_keys import own_keys
+from ..configuration_chatglm import ChatGLMConfig
+from ..disk.json_files import read_json
+from ..model_size import check_weight_files
+from .agreement import check_agreement
+from .files import HUB_ARGUMENTS, contents, has_meta_device, only, weight_files
+
+# Arguments with which the weights come from somewhere else, or under other names.
+_OTHER_WEIGHTS = ("state_dict", "gguf_file", "from_tf", "from_flax", "key_mapping")
+_QUANTIZATION_SETTINGS = ("quantization_bit", "quantization_group_size", "quantization_head_bits")
+
+# Real paths of the files that this thread or task may load a model's weights from, until it has; none: any.
+_checked: ContextVar[list[frozenset[str]]] = ContextVar("faster_chatglm_6b_checked_files")
+
+
+def check_checkpoint(model_class: Any, name: Any, kwargs: dict[str, Any]) -> frozenset[str] | None:
+    """Refuse a checkpoint whose files cannot be read, or do not hold the model that its config.json asks for.
+
+    No weight is read but the scales of quantised layers, and no memory is taken for the model.
+
+    Args:
+        model_class: that is loaded. name, kwargs: of ``from_pretrained``.
+
+    Returns:
+        the real paths of the files that were checked, for ``only_checked_files``; None where the weights come from
+        elsewhere.
+
+    Raises:
+        OSError, DamagedFile, SafetensorError: a file that is missing, cut or not as its format asks.
+        ValueError: files that contradict each other.
+    """
+    hub = only(kwargs, HUB_ARGUMENTS)
+    _check_generation_config(name, hub)
+    if any(kwargs.get(argument) for argument in _OTHER_WEIGHTS):
+        return None
+    config, stored = _configurations(model_class, name, kwargs, hub)
+    files = weight_files(name, hub, kwargs.get("use_safetensors"), kwargs.get("variant"))
+    check_weight_files(config, files, name)
+    # Without such a device, its framework maps no files into memory either: they would be read twice.
+    if files and has_meta_device():
+        held = contents(files, name)
+        check_agreement(model_class, config, stored, held, name, bool(kwargs.get("ignore_mismatched_sizes")))
+    return frozenset(map(os.path.realpath, files))
+
+
+@contextmanager
+def only_checked_files(paths: frozenset[str] | None) -> Iterator[None]:
+    """Around transformers' loader: ``refuse_other_files`` knows which files were checked."""
+    token = _checked.set([] if paths is None else [paths])
+    try:
+        yield
+    finally:
+        _checked.reset(token)
+
+
+def refuse_other_files(loader: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError where transformers' loader was called for files that were not checked.
+
+    An adapter's weights, which transformers 5 loads with the same function, come after the model's.
+
+    Args:
+        loader: ``_load_pretrained_model``, whose arguments have had two names. args, kwargs: of the call.
+    """
+    if not _checked.get([]):
+        return
+    checked = _checked.get().pop()
+    arguments = inspect.signature(loader).bind(*args, **kwargs).arguments
+    files = arguments.get("checkpoint_files") or arguments.get("resolved_archive_file") or ()
+    files = [files] if isinstance(files, str) else files
+    other = sorted(str(file) for file in files if os.path.realpath(file) not in checked)
+    if other:
+        raise ValueError(
+            f"transformers would load {other[0]}, which is none of the checkpoint's usual weight files "
+            f"({', '.join(sorted(map(os.path.basename, checked))) or 'there are none'}) and was not checked; remove "
+            "what names it, or give the directory that holds it."
+        )
+
+
+def _configurations(
+    model_class: Any, name: Any, kwargs: dict[str, Any], hub: dict[str, Any]
+) -> tuple[ChatGLMConfig, dict[str, Any]]:
+    """The configuration of what is in the files, and config.json."""
+    config = kwargs.get("config")
+    given = isinstance(config, ChatGLMConfig)
+    try:
+        stored, _ = ChatGLMConfig.get_config_dict(name, **hub)
+    except OSError:
+        if not given:
+            raise
+        stored = config.to_dict()
+    if given:
+        config = copy.deepcopy(config)
+    else:
+        keys = own_keys(ChatGLMConfig)
+        if not stored.get("quantization_bit"):
+            keys = keys - set(_QUANTIZATION_SETTINGS)
+        settings = {key: kwargs[key] for key in (*keys, *ChatGLMConfig.attribute_map) if key in kwargs}
+        config = model_class.config_class.from_dict(dict(stored), **settings)
+    if not stored.get("quantization_bit"):
+        # Quantised while it is read: the files hold floats.
+        config.quantization_bit, config.quantization_group_size, config.quantization_head_bits = 0, None, None
+    if kwargs.get("quantization_config"):
+        config.quantization_config = kwargs["quantization_config"]
+    return config, stored
+
+
+def _check_generation_config(name: Any, hub: dict[str, Any]) -> None:
+    """transformers skips a generation_config.json that it cannot read, and would generate otherwise than it says."""
+    try:
+        path = cached_file(name, "generation_config.json", **hub, _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        return  # no such repository, or no network: the other files say so
+    if path is not None and not isinstance(read_json(path), dict):
+        raise ValueError(f"{path} is no JSON object with settings; take it from the checkpoint again, or remove it.")

@@ -1,0 +1,195 @@
+"""The weight files of a checkpoint: which they are, what is in them, and whether that can be a model at all.
+
+transformers casts whatever it finds to the model's dtype and warns at most of names that it does not know. So integers
+without their scales, for example, would become a model that talks nonsense.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.utils import cached_file
+
+from ..disk.bin_files import check_bin
+from ..disk.json_files import check_readable, read_json
+from .agreement import Held
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# In transformers' order of preference.
+SAFETENSORS_FILES = ("model.safetensors", "model.safetensors.index.json")
+BIN_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# Far more than any shard of ChatGLM-6B.
+_MOST_FILE_BYTES = 1 << 40
+# The files' names for torch's dtypes.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+}
+
+
+class DamagedFile(Exception):
+    """A weight file cannot be read; the message is the reader's."""
+
+
+def only(kwargs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """The arguments of these names that were given."""
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+
+def weight_files(
+    name: Any, hub: dict[str, Any], use_safetensors: bool | None = None, variant: str | None = None
+) -> dict[str, set[str]]:
+    """The files with the weights of a directory or hub id, downloaded where need be.
+
+    Links are followed, as the caches of huggingface_hub are made of them; names in an index stay beside it.
+
+    Args:
+        hub: those of HUB_ARGUMENTS that the caller gave. use_safetensors, variant: of ``from_pretrained``.
+
+    Returns:
+        {path: the tensors that an index says are in it}; empty if there are no files.
+
+    Raises:
+        OSError: a file that the index names is missing, or one is a pipe, a device or the like.
+        ValueError: an index that does not map names of tensors to names of files beside it.
+    """
+    wanted = () if use_safetensors is False else SAFETENSORS_FILES
+    for file in (*wanted, *(() if use_safetensors else BIN_FILES)):
+        path = cached_file(name, _of_variant(file, variant), **hub, _raise_exceptions_for_missing_entries=False)
+        if path is not None:
+            break
+    else:
+        return {}
+    if not file.endswith(".index.json"):
+        files: dict[str, set[str]] = {path: set()}
+    else:
+        promised: dict[str, set[str]] = {}
+        for tensor, shard in _weight_map(path, name, os.path.splitext(file[: -len(".index.json")])[1]).items():
+            promised.setdefault(shard, set()).add(tensor)
+        files = {cached_file(name, shard, **hub): tensors for shard, tensors in promised.items()}
+    for path in files:
+        check_readable(path, _MOST_FILE_BYTES)
+    return files
+
+
+def _of_variant(file: str, variant: str | None) -> str:
+    """transformers' name of a variant's file: model.fp16.safetensors, model.safetensors.index.fp16.json."""
+    start, end = os.path.splitext(file)
+    return f"{start}.{variant}{end}" if variant else file
+
+
+def _weight_map(path: str, name: Any, ending: str) -> dict[str, str]:
+    index = read_json(path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    is_sound = isinstance(weight_map, dict) and bool(weight_map) and isinstance(index.get("metadata"), dict)
+    if not is_sound or not all(_is_beside(file, ending) for file in weight_map.values()):
+        raise ValueError(
+            f"The index of {name} must hold metadata and a weight_map from tensors to {ending} files beside it, but "
+            "does not; copy or download it again."
+        )
+    return weight_map
+
+
+def _is_beside(file: Any, ending: str) -> bool:
+    return isinstance(file, str) and file.endswith(ending) and file != ending and not set(file) & {"/", "\\", "\0", ":"}
+
+
+def tensors_of_file(path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of everything in a weight file, mapped into memory and read when it is used.
+
+    Raises:
+        DamagedFile: the file cannot be read as weights.
+    """
+    if path.endswith(".safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 safe_open is no mapping
+                yield name, file.get_tensor(name)
+        return
+    try:
+        size = os.path.getsize(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=check_bin(path, size))
+        if not all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in content.items()):
+            raise TypeError("it is no dictionary of tensors")
+        _check_tensors(content, size)
+    except Exception as error:
+        # Its pickle may be torn anywhere, and torch's reader then fails in any way.
+        raise DamagedFile(str(error) or type(error).__name__) from error
+    yield from content.items()
+
+
+def _check_tensors(content: dict[str, torch.Tensor], size: int) -> None:
+    """Refuse tensors that are more than bytes of the file: they would take memory when they are used."""
+    if not has_meta_device():
+        return  # such a framework has no such tensors either
+    total = 0
+    for name, tensor in content.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise TypeError(f"{name} is no plain tensor")
+        held = tensor.numel() * tensor.element_size()
+        # The head is the embedding in most checkpoints, whose bytes are there once then.
+        total += 0 if name == "lm_head.weight" else held
+        if held > tensor.untyped_storage().nbytes() or total > size:
+            raise ValueError(f"{name} has {tensor.numel()} numbers, but the file has {size} bytes only")
+
+
+def contents(files: dict[str, set[str]], name: Any) -> dict[str, Held]:
+    """What the files hold, by name; of the content, scales alone are read.
+
+    Raises:
+        DamagedFile, SafetensorError: a file cannot be read as weights.
+        ValueError: tensors that are not where the index says, or that two files hold, or scales that are no numbers.
+    """
+    held: dict[str, Held] = {}
+    for path, promised in files.items():
+        found: dict[str, Held] = {}
+        for key, one, scale in _described(path):
+            found[key] = one
+            if scale is not None and not bool(torch.isfinite(scale).all()):
+                raise ValueError(
+                    f"The weights of {name} hold scales that are not finite in {key}; copy or download them again."
+                )
+        missing, twice = promised - found.keys(), held.keys() & found.keys()
+        if missing:
+            raise ValueError(
+                f"The index of {name} says that {os.path.basename(path)} holds {min(missing)}, but it does not; copy "
+                "or download both again."
+            )
+        if twice:
+            raise ValueError(
+                f"Two weight files of {name} hold {min(twice)}, {os.path.basename(path)} being one of them; copy or "
+                "download them again."
+            )
+        held |= found
+    return held
+
+
+def _described(path: str) -> Iterator[tuple[str, Held, torch.Tensor | None]]:
+    """(name, description, the tensor itself if it is a scale) of everything in a weight file."""
+    if not path.endswith(".safetensors"):
+        for key, tensor in tensors_of_file(path):
+            yield key, Held(tensor.dtype, tuple(tensor.shape)), tensor if key.endswith(".weight_scale") else None
+        return
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 safe_open is no mapping
+            part = file.get_slice(key)
+            dtype = _DTYPES.get(part.get_dtype(), getattr(torch, _long_name(part.get_dtype()), part.get_dtype()))
+            scale = file.get_tensor(key) if key.endswith(".weight_scale") else None
+            yield key, Held(dtype, tuple(part.get_shape())), scale
+
+
+def _long_name(dtype: str) -> str:
+    return dtype.replace("U", "uint").replace("I", "int").lower()
+
+
+def has_meta_device() -> bool:
+    """Whether the framework has tensors without content, with which weights need not be read to be looked at."""
+    try:
+        torch.empty(0, device="meta")
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,139 @@
+"""Text of a growing list of token ids, for streaming.
+
+`tokenizer.decode` of everything so far, at every token, costs time that grows with the square of the answer. Here each
+id goes through sentencepiece once, and each stretch of text through the two steps after it (markers to whitespace,
+English spacing) once, as soon as no later text can change how the stretch comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..tokenization_chatglm import ChatGLMTokenizer
+from ..tokenizer.ice_text import LINE_BREAK_PIECE, clean_up_spacing, unmark_whitespace
+
+_LONGEST_UNFINISHED_MARKER = len("<|blank_80|")
+# Characters of the unfinished spacing rules (" n't", " 've", " ' ", ...) that can end a text; all start with the blank.
+_UNFINISHED_SPACING_RULES = " 'nvr"
+_LONGEST_UNFINISHED_CHARACTER = 3  # bytes
+
+
+class IncrementalDetokenizer:
+    """Decodes ids as they come: `push` gives what `tokenizer.decode` gives for all ids so far.
+
+    Except that the bytes of an unfinished UTF-8 character at the end are held back, until the character is finished or
+    cannot be any more (then they are U+FFFD, one each). As with `tokenizer.decode`, later ids can change text shown
+    before: a blank goes away before punctuation, "<", "n", ">" become a line break.
+    """
+
+    def __init__(self, tokenizer: ChatGLMTokenizer):
+        self._tokenizer = tokenizer
+        self._cleans_up = tokenizer.clean_up_tokenization_spaces
+        self._model = tokenizer.sp_tokenizer.model
+        self._byte_of_id = tokenizer.sp_tokenizer.byte_of_id
+        # Decoded before other ids and cut off again, so that sentencepiece does not take them for a text's start.
+        self._anchor = self._model.PieceToId(LINE_BREAK_PIECE)
+        self._all_ids: list[int] = []
+        self._ids: list[int] = []  # the last of all ids, not decoded for good
+        self._has_text = False  # whether the ids before those gave any text
+        self._marked = ""  # their last text, which may end inside a marker
+        self._spaced = ""  # the text before that, whose spacing may change
+        self._settled = ""  # the text before that
+        self._has_added_tokens = False
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Take further ids and return the whole text so far, without an unfinished last character.
+
+        Raises ValueError for an id that ChatGLM-6B does not have; nothing of that call is taken.
+        """
+        ids = self._tokenizer.decodable_ids([int(index) for index in ids])
+        self._all_ids += ids
+        first = self._tokenizer.num_image_tokens
+        self._ids += [index - first for index in ids] if first else ids
+        if ids and (max(ids) >= self._tokenizer.vocab_size or min(ids) < first):
+            self._has_added_tokens = True
+        if self._has_added_tokens:
+            # Such tokens cut the text into parts that are decoded apart; rare, so left to the tokenizer.
+            return self._tokenizer.decode(self._all_ids[: len(self._all_ids) - self._unfinished_ids()])
+        self._settle_ids()
+        self._settle_text()
+        return self._text()
+
+    def finish(self) -> str:
+        """The text of all ids, equal to `tokenizer.decode`: bytes still held back are U+FFFD."""
+        if self._has_added_tokens:
+            return self._tokenizer.decode(self._all_ids)
+        return self._text(self._decode(self._ids))
+
+    def _settle_ids(self) -> None:
+        ready = self._ids[: len(self._ids) - self._unfinished_ids()]
+        text = self._decode(ready)
+        if text or self._has_text:  # else these are dropped blanks, and the next id's text depends on them
+            self._has_text = True
+            self._marked += text
+            del self._ids[: len(ready)]
+
+    def _settle_text(self) -> None:
+        end = _end_of_whole_markers(self._marked)
+        self._spaced += unmark_whitespace(self._marked[:end])
+        self._marked = self._marked[end:]
+        end = _end_of_certain_spacing(self._spaced) if self._cleans_up else len(self._spaced)
+        self._settled += self._clean_up(self._spaced[:end])
+        self._spaced = self._spaced[end:]
+
+    def _text(self, last: str = "") -> str:
+        return self._settled + self._clean_up(self._spaced + unmark_whitespace(self._marked + last))
+
+    def _clean_up(self, text: str) -> str:
+        return clean_up_spacing(text) if self._cleans_up else text
+
+    def _decode(self, ids: list[int]) -> str:
+        """Sentencepiece's text of `ids` that stand behind all others, markers and all."""
+        if not ids:
+            return ""
+        if not self._has_text:
+            return self._model.DecodeIds(ids)
+        return self._model.DecodeIds([self._anchor, *ids])[len(LINE_BREAK_PIECE) :]
+
+    def _unfinished_ids(self) -> int:
+        """Number of ids at the end that are the first bytes of a character whose other bytes may still come."""
+        tail = b""
+        for index in reversed(self._ids[-_LONGEST_UNFINISHED_CHARACTER:]):
+            byte = self._byte_of_id.get(index)
+            if byte is None:
+                return 0
+            tail = bytes([byte]) + tail
+            if byte >= 0xC0:  # a first byte
+                return len(tail) if _is_unfinished_character(tail) else 0
+        return 0
+
+
+def _is_unfinished_character(start: bytes) -> bool:
+    """Whether `start`, a first byte and what follows it, is too short for a UTF-8 character but can become one."""
+    missing = (2 if start[0] < 0xE0 else 3 if start[0] < 0xF0 else 4) - len(start)
+    # Second bytes are limited after some first bytes, from below or from above, never so that both of these are out.
+    return missing > 0 and any(_is_utf8(start + filler * missing) for filler in (b"\x80", b"\xbf"))
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _end_of_whole_markers(text: str) -> int:
+    """Length of the start of `text` that has no unfinished marker at its end."""
+    start = text.rfind("<", max(0, len(text) - _LONGEST_UNFINISHED_MARKER))
+    return len(text) if start < 0 or ">" in text[start:] else start
+
+
+def _end_of_certain_spacing(text: str) -> int:
+    """Length of the start of `text` whose spacing does not depend on what follows.
+
+    A spacing rule can only reach beyond the end of a text that ends in the start of its pattern. Rules remove nothing
+    but blanks, so such a start, blank and all, lies within the characters of such starts that end the text.
+    """
+    before = len(text.rstrip(_UNFINISHED_SPACING_RULES))
+    return before if " " in text[before:] else len(text)

@@ -1,0 +1,1 @@
+"""The modules that blocks are made of."""

@@ -1,0 +1,1 @@
+"""The network, from one block to the model with its head; it knows no generation."""

@@ -1,0 +1,1 @@
+"""Products with int8 and int4 weights."""

@@ -1,0 +1,180 @@
+"""x W^T + bias for an int8 or int4 weight, then GELU or + beta * residual; the shapes decide which kernel serves."""
+
+import torch
+
+from ..common import require
+from ..linear.fused_matmul_bias import fused_matmul_bias
+from ..skip_layer_norm import skip_layer_norm
+from ..workspace import Workspace
+from .configs import Row, quantized_config, row_config, rows_for, stream_config, streams_for
+from .dequantize import dequantize
+from .gemv import launch_quantized_gemv
+from .matmul import launch_quantized_matmul, serves, tiles_of
+from .row import launch_quantized_row, normalises
+from .row_norm import LayerNorm
+from .stream import MOST_ROWS as MOST_STREAM_ROWS
+from .stream import launch_quantized_stream
+from .trial import STREAMS_KEEP_THEIR_LAYOUT, layout_holds
+
+# More rows than this dequantise the weight for the library where the tensor-core kernel does not serve.
+MOST_GEMV_ROWS = 8
+# Weight rows dequantised at a time hold no more values than this (256 MiB of halves).
+_DEQUANTISED_VALUES = 1 << 27
+
+
+def fused_linear_with_groupwise_quantized_weight(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    num_bits: int = 8,
+    group_size: int = -1,
+    residual: torch.Tensor | None = None,
+    beta: float = 1.0,
+    gelu: bool = False,
+    out: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
+) -> torch.Tensor:
+    """x weight^T + bias, then ``fast_gelu`` or + beta * residual; summed in float32 and rounded once.
+
+    Up to 64 rows of x read the integers as they are stored; for more the weight is dequantised for cuBLAS.
+
+    Args:
+        x: [..., K]. w: int8 [N, K * num_bits / 8] in the stored format, contiguous. w_scale: [N], or
+            [N, K / group_size] with groups, any floating dtype. bias: [N] or None. residual: [..., N] or None.
+        num_bits: 8 or 4. group_size: columns per scale, even, or -1. out: [..., N]. workspace: for cuBLAS' neighbours.
+
+    Raises:
+        ValueError: a shape does not fit, or both ``gelu`` and ``residual`` are given.
+    """
+    n, k = w.shape[0], w.shape[1] * 8 // num_bits
+    require(num_bits in (4, 8), f"num_bits is {num_bits}; it must be 4 or 8")
+    require(x.shape[-1] == k, f"x is {tuple(x.shape)} and the weight [{n}, {k}]: the last axes must be equal")
+    groups = 1 if group_size < 0 else k // group_size
+    require(
+        groups * (k if group_size < 0 else group_size) == k and w_scale.numel() == n * groups,
+        f"w_scale is {tuple(w_scale.shape)}, but a weight [{n}, {k}] with group_size {group_size} needs "
+        f"[{n}, {groups}]",
+    )
+    require(not (gelu and residual is not None), "gelu and residual exclude each other; pass one of them")
+    out = x.new_empty(*x.shape[:-1], n) if out is None else out
+    rows = x.numel() // k
+    if rows == 0:
+        return out
+    require(
+        w.is_contiguous() and w_scale.is_contiguous() and out.is_contiguous(), "w, w_scale and out must be contiguous"
+    )
+    x_rows = x.reshape(rows, k).contiguous()
+    if residual is not None:
+        require(residual.shape == out.shape, f"residual is {tuple(residual.shape)}; it must be {tuple(out.shape)}")
+        residual = residual.contiguous()
+    group_size = -1 if groups == 1 else group_size
+    if _serves(x_rows, w, num_bits, group_size):
+        arguments = (x_rows, w, w_scale, num_bits, group_size, bias, residual, beta, gelu, out.view(rows, n))
+        if rows == 1:
+            launch_quantized_row(*arguments, row_config(rows_for(x.device), num_bits, n, k))
+        elif rows <= MOST_STREAM_ROWS and STREAMS_KEEP_THEIR_LAYOUT:
+            launch_quantized_stream(*arguments, stream_config(streams_for(x.device), num_bits, n, k))
+        else:
+            launch_quantized_matmul(*arguments, quantized_config(num_bits, tiles_of(rows), k))
+    elif rows <= MOST_GEMV_ROWS:
+        launch_quantized_gemv(x_rows, w, w_scale, num_bits, bias, residual, beta, gelu, out)
+    else:
+        _library(x_rows, w, w_scale, bias, num_bits, residual, beta, gelu, out.view(rows, n), workspace)
+    return out
+
+
+def _serves(x: torch.Tensor, w: torch.Tensor, bits: int, group_size: int) -> bool:
+    """Whether the kernels on tensor cores take x [M, K]."""
+    return serves(x, w, bits, group_size) and layout_holds(x.device, x.dtype, bits)
+
+
+def _library(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    residual: torch.Tensor | None,
+    beta: float,
+    gelu: bool,
+    out: torch.Tensor,
+    workspace: Workspace | None,
+) -> None:
+    """The same through the float product, as many weight rows at a time as memory allows; x [M, K], out [M, N]."""
+    n, k = out.shape[1], x.shape[1]
+    step = max(_DEQUANTISED_VALUES // k, 1)
+    if n <= step:
+        weight = dequantize(w, w_scale, bits, x.dtype)
+        fused_matmul_bias(x, weight, bias, _view(residual, out), beta, gelu, out, workspace)
+        return
+    for first in range(0, n, step):
+        part = slice(first, min(first + step, n))
+        weight = dequantize(w[part], w_scale[part], bits, x.dtype)
+        part_bias = None if bias is None else bias[part]
+        part_residual = None if residual is None else residual.view(out.shape)[:, part]
+        out[:, part] = fused_matmul_bias(x, weight, part_bias, part_residual, beta, gelu, None, workspace)
+
+
+def _view(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    return None if tensor is None else tensor.view(like.shape)
+
+
+def layer_norm_quantized_linear(
+    x: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    epsilon: float,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    num_bits: int = 8,
+    group_size: int = -1,
+    gelu: bool = False,
+    normed_out: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The product above of ``skip_layer_norm(x, gamma, beta)``, and the normalised x.
+
+    Two launches, or one where the tables say that it is faster (``Row.normalises``). Of two, under programmatic
+    dependent launch, the product's weights are on their way while LayerNorm runs.
+
+    Args:
+        x: [..., K]. gamma, beta: [K]. The rest as above.
+
+    Returns:
+        out [..., N] and normed_out [..., K].
+    """
+    normed_out = torch.empty_like(x) if normed_out is None else normed_out
+    norm = LayerNorm(gamma, beta, epsilon, normed_out)
+    config = _config_of_one_launch(x, norm, w, w_scale, num_bits, group_size)
+    if config is not None:
+        (n, k), shape = (w.shape[0], x.shape[-1]), x.shape[:-1]
+        out = x.new_empty(*shape, n) if out is None else out
+        row = x.reshape(1, k).contiguous()
+        launch_quantized_row(row, w, w_scale, num_bits, group_size, bias, None, 1.0, gelu, out.view(1, n), config, norm)
+        return out, normed_out
+    skip_layer_norm(x, gamma, beta, epsilon=epsilon, out=normed_out)
+    out = fused_linear_with_groupwise_quantized_weight(
+        normed_out, w, w_scale, bias, num_bits, group_size, gelu=gelu, out=out, workspace=workspace
+    )
+    return out, normed_out
+
+
+def _config_of_one_launch(
+    x: torch.Tensor, norm: LayerNorm, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group_size: int
+) -> Row | None:
+    """For LayerNorm within the product, or None; what does not fit together is left to two launches, which say so."""
+    (n, k), groups = (w.shape[0], w.shape[1] * 8 // bits), 1 if group_size < 0 else x.shape[-1] // group_size
+    vectors = (norm.gamma, norm.beta, norm.out.view(-1))
+    config = row_config(rows_for(x.device), bits, n, k)
+    fits = (
+        x.numel() == x.shape[-1] == k
+        and normalises(bits, k, config)
+        and _serves(x.reshape(1, k), w, bits, group_size)
+        and w_scale.numel() == n * groups
+        and all(t.shape == (k,) and t.dtype == x.dtype and t.data_ptr() % 16 == 0 for t in vectors)
+        and all(t.is_contiguous() for t in (*vectors, w, w_scale))
+    )
+    return config if fits else None

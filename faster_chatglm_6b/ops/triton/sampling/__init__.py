@@ -1,0 +1,1 @@
+"""The end of a decode step: scores processed, tokens chosen, the state advanced."""

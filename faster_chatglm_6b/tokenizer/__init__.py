@@ -1,0 +1,1 @@
+"""What the tokenizer is made of; ``tokenization_chatglm`` joins it."""

@@ -1,0 +1,174 @@
+"""The READMEs say what was measured and what the demo prints, name every option, and point at things that exist."""
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "images"))
+
+import make_tables  # noqa: E402
+
+LANGUAGES = {"README.md": "en", "README.zh.md": "zh"}
+BOTH = pytest.mark.parametrize("name", LANGUAGES)
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text("utf-8")
+
+
+@BOTH
+def test_the_generated_parts_hold_the_records(name):
+    text = read(name)
+    assert make_tables.updated(text, LANGUAGES[name]) == text, f"{name} is out of date: make pictures"
+    assert re.findall(r"<!-- (\w+):", text) == ["headline", "picture", "speed", "aims", "experiment", "comparison"]
+    assert text.count("<!-- end -->") == 6
+
+
+def test_the_tables_are_made_of_the_records():
+    """Against the file itself: the program that writes the tables might drop a row."""
+    records = json.loads((ROOT / "images" / "data" / "benchmark_h200.json").read_text("utf-8"))
+    speed = make_tables.speed("en", make_tables.DATA)
+    for record in records:
+        again = [r for r in records if all(r[k] == record[k] for k in ("weights", "mode", "batch", "prompt_tokens"))]
+        rows = [f"| {r['ms_per_step']:.2f} | {r['tokens_per_s']:.0f} | {r['share']:.2f} |" for r in again]
+        assert record["new_tokens"] == 1 or any(row in speed for row in rows), rows
+    assert {record["gpu"] for record in records} == {"NVIDIA H200"} and "NVIDIA H200" in speed
+    assert f"{records[0]['read_ceiling_gb_per_s']:.0f}" in speed and records[0]["clocks"] in speed
+
+
+@BOTH
+def test_the_transcript_is_what_the_demo_prints(name):
+    """All but the speed, and what depends on versions and installed packages."""
+    transcript = read(name).split("```text\n")[1].split("```")[0].splitlines()
+    command = [sys.executable, "examples/demo.py", "--tiny", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    printed = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, env=environment, check=True)
+    printed = printed.stdout.splitlines()
+    assert transcript[:6] == printed[:6] and transcript[4].startswith("Answer:")
+    of_versions = ("23 tokens", "  backend", "  transformers", "  torch", "    transformers.", "    config of")
+    shown = [line for line in transcript if not line.startswith(of_versions)]
+    assert shown == [line for line in printed if not line.startswith(of_versions)]
+
+
+@BOTH
+def test_every_environment_variable_is_explained_and_exists(name):
+    pattern = re.compile(r"FASTER_CHATGLM_6B_[A-Z_]+[A-Z]")
+    sources = [
+        *(ROOT / "faster_chatglm_6b").rglob("*.py"),
+        *(ROOT / "tests").rglob("*.py"),
+        *(ROOT / "examples").glob("*.py"),
+    ]
+    used = {variable for path in sources for variable in pattern.findall(path.read_text("utf-8"))}
+    assert len(used) >= 5
+    assert set(pattern.findall(read(name))) == used
+
+
+@BOTH
+def test_the_public_calls_are_listed_with_their_arguments(name):
+    text = read(name)
+    for method in ("chat", "quantize"):
+        signature = inspect.signature(getattr(ChatGLMForConditionalGeneration, method))
+        parameters = [str(p.replace(annotation=p.empty)) for p in list(signature.parameters.values())[1:]]
+        shown = text.split(f"`model.{method}(")[1].split(")`")[0]
+        assert shown.split(", ") == [p for p in parameters if method == "chat" or not p.startswith("**")]
+    for call in ("chat_batch", "stream_chat", "stream_generate", "stream_tokens", "generate", "release_cache"):
+        assert hasattr(ChatGLMForConditionalGeneration, call) and f"`model.{call}(" in text
+    for setting in ("quantization_bit", "quantization_group_size", "quantization_head_bits", "generator="):
+        assert setting in text
+
+
+@BOTH
+def test_links_lead_somewhere(name):
+    text = read(name)
+    # As GitHub makes them: lower case, punctuation gone, blanks to hyphens.
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(targets) > 10
+    for target in targets:
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif "://" not in target:
+            assert (ROOT / target).exists(), target
+    for path in re.findall(r"`((?:examples|images|tests|faster_chatglm_6b)/[\w./]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_both_languages_have_the_same_sections_tables_and_pictures():
+    shapes = []
+    for name in LANGUAGES:
+        prose = re.sub(r"```.*?```", "", read(name), flags=re.DOTALL)
+        headings = re.findall(r"^(#+) ", prose, re.MULTILINE)
+        rows = [line.count(" | ") for line in prose.splitlines() if line.startswith("|")]
+        pictures = [path.replace(".zh.", ".") for path in re.findall(r"!\[.*?\]\((.*?)\)", prose)]
+        questions = len(re.findall(r"^\*\*", prose, re.MULTILINE))
+        bullets = sum(line.startswith("- ") for line in prose.splitlines())
+        shapes.append((headings, rows, pictures, questions, bullets))
+    assert shapes[0] == shapes[1]
+
+
+def test_the_ratios_are_those_of_the_table():
+    """Against the file itself, as above."""
+    rows = {row["name"]: row for row in make_tables.read(make_tables.TABLE)["rows"]}
+    text, whole = make_tables.experiment("en", make_tables.DATA).split("By the averages")
+    shown = text.split("Over their own fp16")
+    for bits in ("off", "int8", "int4"):
+        ours, torch = rows[f"ours {bits}"], rows[f"torch {bits}"]
+        assert f"{ours['tokens_per_s'] / torch['tokens_per_s']:.2f} ({ours['weights']})" in shown[0]
+        for row, part in zip((ours, torch), shown[1].split("; Torch"), strict=True):
+            times = row["tokens_per_s"] / rows[f"{row['backend']} off"]["tokens_per_s"]
+            assert (f"{times:.2f} ({row['weights']})" in part) == (bits != "off")
+        assert f"{torch['average_s'] / ours['average_s']:.2f} ({ours['weights']})" in whole
+
+
+def test_a_token_takes_less_time_than_in_any_other_system():
+    """As measured, on a faster card, and with the same shares on the card of the others."""
+    ours, others = make_tables.on_the_other_card()
+    measured = make_tables.by_precision()
+    assert set(others) >= {"fp16", "int8", "int4"}
+    assert (others["fp16"], others["int8"], others["int4"]) == (5.88, 4.53, 4.82)
+    for name, fastest in others.items():
+        assert measured[name]["ms_per_step"] < ours[name] < fastest, name
+
+
+@BOTH
+def test_the_first_screen_compares_on_one_card_and_says_what_was_not_at_hand(name):
+    """Against the files themselves: ours and plain PyTorch, the same GPU."""
+    headline = read(name).split("<!-- headline")[1].split("<!-- end -->")[0]
+    rows = {row["name"]: row for row in make_tables.read(make_tables.TABLE)["rows"]}
+    plain = rows["torch off"]["records"][0]
+    assert f"{rows['torch off']['ms_per_step']:.2f}" == "25.97" and plain["gpu"] == "NVIDIA H200"
+    for part in ("25.97", "3.00", "1.76", "1.22", plain["gpu"]):
+        assert part in headline
+    assert "H100" not in headline
+    assert {"en": "The real weights were never at hand", "zh": "真实的权重一直不在手头"}[LANGUAGES[name]] in headline
+
+
+def test_without_a_row_of_the_same_card_the_headline_does_not_compare(monkeypatch):
+    monkeypatch.setattr(make_tables, "table_rows", lambda backend, data: [])
+    for language in make_tables.READMES:
+        headline = make_tables.headline(language, make_tables.DATA)
+        assert "3.00" in headline and "25.97" not in headline and "PyTorch" not in headline
+
+
+def test_aims_that_were_missed_are_counted():
+    for language in make_tables.READMES:
+        words, text = make_tables.WORDS[language], make_tables.aims(language, make_tables.DATA)
+        rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+        missed = sum(line.endswith(f"| {words['missed']} |") for line in rows)
+        assert len(rows) == missed + sum(line.endswith(f"| {words['met']} |") for line in rows)
+        summary = words["some_missed" if missed else "all_met"]
+        assert text.splitlines()[-1] == summary.format(missed=missed, count=len(rows))
+        for check in make_tables.read(make_tables.CHECKS_FILE):
+            what = check["what"] if language == "en" else make_tables.WORDS["checks_zh"][check["what"]]
+            verdict = words["met" if check["met"] else "missed"]
+            assert f"| {what} | {check['measured']:.4g} | {check['must']} | {verdict} |" in rows
