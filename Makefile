@@ -52,7 +52,7 @@ lint: $(READY_DEV) ## check style and format with ruff
 bench: $(READY) ## measure decoding (NVIDIA GPU; ARGS="--help" lists the options)
 	$(PY) examples/benchmark.py $(ARGS)
 
-pictures: $(READY_DEV) ## draw the README's pictures and write its tables anew from images/data (needs a Chinese font)
+pictures: $(READY_DEV) ## draw the pictures and write the tables of README and docs/speed.md anew from images/data (needs a Chinese font)
 	@status=0; for script in images/make_*.py; do $(PY) $$script $(ARGS) || status=1; done; exit $$status
 
 clean: ## remove the environments and everything that was generated

@@ -87,8 +87,8 @@ def choose_backend(environment: Mapping[str, str] = os.environ) -> Backend:
     if wanted == "oneflow":
         if not has_oneflow:
             raise ImportError(
-                f"{BACKEND_VARIABLE}=oneflow asks for OneFlow, which is not installed; install it (README.md says "
-                f"which builds there are), or unset {BACKEND_VARIABLE} to run on PyTorch."
+                f"{BACKEND_VARIABLE}=oneflow asks for OneFlow, which is not installed; install it (docs/oneflow.md "
+                f"says which builds there are), or unset {BACKEND_VARIABLE} to run on PyTorch."
             )
         return _oneflow(f"{BACKEND_VARIABLE}=oneflow")
     if wanted == "torch":

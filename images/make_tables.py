@@ -1,4 +1,4 @@
-"""Writes what was measured into README.md and README.zh.md, between the marks <!-- NAME: ... --> and <!-- end -->."""
+"""Write what was measured into the READMEs and docs/speed.md, between the marks <!-- NAME: ... --> and <!-- end -->."""
 
 import argparse
 import json
@@ -25,7 +25,8 @@ from records import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-READMES = {"en": "README.md", "zh": "README.zh.md"}
+# The pages with generated parts, by language.
+PAGES = {"en": ("README.md", "docs/speed.md"), "zh": ("README.zh.md", "docs/zh/speed.md")}
 # What the generated parts say, by language, and the names of the suite's checks in Chinese.
 WORDS = json.loads((Path(__file__).parent / "words.json").read_text("utf-8"))
 CHECKS_FILE = "benchmark_h200_checks.json"
@@ -46,14 +47,18 @@ def picture(language: str, data: Path) -> str:
 def headline(language: str, data: Path) -> str:
     """Ms per token by precision, next to plain PyTorch on the same card, and what the weights were."""
     words, ours = WORDS[language], by_precision(data)
-    shown = {name: ours[name] for name in ("fp16", "int8", "int4") if name in ours}
-    times = words["and"].join(words["time"].format(precision=name, **run) for name, run in shown.items())
-    shares = words["and"].join(f"{run['share']:.0%}" for run in shown.values())
     gpu = ours["fp16"]["gpu"]
     # Only rows of the same card: another one has another memory.
-    torch = [row for row in table_rows("torch", data) if row["gpu"] == gpu and row["weights"] == "fp16"]
-    plain = "".join(words["headline_plain"].format(precision=precision(row), **row) for row in torch)
-    return words["headline"].format(times=times, shares=shares, plain=plain, gpu=gpu)
+    plain = {precision(row): f"{row['ms_per_step']:.2f}" for row in table_rows("torch", data) if row["gpu"] == gpu}
+    rows = [words["headline_header"]]
+    for name in ("fp16", "int8", "int4"):
+        if name in ours:
+            rows.append([name, f"{ours[name]['ms_per_step']:.2f}", f"{ours[name]['share']:.0%}"])
+            rows[-1] += [plain.get(name, "")] if plain else []
+    if plain:
+        rows[0] = [*rows[0], words["headline_plain"]]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:], "", words["headline"].format(gpu=gpu)])
 
 
 def speed(language: str, data: Path) -> str:
@@ -228,7 +233,7 @@ BLOCKS: dict[str, Callable[[str, Path], str]] = {
 
 
 def updated(text: str, language: str, data: Path = DATA) -> str:
-    """A README with its blocks written anew.
+    """Write the blocks of a page anew.
 
     Raises:
         KeyError: a block that no function here writes.
@@ -239,13 +244,15 @@ def updated(text: str, language: str, data: Path = DATA) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the benchmark's records (%(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT, help="folder for the READMEs (%(default)s)")
+    parser.add_argument("--out", type=Path, default=ROOT, help="folder for the pages (%(default)s)")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    for language, name in READMES.items():
-        text = updated((ROOT / name).read_text("utf-8"), language, options.data)
-        (options.out / name).write_text(text, "utf-8")
-        print(options.out / name)
+    for language, pages in PAGES.items():
+        for name in pages:
+            text = updated((ROOT / name).read_text("utf-8"), language, options.data)
+            path = options.out / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, "utf-8")
+            print(path)
 
 
 if __name__ == "__main__":

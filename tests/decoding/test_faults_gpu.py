@@ -302,7 +302,7 @@ def wide():
 @pytest.mark.parametrize("sampler", [{"do_sample": False}, {"do_sample": True, "top_k": 0, "top_p": 0.9}], ids=str)
 @pytest.mark.parametrize("lengths", [(20,), (2000,), (1000,) * 8, (300, 700) * 16], ids=lambda n: f"{len(n)}x{max(n)}")
 def test_peak_memory_is_within_the_bound(wide, lengths, sampler):
-    """Weights, cache and workspace as README.md states them; the peak is what generation takes beside the weights."""
+    """docs/questions.md states weights, cache and workspace; the peak is what generation takes beside the weights."""
     before, batch, longest = settled(wide), len(lengths), max(lengths)
     inputs = padded(wide, lengths)
     torch.cuda.reset_peak_memory_stats()

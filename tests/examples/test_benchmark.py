@@ -224,8 +224,8 @@ def test_the_plain_baseline_concatenates_its_cache_in_transformers_loop(example,
 
 
 @pytest.mark.skipif(not TABLE.exists(), reason=f"{TABLE.name} is not measured yet")
-@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
-def test_the_readme_holds_the_table(example, name):
+@pytest.mark.parametrize("name", ["docs/speed.md", "docs/zh/speed.md"])
+def test_the_page_holds_the_table(example, name):
     table = json.loads(TABLE.read_text("utf-8"))
     text = (ROOT / name).read_text("utf-8")
     for row in example("benchmark_table").markdown(table).splitlines()[2:]:

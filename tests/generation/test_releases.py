@@ -393,6 +393,6 @@ def test_a_release_newer_than_the_newest_tested_is_named(version, note, monkeypa
     assert line in str(faster_chatglm_6b.status()).splitlines()
 
 
-def test_the_newest_tested_release_is_the_one_that_the_readmes_name():
-    for name in ("README.md", "README.zh.md"):
+def test_the_newest_tested_release_is_the_one_that_the_pages_name():
+    for name in ("docs/verified.md", "docs/zh/verified.md"):
         assert f"| {backend.NEWEST_TESTED_TRANSFORMERS} |" in (ROOT / name).read_text("utf-8")

@@ -1,4 +1,4 @@
-"""The fault table of the READMEs names tests that exist and are run, and the stated memory bound is the code's."""
+"""docs/faults.md names tests that exist and are run, and the memory bound of docs/questions.md is the code's."""
 
 import ast
 import re
@@ -12,14 +12,12 @@ from faster_chatglm_6b.decoding import memory, session
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[2]
-HEADINGS = {"README.md": "## Development", "README.zh.md": "## 开发"}
-BOTH = pytest.mark.parametrize("name", HEADINGS)
+TABLES = ("docs/faults.md", "docs/zh/faults.md")
 
 
 def rows(name: str) -> list[list[str]]:
     """Cells of the table's rows, without its head."""
-    section = (ROOT / name).read_text("utf-8").split(HEADINGS[name])[1]
-    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    lines = [line for line in (ROOT / name).read_text("utf-8").splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[1:]]
 
 
@@ -45,7 +43,7 @@ def is_run(reference: str) -> bool:
     return function in {element.id for element in listed[0].value.elts}
 
 
-@BOTH
+@pytest.mark.parametrize("name", TABLES)
 def test_every_row_of_the_fault_table_is_a_test(name):
     for row in rows(name):
         assert len(row) == 3 and all(row), row
@@ -55,7 +53,7 @@ def test_every_row_of_the_fault_table_is_a_test(name):
 
 
 def test_both_languages_have_the_same_rows():
-    english, chinese = (list(map(references, rows(name))) for name in HEADINGS)
+    english, chinese = (list(map(references, rows(name))) for name in TABLES)
     assert english == chinese and len(english) >= 14
 
 
@@ -81,9 +79,9 @@ def test_checks_are_run_by_both_loops():
         assert "test_loop_interpreter.py" in runners and any(name.endswith("_gpu.py") for name in runners), kind
 
 
-@BOTH
+@pytest.mark.parametrize("name", ["docs/questions.md", "docs/zh/questions.md"])
 def test_the_memory_bound_is_the_codes(name):
-    """README's numbers for the real model in float16, from the functions that the GPU test holds against the peak."""
+    """The page's numbers for the real model in float16, from the functions that the GPU test holds against the peak."""
     with torch.device("meta"):
         model = ChatGLMForConditionalGeneration(ChatGLMConfig()).half()
     model.tie_head()

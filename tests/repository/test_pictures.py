@@ -1,4 +1,4 @@
-"""The README's pictures: each script runs on the committed data, and the committed pictures show that data."""
+"""The pictures of the pages: each script runs on the committed data, and the committed pictures show that data."""
 
 import json
 import os

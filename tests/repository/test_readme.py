@@ -1,4 +1,4 @@
-"""The READMEs say what was measured and what the demo prints, name every option, and point at things that exist."""
+"""The pages say what was measured and what the demo prints, name every option, and point at things that exist."""
 
 import inspect
 import json
@@ -6,31 +6,39 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from pages import LOG, PAGES, ROOT, TRANSLATED, anchors, prose, read, shared
 
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "images"))
 
 import make_tables  # noqa: E402
 
 LANGUAGES = {"README.md": "en", "README.zh.md": "zh"}
 BOTH = pytest.mark.parametrize("name", LANGUAGES)
+# The generated parts of each page.
+GENERATED = {
+    "README.md": ["headline", "picture"],
+    "docs/speed.md": ["speed", "aims", "experiment", "comparison"],
+}
 
 
-def read(name: str) -> str:
-    return (ROOT / name).read_text("utf-8")
-
-
-@BOTH
-def test_the_generated_parts_hold_the_records(name):
+@pytest.mark.parametrize("english", GENERATED)
+@pytest.mark.parametrize("language", make_tables.PAGES)
+def test_the_generated_parts_hold_the_records(english, language):
+    name = english if language == "en" else TRANSLATED[english]
+    assert name in make_tables.PAGES[language]
     text = read(name)
-    assert make_tables.updated(text, LANGUAGES[name]) == text, f"{name} is out of date: make pictures"
-    assert re.findall(r"<!-- (\w+):", text) == ["headline", "picture", "speed", "aims", "experiment", "comparison"]
-    assert text.count("<!-- end -->") == 6
+    assert make_tables.updated(text, language) == text, f"{name} is out of date: make pictures"
+    assert re.findall(r"<!-- (\w+):", text) == GENERATED[english]
+    assert text.count("<!-- end -->") == len(GENERATED[english])
+
+
+def test_no_other_page_has_generated_parts():
+    written = {name for pages in make_tables.PAGES.values() for name in pages}
+    assert {name for name in PAGES if "<!-- end -->" in read(name).splitlines()} == written
 
 
 def test_the_tables_are_made_of_the_records():
@@ -45,7 +53,7 @@ def test_the_tables_are_made_of_the_records():
     assert f"{records[0]['read_ceiling_gb_per_s']:.0f}" in speed and records[0]["clocks"] in speed
 
 
-@BOTH
+@pytest.mark.parametrize("name", ["docs/demos.md", TRANSLATED["docs/demos.md"]])
 def test_the_transcript_is_what_the_demo_prints(name):
     """All but the speed, and what depends on versions and installed packages."""
     transcript = read(name).split("```text\n")[1].split("```")[0].splitlines()
@@ -86,34 +94,69 @@ def test_the_public_calls_are_listed_with_their_arguments(name):
         assert setting in text
 
 
-@BOTH
+@pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name):
-    text = read(name)
-    # As GitHub makes them: lower case, punctuation gone, blanks to hyphens.
-    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    text = prose(read(name))
     targets = re.findall(r"\]\(([^)]+)\)", text)
-    assert len(targets) > 10
+    assert len(targets) > 10 or name not in LANGUAGES
     for target in targets:
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif "://" not in target:
-            assert (ROOT / target).exists(), target
-    for path in re.findall(r"`((?:examples|images|tests|faster_chatglm_6b)/[\w./]+)`", text):
-        assert (ROOT / path).exists(), path
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), f"{name}: {target}"
+        if anchor:
+            assert anchor in anchors(file.resolve().relative_to(ROOT).as_posix()), f"{name}: {target}"
+    if name != LOG:
+        for path in re.findall(r"`((?:docs|examples|images|tests|faster_chatglm_6b)/[\w./]+)`", text):
+            assert (ROOT / path).exists(), f"{name}: {path}"
 
 
-def test_both_languages_have_the_same_sections_tables_and_pictures():
+@BOTH
+def test_every_page_is_linked_from_the_readme(name):
+    """The Chinese README links the Chinese version of a page, and the English one of a page that has no other."""
+    linked = set(re.findall(r"\]\(([^)#]+)\)", prose(read(name))))
+    for page in PAGES:
+        if not page.startswith("docs/zh/") and page not in LANGUAGES:
+            wanted = page if name == "README.md" else TRANSLATED.get(page, page)
+            assert wanted in linked, f"{name} does not link {wanted}"
+
+
+@pytest.mark.parametrize("english", TRANSLATED)
+def test_the_versions_of_a_page_link_to_each_other(english):
+    chinese = TRANSLATED[english]
+    for name, other in ((english, chinese), (chinese, english)):
+        assert f"]({os.path.relpath(other, os.path.dirname(name) or '.')})" in read(name)
+
+
+@pytest.mark.parametrize("english", TRANSLATED)
+def test_both_languages_have_the_same_sections_tables_and_pictures(english):
     shapes = []
-    for name in LANGUAGES:
-        prose = re.sub(r"```.*?```", "", read(name), flags=re.DOTALL)
-        headings = re.findall(r"^(#+) ", prose, re.MULTILINE)
-        rows = [line.count(" | ") for line in prose.splitlines() if line.startswith("|")]
-        pictures = [path.replace(".zh.", ".") for path in re.findall(r"!\[.*?\]\((.*?)\)", prose)]
-        questions = len(re.findall(r"^\*\*", prose, re.MULTILINE))
-        bullets = sum(line.startswith("- ") for line in prose.splitlines())
+    for text in (shared(english), read(TRANSLATED[english])):
+        text = prose(text)
+        headings = re.findall(r"^(#+) ", text, re.MULTILINE)
+        rows = [line.count(" | ") for line in text.splitlines() if line.startswith("|")]
+        pictures = [path.replace(".zh.", ".").lstrip("./") for path in re.findall(r"!\[.*?\]\((.*?)\)", text)]
+        questions = len(re.findall(r"^\*\*", text, re.MULTILINE))
+        bullets = sum(line.startswith("- ") for line in text.splitlines())
         shapes.append((headings, rows, pictures, questions, bullets))
     assert shapes[0] == shapes[1]
+
+
+def test_contributing_has_a_row_for_every_folder_of_the_package():
+    package = ROOT / "faster_chatglm_6b"
+    folders = {path.name for path in package.iterdir() if (path / "__init__.py").is_file()}
+    rows = re.findall(r"^\| `([\w/]+)/` \|", read("CONTRIBUTING.md"), re.MULTILINE)
+    assert folders <= set(rows)
+
+
+def test_the_first_screen_of_the_readmes():
+    """What it is, the one line, the numbers and the two commands, within 40 lines."""
+    for name in LANGUAGES:
+        first = "\n".join(read(name).splitlines()[:40])
+        for part in ("import faster_chatglm_6b", "| fp16 | 3.00 |", "images/demo.gif", "make demo", "make test"):
+            assert part in first, f"{name}: {part}"
+        assert len(read(name).splitlines()) < 200
 
 
 def test_the_ratios_are_those_of_the_table():
@@ -155,13 +198,13 @@ def test_the_first_screen_compares_on_one_card_and_says_what_was_not_at_hand(nam
 
 def test_without_a_row_of_the_same_card_the_headline_does_not_compare(monkeypatch):
     monkeypatch.setattr(make_tables, "table_rows", lambda backend, data: [])
-    for language in make_tables.READMES:
+    for language in make_tables.PAGES:
         headline = make_tables.headline(language, make_tables.DATA)
         assert "3.00" in headline and "25.97" not in headline and "PyTorch" not in headline
 
 
 def test_aims_that_were_missed_are_counted():
-    for language in make_tables.READMES:
+    for language in make_tables.PAGES:
         words, text = make_tables.WORDS[language], make_tables.aims(language, make_tables.DATA)
         rows = [line for line in text.splitlines() if line.startswith("|")][2:]
         missed = sum(line.endswith(f"| {words['missed']} |") for line in rows)

@@ -1,5 +1,7 @@
-"""Every code block and command of the READMEs is executed here, by another test, or by .ci/run, or is listed with the
-reason why it cannot be."""
+"""Every code block and command of the READMEs, docs/ and CONTRIBUTING is executed here, by another test, or by .ci/run.
+
+Otherwise it is listed with the reason why it cannot be.
+"""
 
 import re
 import shlex
@@ -8,11 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from pages import ENGLISH, PAGES, ROOT, TRANSLATED, blocks, prose, read
 from remote_code import put_into_hub_cache, run_python
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny_chatglm"
-NAMES = ("README.md", "README.zh.md")
+# Its programs are run by tests/repository/test_finetuning_docs.py.
+FINETUNING = "docs/finetuning.md"
 
 # Commands by who executes them. A test's name must exist, and .ci/run must hold the command.
 TESTED = {
@@ -23,8 +26,9 @@ TESTED = {
     "python -m faster_chatglm_6b demo": "tests/repository/test_packaging.py::test_the_wheel_answers_where_no_clone_is",
     "python -m faster_chatglm_6b chat --tiny": "tests/cli/test_cli_demo.py::test_whatever_is_piped_in",
     "python -m faster_chatglm_6b": "tests/switch/test_switch.py::test_module_prints_the_report",
+    "python examples/transformers_serve.py": "tests/conversation/test_chat_clients.py::test_transformers_serve",
 }
-IN_CI = ("make demo", "make test", "make test-oneflow")
+IN_CI = ("make demo", "make test", "make test-oneflow", "make lint")
 # Commands that no test executes, and what is checked of them instead.
 LISTED = {
     "python3 -m pip install -e .": "a network; the Makefile installs so, in CI",
@@ -32,41 +36,51 @@ LISTED = {
     "python3 -m pip install git+ADDRESS_OF_THIS_REPOSITORY": "a network, and the address of a repository",
     "python3.10 -m pip install -r tests/oneflow/requirements.txt": "a network; make test-oneflow does it, in CI",
     "python3.10 -m pip install --no-deps -e .": "a network; make test-oneflow does it, in CI",
+    "pip install transformers accelerate peft trl bitsandbytes": "a network; the programs after it import them",
+    "apt-get install fonts-noto-cjk": "a network and the rights of root",
     "pytest -m gpu": "a GPU",
+    "make test-gpu": "a GPU; its target is checked here",
+    "make bench": "a GPU; its target is checked here",
+    'make bench ARGS="--help"': "nothing; its target is checked here",
+    "make test-long": "minutes; its target is checked here",
+    "python -m pytest FILE --hypothesis-profile=long": "minutes; make test-long does it for all files",
+    "make test TRANSFORMERS=4.57.6 VENV=.venv-4.57.6": "minutes; .ci/run does it",
+    'make test ARGS="tests/switch/test_hook.py -k order -x"': "nothing; its file is checked here",
+    "bash .ci/run": "it is what runs these tests",
+    "python -m faster_chatglm_6b chat": "the 6B weights; chat --tiny is tested",
     "make help": "nothing; its targets are checked here",
     "make pictures": "nothing; tests/repository/test_pictures.py and tests/repository/test_readme.py run its scripts",
 }
 # Commands that need a GPU and are listed by their beginning: the generated tables name the options of their records.
-ON_A_GPU = "python examples/benchmark.py "
+BENCHMARK = "python examples/benchmark.py "
+# The tuners of the benchmark log need a GPU too.
+ON_A_GPU = re.compile(re.escape(BENCHMARK) + r"|python examples/(measuring/)?tune_(quantized_)?kernels\.py( |$)")
 PROGRAMS = ("python", "python3", "python3.10", "make", "pip", "pytest", "bash", "apt-get")
 
 
-def blocks(name: str) -> list[tuple[str, str]]:
-    """(language, content) of the fenced blocks of a README."""
-    text = (ROOT / name).read_text("utf-8")
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    assert len(found) * 2 == len(re.findall(r"^```", text, re.MULTILINE)), "a block that is not closed"
-    return found
-
-
 def commands(name: str) -> list[str]:
-    """The commands of the sh blocks and those in the text, without comments."""
+    """List the commands of the sh blocks and those in the text, without comments."""
     lines = "".join(content for language, content in blocks(name) if language == "sh").splitlines()
-    prose = re.sub(r"^```.*?^```$", "", (ROOT / name).read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
-    spans = [span for span in re.findall(r"`([^`\n]+)`", prose) if span.split()[0] in PROGRAMS and " " in span]
+    spans = re.findall(r"`([^`\n]+)`", prose(read(name)))
+    spans = [span for span in spans if span.split()[0] in PROGRAMS and " " in span]
     found = [re.sub(r"\s+#.*", "", line).strip() for line in lines if line.strip()]
     return [*found, *(span for span in spans if not span.startswith("git+"))]
 
 
-def python_program(name: str) -> str:
-    return "\n".join(content for language, content in blocks(name) if language == "python")
+def python_program() -> str:
+    """Join the python blocks of the pages that are read after each other: README first."""
+    names = [name for name in ENGLISH if name != FINETUNING]
+    return "\n".join(content for name in names for language, content in blocks(name) if language == "python")
 
 
 def test_blocks_are_of_the_kinds_that_are_checked():
     """python: executed below. sh: each line is a command. text: the demo's transcript, in test_readme.py."""
-    kinds = [language for language, _ in blocks("README.md")]
+    kinds = [language for name in ENGLISH for language, _ in blocks(name)]
     assert set(kinds) == {"python", "sh", "text"} and kinds.count("text") == 1
-    assert kinds.count("python") >= 4 and kinds.count("sh") >= 4
+    assert [language for language, _ in blocks("docs/demos.md")].count("text") == 1
+    for name, least in (("README.md", 3), ("docs/checkpoints.md", 1), ("docs/questions.md", 2)):
+        assert [language for language, _ in blocks(name)].count("python") >= least, name
+    assert kinds.count("sh") >= 4
 
 
 def test_the_python_blocks_run_one_after_the_other(tmp_path):
@@ -82,22 +96,20 @@ def test_the_python_blocks_run_one_after_the_other(tmp_path):
         'is_enabled = "enabled" in str(package.status())\n'
         "answer([model.config.quantization_bit, response, len(history), executed(), is_enabled])\n"
     )
-    bits, response, rounds, executed, is_enabled = run_python(
-        on_a_cpu + python_program("README.md") + outcome, tmp_path
-    )
+    bits, response, rounds, executed, is_enabled = run_python(on_a_cpu + python_program() + outcome, tmp_path)
     assert (bits, rounds, executed, is_enabled) == (8, 1, [], True)
     assert isinstance(response, str) and response
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PAGES)
 def test_every_command_is_executed_or_listed(name):
     for command in commands(name):
-        known = command in TESTED or command in IN_CI or command in LISTED or command.startswith(ON_A_GPU)
+        known = command in TESTED or command in IN_CI or command in LISTED or ON_A_GPU.match(command)
         assert known, f"`{command}` of {name} is neither executed by a test nor listed in {Path(__file__).name}"
 
 
-def test_nothing_is_listed_that_the_readme_does_not_say():
-    said = commands("README.md")
+def test_nothing_is_listed_that_no_page_says():
+    said = [command for name in ENGLISH for command in commands(name)]
     assert [command for command in (*TESTED, *IN_CI, *LISTED) if command not in said] == []
 
 
@@ -123,14 +135,14 @@ def test_the_benchmark_takes_the_options_that_are_named():
     sys.path.append(str(ROOT / "examples"))
     import benchmark
 
-    named = {command for name in NAMES for command in commands(name) if command.startswith(ON_A_GPU)}
+    named = {command for name in PAGES for command in commands(name) if command.startswith(BENCHMARK)}
     assert named
     for command in named:
         benchmark.parse(shlex.split(command)[2:])  # ends the process where it does not understand
 
 
 def test_make_has_the_targets_that_are_named():
-    targets = {command.split()[1] for name in NAMES for command in commands(name) if command.startswith("make ")}
+    targets = {command.split()[1] for name in PAGES for command in commands(name) if command.startswith("make ")}
     assert len(targets) > 3
     for target in targets:
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -142,17 +154,20 @@ def test_make_has_the_targets_that_are_named():
 def test_the_extras_and_files_of_install_commands_exist():
     project = (ROOT / "pyproject.toml").read_text("utf-8")
     extras = set(re.findall(r"^(\w+) = \[", project.split("[project.optional-dependencies]")[1], re.MULTILINE))
-    for command in commands("README.md"):
+    for command in (command for name in ENGLISH for command in commands(name)):
         for asked in re.findall(r"\.\[([\w,]+)\]", command):
             assert set(asked.split(",")) <= extras, command
         for file in re.findall(r"-r (\S+)", command):
             assert (ROOT / file).is_file(), command
+        for file in re.findall(r"\btests/[\w/]+\.py", command):
+            assert (ROOT / file).is_file(), command
 
 
-def test_both_readmes_have_the_same_code():
+@pytest.mark.parametrize("english", TRANSLATED)
+def test_both_languages_have_the_same_code(english):
     """Comments are translated; the transcript is the same in full."""
     codes = []
-    for name in NAMES:
+    for name in (english, TRANSLATED[english]):
         pairs = [
             (kind, content if kind == "text" else re.sub(r"\s*#.*", "", content)) for kind, content in blocks(name)
         ]
