@@ -1,4 +1,4 @@
-"""Write what was measured into the READMEs and docs/speed.md, between the marks <!-- NAME: ... --> and <!-- end -->."""
+"""Write what was measured into README.md and README.zh.md, between the marks <!-- NAME: ... --> and <!-- end -->."""
 
 import argparse
 import json
@@ -25,10 +25,11 @@ from records import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-# The pages with generated parts, by language.
-PAGES = {"en": ("README.md", "docs/speed.md"), "zh": ("README.zh.md", "docs/zh/speed.md")}
+READMES = {"en": "README.md", "zh": "README.zh.md"}
 # What the generated parts say, by language, and the names of the suite's checks in Chinese.
 WORDS = json.loads((Path(__file__).parent / "words.json").read_text("utf-8"))
+# docs/ has such parts too.
+SPEED = {"en": "docs/speed.md", "zh": "docs/zh/speed.md"}
 CHECKS_FILE = "benchmark_h200_checks.json"
 _BLOCK = re.compile(r"(<!-- (\w+): [^\n]* -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -36,7 +37,7 @@ sys.path.append(str(ROOT / "examples"))
 
 
 def picture(language: str, data: Path) -> str:
-    """The animation where the times for it were measured, else the bars."""
+    """Show the animation if the times for it were measured, else the bars."""
     words = WORDS[language]
     if has(TABLE, data):
         return f"![{words['gif']}](images/demo.gif)"
@@ -45,7 +46,7 @@ def picture(language: str, data: Path) -> str:
 
 
 def headline(language: str, data: Path) -> str:
-    """Ms per token by precision, next to plain PyTorch on the same card, and what the weights were."""
+    """State ms per token by precision, next to plain PyTorch on the same card, and what the weights were."""
     words, ours = WORDS[language], by_precision(data)
     gpu = ours["fp16"]["gpu"]
     # Only rows of the same card: another one has another memory.
@@ -62,7 +63,7 @@ def headline(language: str, data: Path) -> str:
 
 
 def speed(language: str, data: Path) -> str:
-    """Conditions, the suite's records, and what a table row cannot say."""
+    """List the conditions, the suite's records, and what a table row cannot say."""
     words = WORDS[language]
     runs = [run for run in one_per_run(read(SUITE, data)).values() if run["backend"] == "ours"]
     first = runs[0]
@@ -105,7 +106,7 @@ def _what(run: Record, words: dict[str, str]) -> str:
 
 
 def experiment(language: str, data: Path) -> str:
-    """The benchmark's own table, as it prints it, and its conditions."""
+    """Show the benchmark's own table, as it prints it, and its conditions."""
     if not has(TABLE, data):
         return WORDS[language]["no_experiment"]
     import benchmark_table
@@ -119,7 +120,7 @@ def experiment(language: str, data: Path) -> str:
 
 
 def _ratios(language: str, data: Path) -> str:
-    """What the rows of the table say about each other, and next to the suite's records of the same calls."""
+    """Compare the rows of the table with each other, and with the suite's records of the same calls."""
     words = WORDS[language]
     ours, torch = ({precision(row): row for row in table_rows(name, data)} for name in ("ours", "torch"))
     rates = [{name: row["tokens_per_s"] for name, row in rows.items()} for rows in (ours, torch)]
@@ -142,7 +143,7 @@ def _ratios(language: str, data: Path) -> str:
 
 
 def comparison(language: str, data: Path) -> str:
-    """Ours, plain Torch, and what was measured of others on another card."""
+    """Compare ours, plain Torch, and what was measured of others on another card."""
     words, elsewhere = WORDS[language], read(ELSEWHERE, data)
     rows = [
         (
@@ -177,7 +178,7 @@ def comparison(language: str, data: Path) -> str:
 
 
 def on_the_other_card(data: Path = DATA) -> tuple[dict[str, float], dict[str, float]]:
-    """ms per token by precision on the card of ``ELSEWHERE``: what our shares come to there, and the fastest other."""
+    """Return ms per token by precision on the card of ``ELSEWHERE``: by our shares, and of the fastest other."""
     elsewhere = read(ELSEWHERE, data)
     ours, others = {}, {}
     for name, run in by_precision(data).items():
@@ -200,7 +201,7 @@ _INT4_BATCH = 8
 
 
 def aims(language: str, data: Path) -> str:
-    """What the suite checks, and the integer weights' records, against what was asked for."""
+    """Hold the suite's checks and the integer weights' records against what was asked for."""
     words = WORDS[language]
     lines, missed = [words["aims_header"], "|---|---|---|---|"], []
 
@@ -233,7 +234,7 @@ BLOCKS: dict[str, Callable[[str, Path], str]] = {
 
 
 def updated(text: str, language: str, data: Path = DATA) -> str:
-    """Write the blocks of a page anew.
+    """Return a README with its blocks written anew.
 
     Raises:
         KeyError: a block that no function here writes.
@@ -246,8 +247,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the benchmark's records (%(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT, help="folder for the pages (%(default)s)")
     options = parser.parse_args()
-    for language, pages in PAGES.items():
-        for name in pages:
+    for language in READMES:
+        for name in (READMES[language], SPEED[language]):
             text = updated((ROOT / name).read_text("utf-8"), language, options.data)
             path = options.out / name
             path.parent.mkdir(parents=True, exist_ok=True)

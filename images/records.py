@@ -1,4 +1,4 @@
-"""What was measured, as the pictures and the tables of the pages use it; the benchmark writes it to images/data."""
+"""What was measured, as the pictures and the README's tables use it; images/data holds it, written by the benchmark."""
 
 import hashlib
 import json

@@ -98,7 +98,7 @@ def digest_of(path: Path) -> str | None:
 
 
 def name_in(language: str, name: str) -> str:
-    """File name of the picture ``name`` for the pages in a language."""
+    """File name of the picture ``name`` for the README in a language."""
     return f"{name}.png" if language == "en" else f"{name}.{language}.png"
 
 

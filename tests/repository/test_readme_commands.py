@@ -54,7 +54,9 @@ LISTED = {
 # Commands that need a GPU and are listed by their beginning: the generated tables name the options of their records.
 BENCHMARK = "python examples/benchmark.py "
 # The tuners of the benchmark log need a GPU too.
-ON_A_GPU = re.compile(re.escape(BENCHMARK) + r"|python examples/(measuring/)?tune_(quantized_)?kernels\.py( |$)")
+ON_A_GPU = re.compile(
+    re.escape(BENCHMARK) + r"|python (-m examples\.measuring\.|examples/)tune_(quantized_)?kernels(\.py)?( |$)"
+)
 PROGRAMS = ("python", "python3", "python3.10", "make", "pip", "pytest", "bash", "apt-get")
 
 
