@@ -70,7 +70,9 @@ def disabled() -> Iterator[None]:
 
 def status() -> report.Status:
     """What was chosen, patched and served so far, and why; printing it gives a readable report."""
-    state = report.report(__version__, revision, hook.is_installed(), _switch(), _backend, hook.patched_names())
+    state = report.report(
+        __version__, revision, hook.is_installed(), _switch(), backend.current(), hook.patched_names()
+    )
     return state._replace(strict=hook.is_installed() and hook.is_strict())
 
 
@@ -90,5 +92,5 @@ def _switch() -> str:
     return "off, disable() was called"
 
 
-_backend = backend.use(backend.choose_backend())
+backend.use(backend.choose_backend())
 enable(strict=_is_set(_STRICT_VARIABLE) or hook.is_strict())

@@ -7,10 +7,9 @@ where its choice hangs on the GPU.
 import os
 import sys
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import NamedTuple
 
-from . import oneflow_compat
+from . import oneflow_compat, versions
 
 BACKEND_VARIABLE = "FASTER_CHATGLM_6B_BACKEND"
 BACKENDS = ("auto", "torch", "oneflow")
@@ -38,11 +37,15 @@ class Backend(NamedTuple):
 _current = Backend("torch", "not chosen yet")
 
 
-def use(backend: Backend) -> Backend:
-    """Make ``backend`` the one that this process runs on, once ``activate()`` is called; returns it."""
+def use(backend: Backend) -> None:
+    """Make ``backend`` the one that this process runs on, once ``activate()`` is called."""
     global _current
     _current = backend
-    return backend
+
+
+def current() -> Backend:
+    """Return the framework that this process runs on, and why it was chosen."""
+    return _current
 
 
 def activate() -> None:
@@ -82,8 +85,8 @@ def choose_backend(environment: Mapping[str, str] = os.environ) -> Backend:
             f"{BACKEND_VARIABLE}={environment[BACKEND_VARIABLE]!r} is not a backend; "
             f"set it to one of {', '.join(BACKENDS)}, or unset it."
         )
-    has_oneflow = _is_installed("oneflow")
-    has_torch = _is_installed("torch") and not _oneflow_stands_in()
+    has_oneflow = versions.is_installed("oneflow")
+    has_torch = versions.is_installed("torch") and not _oneflow_stands_in()
     if wanted == "oneflow":
         if not has_oneflow:
             raise ImportError(
@@ -138,7 +141,7 @@ def _oneflow_stands_in() -> bool:
 
 def _transformers_problem() -> str | None:
     """What to tell a user whose transformers does not work under OneFlow's mock of torch."""
-    found = installed_version("transformers")
+    found = versions.installed_version("transformers")
     if found is None or is_supported_on_oneflow(found):
         return None
     return (
@@ -150,7 +153,7 @@ def _transformers_problem() -> str | None:
 
 def is_supported_on_oneflow(version: str) -> bool:
     """Whether a version of transformers works under OneFlow's mock of torch."""
-    return not is_too_old(version, OLDEST_TRANSFORMERS_ON_ONEFLOW) and is_too_old(
+    return not versions.is_too_old(version, OLDEST_TRANSFORMERS_ON_ONEFLOW) and versions.is_too_old(
         version, FIRST_TRANSFORMERS_BEYOND_ONEFLOW
     )
 
@@ -160,11 +163,11 @@ def _why_not_oneflow() -> str | None:
     for package in ("torch", "transformers"):
         if sys.modules.get(package) is not None:
             return f"{package} was imported before and is bound to PyTorch"
-    version = installed_version("oneflow")
-    if version is not None and is_too_old(version, FIRST_FUSED_ONEFLOW):
+    version = versions.installed_version("oneflow")
+    if version is not None and versions.is_too_old(version, FIRST_FUSED_ONEFLOW):
         return f"OneFlow {version} lacks most of the fused operators"
     if _transformers_problem() is not None:
-        return f"OneFlow does not work with transformers {installed_version('transformers')}"
+        return f"OneFlow does not work with transformers {versions.installed_version('transformers')}"
     return oneflow_compat.why_not_fused()
 
 
@@ -175,8 +178,8 @@ def require_transformers() -> None:
         if problem is not None:
             raise ImportError(problem)
         return
-    found = installed_version("transformers")
-    if found is not None and is_supported_on_oneflow(found) and _is_installed("oneflow"):
+    found = versions.installed_version("transformers")
+    if found is not None and is_supported_on_oneflow(found) and versions.is_installed("oneflow"):
         raise ImportError(
             f"PyTorch runs the models here ({_current.reason}) and needs transformers {OLDEST_TRANSFORMERS} or newer, "
             f"but {found} is installed, which suits OneFlow; set {BACKEND_VARIABLE}=oneflow, or upgrade transformers."
@@ -191,79 +194,41 @@ def require_torch() -> None:
     _require("torch", OLDEST_TORCH)
 
 
-def installed_version(package: str) -> str | None:
-    """The version of ``package``, from the loaded module or from its metadata; ``None`` if it is not installed."""
-    loaded = getattr(sys.modules.get(package), "__version__", None)
-    if loaded is not None:
-        return str(loaded)
-    # Imported here: it takes 20 ms, and `import faster_chatglm_6b` must stay light.
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def framework_lines() -> list[str]:
     """transformers and the framework with their versions, and which are needed, for ``status()``."""
-    transformers = installed_version("transformers")
+    transformers = versions.installed_version("transformers")
     if not is_oneflow():
         return [
             f"transformers   {_version_note(transformers, OLDEST_TRANSFORMERS, NEWEST_TESTED_TRANSFORMERS)}",
-            f"torch          {_version_note(installed_version('torch'), OLDEST_TORCH)}",
+            f"torch          {_version_note(versions.installed_version('torch'), OLDEST_TORCH)}",
         ]
     needed = f"{OLDEST_TRANSFORMERS_ON_ONEFLOW} to 4.29.2 is needed"
     if transformers is None:
         note = f"not installed ({needed})"
     else:
         note = transformers if is_supported_on_oneflow(transformers) else f"{transformers} ({needed})"
-    return [f"transformers   {note}", f"oneflow        {installed_version('oneflow')}, in the place of torch"]
+    return [f"transformers   {note}", f"oneflow        {versions.installed_version('oneflow')}, in the place of torch"]
 
 
 def _version_note(version: str | None, oldest: str, newest_tested: str | None = None) -> str:
     if version is None:
         return f"not installed ({oldest} or newer is needed)"
-    if is_too_old(version, oldest):
+    if versions.is_too_old(version, oldest):
         return f"{version} (too old: {oldest} or newer is needed)"
-    if newest_tested is not None and is_too_old(newest_tested, version):
+    if newest_tested is not None and versions.is_too_old(newest_tested, version):
         return f"{version} (newer than {newest_tested}, the newest that was tested)"
     return version
 
 
-def is_too_old(version: str, oldest: str) -> bool:
-    """Whether ``version`` precedes ``oldest`` ("4.45"); development and local versions count as their release."""
-    return _release(version) < _release(oldest)
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """(4, 45, 2) of "4.45.2", (2, 13, 0) of "2.13.0a0+git1": the leading numbers are all that the floors compare."""
-    numbers = []
-    for part in version.split("+")[0].split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        numbers.append(int(digits))
-        if digits != part:
-            break
-    return tuple(numbers)
-
-
 def _require(package: str, oldest: str) -> None:
-    found = installed_version(package)
+    found = versions.installed_version(package)
     if found is None:
         raise ImportError(
             f"faster_chatglm_6b needs {package} {oldest} or newer to load a ChatGLM-6B checkpoint and found none; "
             f"install it with `pip install '{package}>={oldest}'`."
         )
-    if is_too_old(found, oldest):
+    if versions.is_too_old(found, oldest):
         raise ImportError(
             f"faster_chatglm_6b needs {package} {oldest} or newer to load a ChatGLM-6B checkpoint and found {found}; "
             f"upgrade it with `pip install -U '{package}>={oldest}'`."
         )
-
-
-def _is_installed(package: str) -> bool:
-    if package in sys.modules:  # find_spec raises for a loaded module without a spec, as test doubles are
-        return sys.modules[package] is not None
-    return find_spec(package) is not None

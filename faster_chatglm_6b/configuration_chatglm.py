@@ -8,7 +8,6 @@ from transformers.configuration_utils import PretrainedConfig
 from . import config_keys
 from .disk.json_files import read_json
 from .disk.replacing import replaced_file
-from .model_size import check_size
 
 # Each size and the most that it may be: far more than any ChatGLM-6B has.
 _SIZES = {
@@ -28,6 +27,8 @@ _SWITCHES = (
     "prefix_projection",
     "tie_word_embeddings",
 )
+# Far above every ChatGLM-6B, and far below what would fill a machine by a slip or on purpose.
+_MOST_PARAMETERS = 10**11
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 _AUTO_MAP = {
     "AutoConfig": "configuration_chatglm.ChatGLMConfig",
@@ -255,7 +256,28 @@ class ChatGLMConfig(PretrainedConfig):
                 f"config.json gives layernorm_epsilon={self.layernorm_epsilon!r}, but a number between 0 and 1 is "
                 "needed; take config.json from the checkpoint again."
             )
-        check_size(self)
+        _check_parameters(self)
+
+
+def parameter_count(config: Any) -> int:
+    """Count the parameters of the embedding, the layers and the P-Tuning prefix; the head is the embedding."""
+    hidden, inner, layers = config.hidden_size, config.inner_hidden_size, config.num_layers
+    attention = 4 * hidden * hidden + 4 * hidden
+    mlp = 2 * hidden * inner + hidden + inner
+    prefix = (config.pre_seq_len or 0) * layers * hidden * 2
+    return config.vocab_size * hidden + layers * (attention + mlp + 4 * hidden) + 2 * hidden + prefix
+
+
+def _check_parameters(config: Any) -> None:
+    """Refuse sizes that are each plausible and together ask for terabytes, before memory is taken."""
+    count = parameter_count(config)
+    if count > _MOST_PARAMETERS:
+        raise ValueError(
+            f"config.json asks for a model of {count / 1e9:.0f} billion parameters (vocab_size={config.vocab_size}, "
+            f"hidden_size={config.hidden_size}, inner_hidden_size={config.inner_hidden_size}, "
+            f"num_layers={config.num_layers}, pre_seq_len={config.pre_seq_len}), but ChatGLM-6B has 6 and more than "
+            f"{_MOST_PARAMETERS // 10**9} are refused; take config.json from the checkpoint again."
+        )
 
 
 def _missing_ids(config: dict[str, Any]) -> dict[str, int]:

@@ -21,7 +21,7 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
-from . import backend, recognition, report
+from . import backend, recognition, report, versions
 from .hub_modules import HubModuleFinder
 
 logger = logging.getLogger("faster_chatglm_6b")
@@ -253,7 +253,7 @@ def _local_class(arguments: Mapping[str, Any]) -> type | None:
     backend.require_transformers()
     if name != "ChatGLMTokenizer":
         # Without any torch, the configuration still loads, as it does in transformers.
-        if name != "ChatGLMConfig" or backend.installed_version("torch") is not None:
+        if name != "ChatGLMConfig" or versions.installed_version("torch") is not None:
             backend.require_torch()
             _register_models()
     local_class = getattr(importlib.import_module(_our_module(recognition.LOCAL_CLASSES[name])), name)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from . import backend
+from . import backend, versions
 
 Choices = dict[str, tuple[str, str]]
 
@@ -147,8 +147,8 @@ def report(
             switch=switch,
             backend=chosen.name,
             backend_reason=chosen.reason,
-            transformers_version=backend.installed_version("transformers"),
-            torch_version=None if backend.is_oneflow() else backend.installed_version("torch"),
+            transformers_version=versions.installed_version("transformers"),
+            torch_version=None if backend.is_oneflow() else versions.installed_version("torch"),
             patched=patched,
             served=dict(_served),
             passed_through=dict(_passed_through),

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -11,14 +11,15 @@ from typing import Any
 from transformers.utils import cached_file
 
 from ..config_keys import own_keys
-from ..configuration_chatglm import ChatGLMConfig
+from ..configuration_chatglm import ChatGLMConfig, parameter_count
 from ..disk.json_files import read_json
-from ..model_size import check_weight_files
 from .agreement import check_agreement
 from .files import HUB_ARGUMENTS, contents, has_meta_device, only, weight_files
 
 # Arguments with which the weights come from somewhere else, or under other names.
 _OTHER_WEIGHTS = ("state_dict", "gguf_file", "from_tf", "from_flax", "key_mapping")
+# Smaller models are loaded, and their missing tensors named, whatever their files hold.
+_WORTH_A_LOOK = 2**30
 _QUANTIZATION_SETTINGS = ("quantization_bit", "quantization_group_size", "quantization_head_bits")
 
 # Real paths of the files that this thread or task may load a model's weights from, until it has; none: any.
@@ -47,7 +48,7 @@ def check_checkpoint(model_class: Any, name: Any, kwargs: dict[str, Any]) -> fro
         return None
     config, stored = _configurations(model_class, name, kwargs, hub)
     files = weight_files(name, hub, kwargs.get("use_safetensors"), kwargs.get("variant"))
-    check_weight_files(config, files, name)
+    _check_bytes(config, files, name)
     # Without such a device, its framework maps no files into memory either: they would be read twice.
     if files and has_meta_device():
         held = contents(files, name)
@@ -114,6 +115,21 @@ def _configurations(
     if kwargs.get("quantization_config"):
         config.quantization_config = kwargs["quantization_config"]
     return config, stored
+
+
+def _check_bytes(config: ChatGLMConfig, paths: Iterable[str], name: Any) -> None:
+    """Refuse a large model that the weight files cannot hold, whatever is in them.
+
+    A parameter takes a byte at least, half a one in 4 bits.
+    """
+    held = sum(map(os.path.getsize, paths))
+    asked = parameter_count(config) // (2 if config.quantization_bit == 4 else 1)
+    if held and asked > max(held, _WORTH_A_LOOK):
+        raise ValueError(
+            f"config.json of {name} asks for {parameter_count(config) / 1e9:.1f} billion parameters, but the weight "
+            f"files beside it hold {held / 1e9:.3f} GB only; take both from the same checkpoint, or copy or download "
+            "it again."
+        )
 
 
 def _check_generation_config(name: Any, hub: dict[str, Any]) -> None:

@@ -14,12 +14,12 @@ import transformers
 from safetensors import SafetensorError
 
 from .. import report
-from ..backend import is_too_old
 from ..config_keys import check_attention, own_keys
 from ..configuration_chatglm import DTYPES, ChatGLMConfig
 from ..disk.json_files import read_json
 from ..disk.replacing import saved_beside
 from ..hook import checkpoint_code_blocked, is_checkpoint_code_blocked
+from ..versions import is_too_old
 from .checks import check_checkpoint, only_checked_files, refuse_other_files
 from .files import HUB_ARGUMENTS, DamagedFile, only
 from .foreign_quantization import check_converted, prepare_foreign

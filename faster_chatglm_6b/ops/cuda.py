@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..backend import installed_version, is_too_old
 from ..decoding.kv_cache import KVCache
+from ..versions import installed_version, is_too_old
 from . import Operators, reference, reference_operators
 
 OLDEST_CAPABILITY = (8, 0)
