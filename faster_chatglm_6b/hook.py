@@ -14,9 +14,7 @@ import importlib
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from functools import wraps
 from types import ModuleType
 from typing import Any
@@ -34,7 +32,6 @@ _ORIGINAL_MARK = "__faster_chatglm_6b_original__"
 _FINDER_MARK = "__faster_chatglm_6b_finder__"
 
 _lock = threading.RLock()
-_block_checkpoint_code: ContextVar[bool] = ContextVar("faster_chatglm_6b_block_checkpoint_code", default=False)
 
 
 class _State:
@@ -103,26 +100,6 @@ def patched_names() -> tuple[str, ...]:
         )
         registered = sorted(f"{auto_class} knows {config.__name__}" for auto_class, _, config in _registered_models())
         return tuple(held + registered) or (f"nothing yet, an import hook waits for {_TARGET}",)
-
-
-@contextmanager
-def checkpoint_code_blocked() -> Iterator[None]:
-    """While a model is loaded: its ``custom_generate/generate.py`` must not replace ``generate``.
-
-    transformers asks ``model.load_custom_generate`` for it, at load (in transformers 4 without any opt-in, for
-    directories) and when a user names a ``custom_generate`` repository. Only the first is meant; the model tells them
-    apart by ``is_checkpoint_code_blocked()``.
-    """
-    token = _block_checkpoint_code.set(True)
-    try:
-        yield
-    finally:
-        _block_checkpoint_code.reset(token)
-
-
-def is_checkpoint_code_blocked() -> bool:
-    """Whether this thread or task is inside ``checkpoint_code_blocked()``."""
-    return _block_checkpoint_code.get()
 
 
 class _Finder:

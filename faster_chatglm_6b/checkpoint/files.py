@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 from ..disk.bin_files import check_bin
 from ..disk.json_files import check_readable, read_json
 from .agreement import Held
+from .errors import DamagedFile
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # In transformers' order of preference.
@@ -30,10 +31,6 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "I8": torch.int8,
 }
-
-
-class DamagedFile(Exception):
-    """A weight file cannot be read; the message is the reader's."""
 
 
 def only(kwargs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

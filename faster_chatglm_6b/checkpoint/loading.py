@@ -2,32 +2,26 @@
 
 import inspect
 import os
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pickle import UnpicklingError
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from .. import report
 from ..config_keys import check_attention, own_keys
 from ..configuration_chatglm import DTYPES, ChatGLMConfig
 from ..disk.json_files import read_json
 from ..disk.replacing import saved_beside
-from ..hook import checkpoint_code_blocked, is_checkpoint_code_blocked
 from ..versions import is_too_old
 from .checks import check_checkpoint, only_checked_files, refuse_other_files
-from .files import HUB_ARGUMENTS, DamagedFile, only
+from .errors import clear_errors
+from .files import HUB_ARGUMENTS, only
 from .foreign_quantization import check_converted, prepare_foreign
 from .quantized_loading import load_quantized, quantizes_while_loading
-
-# How torch, safetensors and transformers say that a file cannot be read.
-_DAMAGE = (SafetensorError, UnpicklingError, EOFError, DamagedFile)
-_DAMAGE_WORDS = ("PytorchStreamReader", "Unable to load weights from pytorch checkpoint file")
 
 # transformers' name of the argument; it warns of the older one.
 _DTYPE = "torch_dtype" if is_too_old(transformers.__version__, "4.56") else "dtype"
@@ -37,6 +31,7 @@ _PREFIX = "prefix_encoder."
 _ADAPTER = "_adapter_model_path"
 # Loading sets torch's default dtype, and an environment variable, for the whole process.
 _lock = threading.RLock()
+_block_checkpoint_code: ContextVar[bool] = ContextVar("faster_chatglm_6b_block_checkpoint_code", default=False)
 
 
 def _renew_lock() -> None:
@@ -47,6 +42,26 @@ def _renew_lock() -> None:
 # A child of a process in which another thread was loading would wait forever.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
+
+
+@contextmanager
+def checkpoint_code_blocked() -> Iterator[None]:
+    """Keep a checkpoint's ``custom_generate/generate.py`` from replacing ``generate`` while its model is loaded.
+
+    transformers asks ``model.load_custom_generate`` for it at load (transformers 4 without any opt-in, for
+    directories), and later if a user names a ``custom_generate`` repository. Only the first is meant here; the model
+    tells them apart by ``is_checkpoint_code_blocked()``.
+    """
+    token = _block_checkpoint_code.set(True)
+    try:
+        yield
+    finally:
+        _block_checkpoint_code.reset(token)
+
+
+def is_checkpoint_code_blocked() -> bool:
+    """Return whether this thread or task is inside ``checkpoint_code_blocked()``."""
+    return _block_checkpoint_code.get()
 
 
 @contextmanager
@@ -87,7 +102,7 @@ class CheckpointMixin:
         stored_dtype = getattr(kwargs.get("config"), _DTYPE, None)
         if kwargs[_DTYPE] == "auto" and isinstance(stored_dtype, str):
             kwargs[_DTYPE] = _as_dtype(stored_dtype)
-        with _lock, _clear_errors(pretrained_model_name_or_path):
+        with _lock, clear_errors(pretrained_model_name_or_path):
             model = cls._load(pretrained_model_name_or_path, model_args, kwargs)
         report.record_served("model", str(pretrained_model_name_or_path))
         return model
@@ -227,55 +242,6 @@ def _as_dtype(given: Any) -> Any:
 
 def _names_dtype(text: str) -> bool:
     return text.removeprefix("torch.") in DTYPES
-
-
-@contextmanager
-def _clear_errors(name: Any) -> Iterator[None]:
-    """Say in one sentence that a weight file is damaged or does not fit, where that is what went wrong."""
-    default_dtype = torch.get_default_dtype()
-    try:
-        yield
-    except _DAMAGE as error:
-        raise _unreadable(name, error) from error
-    except AttributeError as error:
-        if "'NoneType' object has no attribute 'get'" not in str(error):
-            raise
-        raise OSError(
-            f"A safetensors file of {name} carries no format, which this version of transformers cannot read; use "
-            'transformers 4.57 or newer, or save the file again with metadata={"format": "pt"}.'
-        ) from error
-    except (OSError, RuntimeError) as error:
-        causes = (error, error.__cause__, error.__context__)
-        if any(isinstance(cause, _DAMAGE) for cause in causes) or any(words in str(error) for words in _DAMAGE_WORDS):
-            raise _unreadable(name, error) from error
-        if "size mismatch" in str(error) or "mismatched" in str(error):
-            raise ValueError(
-                f"The weights of {name} have other shapes than its config.json says; take both from the same "
-                f"checkpoint. ({error})"
-            ) from error
-        raise
-    finally:
-        # transformers 4 leaves the checkpoint's dtype as the process' default where loading fails half way.
-        torch.set_default_dtype(default_dtype)
-
-
-def _unreadable(name: Any, error: BaseException) -> OSError:
-    cause: BaseException | None = error
-    while cause is not None:
-        # torch's reader that takes nothing but tensors names what else it met, and has not run it.
-        met = re.search(r"GLOBAL ([\w.]+)", str(cause)) if isinstance(cause, UnpicklingError) else None
-        if met:
-            return OSError(
-                f"A weight file of {name} holds a Python object besides tensors, {met[1]}, which is not run; use the "
-                "checkpoint's safetensors files, or take it from a source that you trust."
-            )
-        cause = cause.__cause__ or cause.__context__
-    # Without torch's advice to run what the file holds.
-    detail = str(error).splitlines()[0].split(" In PyTorch 2.6")[0] if str(error) else type(error).__name__
-    return OSError(
-        f"A weight file of {name} is truncated or corrupt and cannot be read; copy or download the checkpoint again. "
-        f"({detail})"
-    )
 
 
 def _begin_prefix(model: Any, info: dict[str, Any], name: Any) -> None:
