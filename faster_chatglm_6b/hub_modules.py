@@ -17,7 +17,13 @@ from typing import Any
 from . import report
 
 _TOP = "transformers_modules"
-_FILES = ("modeling_chatglm", "configuration_chatglm", "tokenization_chatglm", "quantization")
+# A checkpoint's file -> our module with the names that scripts import from it.
+_FILES = {
+    "modeling_chatglm": "modeling_chatglm",
+    "configuration_chatglm": "configuration_chatglm",
+    "tokenization_chatglm": "tokenization_chatglm",
+    "quantization": "layers.quantized",
+}
 _REVISION = re.compile(r"[0-9a-f]{7,64}|main")
 # How transformers writes what cannot stand in the name of a module.
 _WRITTEN = re.compile(r"_hyphen_|_dot_|[-_.]")
@@ -53,7 +59,7 @@ class HubModuleFinder:
         self._made.append(name)
         file = name.rpartition(".")[2]
         if file in _FILES:
-            sys.modules[name] = importlib.import_module(f"{__package__}.{file}")
+            sys.modules[name] = importlib.import_module(f"{__package__}.{_FILES[file]}")
 
     def forget(self) -> None:
         """Take the modules that were made out of ``sys.modules``, and out of the packages above them."""

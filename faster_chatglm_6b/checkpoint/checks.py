@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from transformers.utils import cached_file
-
 from ..config_keys import own_keys
 from ..configuration_chatglm import ChatGLMConfig, parameter_count
 from ..disk.json_files import read_json
 from .agreement import check_agreement
-from .files import HUB_ARGUMENTS, contents, has_meta_device, only, weight_files
+from .files import contents, has_meta_device
+from .source import Source
 
 # Arguments with which the weights come from somewhere else, or under other names.
 _OTHER_WEIGHTS = ("state_dict", "gguf_file", "from_tf", "from_flax", "key_mapping")
@@ -26,33 +25,34 @@ _QUANTIZATION_SETTINGS = ("quantization_bit", "quantization_group_size", "quanti
 _checked: ContextVar[list[frozenset[str]]] = ContextVar("faster_chatglm_6b_checked_files")
 
 
-def check_checkpoint(model_class: Any, name: Any, kwargs: dict[str, Any]) -> frozenset[str] | None:
+def check_checkpoint(model_class: Any, source: Source, kwargs: dict[str, Any]) -> frozenset[str] | None:
     """Refuse a checkpoint whose files cannot be read, or do not hold the model that its config.json asks for.
 
     No weight is read but the scales of quantised layers, and no memory is taken for the model.
 
     Args:
-        model_class: that is loaded. name, kwargs: of ``from_pretrained``.
+        model_class: that is loaded.
+        source: the files.
+        kwargs: of ``from_pretrained``.
 
     Returns:
-        the real paths of the files that were checked, for ``only_checked_files``; None where the weights come from
+        the real paths of the files that were checked, for ``only_checked_files``; None if the weights come from
         elsewhere.
 
     Raises:
         OSError, DamagedFile, SafetensorError: a file that is missing, cut or not as its format asks.
         ValueError: files that contradict each other.
     """
-    hub = only(kwargs, HUB_ARGUMENTS)
-    _check_generation_config(name, hub)
+    _check_generation_config(source)
     if any(kwargs.get(argument) for argument in _OTHER_WEIGHTS):
         return None
-    config, stored = _configurations(model_class, name, kwargs, hub)
-    files = weight_files(name, hub, kwargs.get("use_safetensors"), kwargs.get("variant"))
-    _check_bytes(config, files, name)
+    config, stored = _configurations(model_class, source, kwargs)
+    files = source.weights
+    _check_bytes(config, files, source.name)
     # Without such a device, its framework maps no files into memory either: they would be read twice.
     if files and has_meta_device():
-        held = contents(files, name)
-        check_agreement(model_class, config, stored, held, name, bool(kwargs.get("ignore_mismatched_sizes")))
+        held = contents(files, source.name)
+        check_agreement(model_class, config, stored, held, source.name, bool(kwargs.get("ignore_mismatched_sizes")))
     return frozenset(map(os.path.realpath, files))
 
 
@@ -89,14 +89,12 @@ def refuse_other_files(loader: Any, args: tuple, kwargs: dict[str, Any]) -> None
         )
 
 
-def _configurations(
-    model_class: Any, name: Any, kwargs: dict[str, Any], hub: dict[str, Any]
-) -> tuple[ChatGLMConfig, dict[str, Any]]:
-    """The configuration of what is in the files, and config.json."""
+def _configurations(model_class: Any, source: Source, kwargs: dict[str, Any]) -> tuple[ChatGLMConfig, dict[str, Any]]:
+    """Return the configuration of what is in the files, and the settings of config.json."""
     config = kwargs.get("config")
     given = isinstance(config, ChatGLMConfig)
     try:
-        stored, _ = ChatGLMConfig.get_config_dict(name, **hub)
+        stored = source.stored
     except OSError:
         if not given:
             raise
@@ -108,7 +106,7 @@ def _configurations(
         if not stored.get("quantization_bit"):
             keys = keys - set(_QUANTIZATION_SETTINGS)
         settings = {key: kwargs[key] for key in (*keys, *ChatGLMConfig.attribute_map) if key in kwargs}
-        config = model_class.config_class.from_dict(dict(stored), **settings)
+        config = source.configuration(model_class.config_class, **settings)
     if not stored.get("quantization_bit"):
         # Quantised while it is read: the files hold floats.
         config.quantization_bit, config.quantization_group_size, config.quantization_head_bits = 0, None, None
@@ -132,10 +130,10 @@ def _check_bytes(config: ChatGLMConfig, paths: Iterable[str], name: Any) -> None
         )
 
 
-def _check_generation_config(name: Any, hub: dict[str, Any]) -> None:
-    """transformers skips a generation_config.json that it cannot read, and would generate otherwise than it says."""
+def _check_generation_config(source: Source) -> None:
+    """Refuse a generation_config.json that transformers would skip, and then generate otherwise than it says."""
     try:
-        path = cached_file(name, "generation_config.json", **hub, _raise_exceptions_for_missing_entries=False)
+        path = source.other_file("generation_config.json")
     except OSError:
         return  # no such repository, or no network: the other files say so
     if path is not None and not isinstance(read_json(path), dict):

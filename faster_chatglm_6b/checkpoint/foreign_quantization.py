@@ -5,9 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from ..configuration_chatglm import ChatGLMConfig
 from ..layers.linear import is_plain_tensor
-from .files import HUB_ARGUMENTS, only
+from .source import Source
 
 # Libraries that quantise a float model while it is loaded, and their settings' name of the modules that stay as they
 # are. Others need a checkpoint of their own making.
@@ -22,7 +21,7 @@ _FLOATS = ("lm_head", "transformer.prefix_encoder", "prefix_encoder")
 _LOAD_IN = ("load_in_8bit", "load_in_4bit")
 
 
-def prepare_foreign(name: Any, kwargs: dict[str, Any]) -> bool:
+def prepare_foreign(source: Source, kwargs: dict[str, Any]) -> bool:
     """Put a quantisation by another library, as the caller or config.json asks for it, into the arguments of
     transformers' ``from_pretrained``.
 
@@ -30,7 +29,8 @@ def prepare_foreign(name: Any, kwargs: dict[str, Any]) -> bool:
     output head, which is the embedding, and a P-Tuning prefix stay floats.
 
     Args:
-        name, kwargs: of ``from_pretrained``; kwargs are changed.
+        source: the checkpoint's files.
+        kwargs: of ``from_pretrained``; they are changed.
 
     Returns:
         whether another library quantises.
@@ -40,7 +40,7 @@ def prepare_foreign(name: Any, kwargs: dict[str, Any]) -> bool:
     """
     load_in = {argument: kwargs.pop(argument, False) for argument in _LOAD_IN}
     given = kwargs.get("quantization_config")
-    stored = {} if name is None else ChatGLMConfig.get_config_dict(name, **only(kwargs, HUB_ARGUMENTS))[0]
+    name, stored = source.name, {} if source.name is None else source.stored
     if given is None and not any(load_in.values()):
         present = getattr(kwargs.get("config"), "quantization_config", None) or stored.get("quantization_config")
         if present is not None:

@@ -14,14 +14,14 @@ import transformers
 from .. import report
 from ..config_keys import check_attention, own_keys
 from ..configuration_chatglm import DTYPES, ChatGLMConfig
-from ..disk.json_files import read_json
+from ..disk.json_files import each_read_once, read_json
 from ..disk.replacing import saved_beside
 from ..versions import is_too_old
 from .checks import check_checkpoint, only_checked_files, refuse_other_files
 from .errors import clear_errors
-from .files import HUB_ARGUMENTS, only
 from .foreign_quantization import check_converted, prepare_foreign
 from .quantized_loading import load_quantized, quantizes_while_loading
+from .source import HUB_ARGUMENTS, Source, only
 
 # transformers' name of the argument; it warns of the older one.
 _DTYPE = "torch_dtype" if is_too_old(transformers.__version__, "4.56") else "dtype"
@@ -102,7 +102,7 @@ class CheckpointMixin:
         stored_dtype = getattr(kwargs.get("config"), _DTYPE, None)
         if kwargs[_DTYPE] == "auto" and isinstance(stored_dtype, str):
             kwargs[_DTYPE] = _as_dtype(stored_dtype)
-        with _lock, clear_errors(pretrained_model_name_or_path):
+        with _lock, clear_errors(pretrained_model_name_or_path), each_read_once():
             model = cls._load(pretrained_model_name_or_path, model_args, kwargs)
         report.record_served("model", str(pretrained_model_name_or_path))
         return model
@@ -110,11 +110,12 @@ class CheckpointMixin:
     @classmethod
     def _load(cls, name: Any, model_args: tuple, kwargs: dict[str, Any]) -> Any:
         name = _base_of_adapter(name, kwargs)
-        is_foreign = prepare_foreign(name, kwargs)
-        quantizes = quantizes_while_loading(name, kwargs)
-        checked = check_checkpoint(cls, name, kwargs)
+        source = Source(name, kwargs)
+        is_foreign = prepare_foreign(source, kwargs)
+        quantizes = quantizes_while_loading(source, kwargs)
+        checked = check_checkpoint(cls, source, kwargs)
         if quantizes:
-            model = load_quantized(cls, name, kwargs)
+            model = load_quantized(cls, source, kwargs)
             adapter = (kwargs.get("adapter_kwargs") or {}).get(_ADAPTER)
             if adapter is not None:
                 model.load_adapter(str(adapter))

@@ -9,7 +9,8 @@ from torch import nn
 
 from ..configuration_chatglm import DTYPES, ChatGLMConfig
 from ..layers.quantized import QuantizedLinear, frozen, quantize_weight
-from .files import BIN_FILES, HUB_ARGUMENTS, SAFETENSORS_FILES, has_meta_device, only, tensors_of_file, weight_files
+from .files import has_meta_device, tensors_of_file
+from .source import BIN_FILES, HUB_ARGUMENTS, SAFETENSORS_FILES, Source
 
 _QUANTIZATION_SETTINGS = ("quantization_bit", "quantization_group_size", "quantization_head_bits")
 _OTHER_ARGUMENTS = {
@@ -29,7 +30,7 @@ _OTHER_ARGUMENTS = {
 }
 
 
-def quantizes_while_loading(name: Any, kwargs: dict[str, Any]) -> bool:
+def quantizes_while_loading(source: Source, kwargs: dict[str, Any]) -> bool:
     """Whether ``from_pretrained`` was asked for a quantisation that the checkpoint's own config.json does not have.
 
     Raises:
@@ -42,7 +43,7 @@ def quantizes_while_loading(name: Any, kwargs: dict[str, Any]) -> bool:
     )
     if not (bits or group_size or head_bits):
         return False
-    stored, _ = ChatGLMConfig.get_config_dict(name, **only(kwargs, HUB_ARGUMENTS))
+    name, stored = source.name, source.stored
     present = stored.get("quantization_bit") or 0
     if present and bits and present != bits:
         raise ValueError(
@@ -65,14 +66,14 @@ def quantizes_while_loading(name: Any, kwargs: dict[str, Any]) -> bool:
     return not present
 
 
-def load_quantized(model_class: type, name: Any, kwargs: dict[str, Any]) -> Any:
-    """Build the quantised model and fill it tensor by tensor from the float checkpoint ``name``.
+def load_quantized(model_class: type, source: Source, kwargs: dict[str, Any]) -> Any:
+    """Build the quantised model and fill it tensor by tensor from a float checkpoint.
 
     Args:
         model_class: the model with the output head.
+        source: the checkpoint's files.
         kwargs: of ``from_pretrained``: quantization_bit and its companions, hub arguments, a dtype, and a
-        ``device_map``
-            that names one device.
+            ``device_map`` that names one device.
 
     Raises:
         ValueError: arguments that this path does not know, or a checkpoint that does not fit its config.json.
@@ -85,10 +86,10 @@ def load_quantized(model_class: type, name: Any, kwargs: dict[str, Any]) -> Any:
             f"from_pretrained was asked to quantise while loading and for {', '.join(sorted(unknown))}, which do not "
             "go together; load the float checkpoint and call quantize()."
         )
-    hub, device = only(kwargs, HUB_ARGUMENTS), _one_device(kwargs.get("device_map"))
+    name, device = source.name, _one_device(kwargs.get("device_map"))
     config = kwargs.get("config")
     if config is None:
-        config = ChatGLMConfig.from_pretrained(name, **settings, **hub)
+        config = source.configuration(ChatGLMConfig, **settings)
     elif settings:
         config = ChatGLMConfig.from_dict({**config.to_dict(), **settings})
     if not has_meta_device():
@@ -96,13 +97,12 @@ def load_quantized(model_class: type, name: Any, kwargs: dict[str, Any]) -> Any:
     config.tie_word_embeddings = config.tie_word_embeddings and not config.quantization_head_bits
     with torch.device("meta"):
         model = model_class(config).eval()
-    paths = weight_files(name, hub, kwargs.get("use_safetensors"))
-    if not paths:
+    if not source.weights:
         raise OSError(
             f"{name} holds none of {', '.join(SAFETENSORS_FILES + BIN_FILES)}; copy or download the checkpoint again."
         )
     dtype = _dtype(kwargs, config)
-    for path in paths:
+    for path in source.weights:
         for key, tensor in tensors_of_file(path):
             dtype = dtype or (tensor.dtype if tensor.is_floating_point() else None)
             _put(model, key, tensor, device, dtype, name)

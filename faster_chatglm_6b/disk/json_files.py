@@ -3,11 +3,29 @@
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 # An index of ChatGLM-6B has 40 KB, and a merged tokenizer_config.json a few.
 MOST_BYTES = 16 << 20
 _AGAIN = "copy or download it again."
+# Content by path, inside ``each_read_once()``; None outside.
+_kept: ContextVar[dict[str, bytes] | None] = ContextVar("faster_chatglm_6b_kept_json", default=None)
+
+
+@contextmanager
+def each_read_once() -> Iterator[None]:
+    """Have ``read_json`` open each file once in the body: whoever reads it again gets the same content.
+
+    So what was checked is what is used, also if a file is replaced in between. Nothing is kept afterwards.
+    """
+    token = _kept.set({} if _kept.get() is None else _kept.get())
+    try:
+        yield
+    finally:
+        _kept.reset(token)
 
 
 def read_json(path: Any) -> Any:
@@ -18,9 +36,14 @@ def read_json(path: Any) -> Any:
         ValueError: an object in it gives the same key twice, which readers take differently.
     """
     path = os.fspath(path)
-    check_readable(path, MOST_BYTES)
-    with open(path, "rb") as file:
-        content = file.read()
+    kept = _kept.get()
+    content = None if kept is None else kept.get(os.path.abspath(path))
+    if content is None:
+        check_readable(path, MOST_BYTES)
+        with open(path, "rb") as file:
+            content = file.read()
+        if kept is not None:
+            kept[os.path.abspath(path)] = content
     if content.startswith(b"\xef\xbb\xbf"):
         raise OSError(f"{path} begins with a byte order mark, which JSON has not; save it as UTF-8 without one.")
     if not content.strip():
