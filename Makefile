@@ -45,9 +45,10 @@ test-gpu: $(READY_DEV) ## run the tests that need an NVIDIA GPU
 test-oneflow: $(VENV_ONEFLOW)/.ready ## run the tests on OneFlow instead of PyTorch, on the CPU (Python 3.10)
 	$(ONEFLOW_PY) -m pytest --confcutdir=tests/oneflow tests/oneflow $(ARGS)
 
-lint: $(READY_DEV) ## check style and format with ruff
+lint: $(READY_DEV) ## check style and format with ruff, and that each room imports only rooms below it
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports
 
 bench: $(READY) ## measure decoding (NVIDIA GPU; ARGS="--help" lists the options)
 	$(PY) examples/benchmark.py $(ARGS)

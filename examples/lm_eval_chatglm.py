@@ -24,7 +24,7 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from faster_chatglm_6b.conversation.chat_template import START
+from faster_chatglm_6b.templates.chat_template import START
 
 
 @register_model("chatglm")

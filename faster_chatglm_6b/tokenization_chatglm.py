@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizer
 
-from .conversation.chat_template import MARK, ChatTemplateMixin
+from .templates.chat_template import MARK, ChatTemplateMixin
 from .tokenizer.companion_config import image_tokens, longest_sequence, read_companion
 from .tokenizer.decoding import DecodingMixin
 from .tokenizer.encoding import EncodingMixin

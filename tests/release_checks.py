@@ -170,7 +170,7 @@ def processors_in_another_form(model, captured=True):
     """A processor whose parameters moved, or whose class is gone, goes to transformers' loop with the reason."""
     from transformers.generation import logits_process
 
-    from faster_chatglm_6b.decoding.sampler import _known
+    from faster_chatglm_6b.generation.requests import _known
 
     processor = logits_process.RepetitionPenaltyLogitsProcessor(penalty=1.2)
     processor.__dict__["strength"] = processor.__dict__.pop("penalty")

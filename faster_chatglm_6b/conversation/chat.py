@@ -7,38 +7,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.generation.logits_process import LogitsProcessorList
 
 from ..generation.generate import no_room
+from ..generation.processors import InvalidScoreLogitsProcessor
 from ..layers.placement import input_device
+from ..templates.history import History
+from ..templates.prompts import process_response
 from ..tokenization_chatglm import ChatGLMTokenizer
 from .detokenizer import IncrementalDetokenizer
-from .history import History
-from .prompts import process_response
 
 MAX_LENGTH = 2048
 # Rounds of (query, response), or messages with a role and a content: see ``history.History.of``.
 Rounds = Sequence[tuple[str, str]] | Sequence[dict[str, Any]]
-
-
-class InvalidScoreLogitsProcessor(LogitsProcessor):
-    """Makes a row whose logits overflowed (NaN or +inf) say a blank instead of failing.
-
-    Unlike stock's, it looks at each row alone and takes -inf for what it is: a token that another processor forbade.
-    """
-
-    score = 5e4
-
-    def __init__(self, token_id: int = 5):
-        """Take the id of the blank: 5, and 20005 where image tokens come first (150528 ids)."""
-        self.token_id = token_id
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return scores [B, vocab_size] with invalid rows replaced."""
-        invalid = (scores.isnan() | (scores == torch.inf)).any(dim=-1, keepdim=True)
-        certain = torch.zeros_like(scores)
-        certain[:, self.token_id] = self.score
-        return torch.where(invalid, certain, scores)
 
 
 class ChatMixin:

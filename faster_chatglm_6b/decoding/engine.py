@@ -4,10 +4,10 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
-from .memory import cache_bytes, is_out_of_memory, too_little_for_the_loop
-from .refusal import check_sizes
-from .sampler import CannotServe
+from .memory import cache_bytes
+from .refusal import CannotServe, check_sizes, too_little_for_the_loop
 from .session import Session, capacity_for
+from .shortage import is_out_of_memory
 
 # Sessions of other batch sizes stay as long as they are few and all caches together fit in this.
 _MOST_IDLE_BYTES = 2 << 30

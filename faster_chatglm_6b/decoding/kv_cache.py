@@ -2,6 +2,8 @@
 
 import torch
 
+from ..ops.triton import fused_attention_concat_past_key_value
+
 
 class KVCache:
     """Keys and values of every layer in one tensor; a new token costs no copy of the old ones.
@@ -71,8 +73,12 @@ class KVCache:
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, cache_kwargs: dict | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store key and value [B, H, M, K] behind what the layer holds; returns all of it, [B, H, length, K] each."""
+        """Store key and value [B, H, M, K] after what the layer holds and return all of it, [B, H, length, K] each."""
         start, keys, values = self.grow(layer_idx, key.shape[2])
-        keys[:, :, start:].copy_(key)
-        values[:, :, start:].copy_(value)
+        fits = all(one.dtype == self.storage.dtype and one.device == self.storage.device for one in (key, value))
+        if fits and key.stride(3) == value.stride(3) == 1:
+            fused_attention_concat_past_key_value(key, value, *self.layer(layer_idx), start)
+        else:
+            keys[:, :, start:].copy_(key)
+            values[:, :, start:].copy_(value)
         return keys, values

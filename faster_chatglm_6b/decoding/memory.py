@@ -1,29 +1,10 @@
-"""How much memory a generation takes, and the error that says so where it was not there."""
+"""Estimate how much memory a generation takes, how much is free and what would fit."""
 
-import contextlib
-import logging
 import os
-import traceback
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from .sampler import CannotServe
-
-_log = logging.getLogger("faster_chatglm_6b")
-
-# How allocators other than CUDA's, and CUDA's own calls, say that memory ran out.
-_WORDS = (
-    "CUDA error: out of memory",
-    "CUDA out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "DefaultCPUAllocator",
-    "MPS backend out of memory",
-    # More bytes than can be counted.
-    "Storage size calculation overflowed",
-    "multiplication overflow",
-)
 # Bytes per id of the vocabulary and sequence: scores in float32 and what a full sort for top-p makes of them.
 _SCORE_BYTES = 64
 # cuBLAS' workspaces, and the scratch memory of the prompt's kernels and of the captured step.
@@ -35,13 +16,6 @@ def cache_bytes(model: Any, batch: int, capacity: int) -> int:
     """Bytes of the keys and values of ``batch`` sequences of ``capacity`` tokens."""
     config = model.config
     return 2 * config.num_layers * batch * capacity * config.hidden_size * _element_size(model)
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether the exception says that memory, of whatever device, ran out."""
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
 
 
 def workspace_bytes(model: Any, batch: int, prompt: int) -> int:
@@ -93,88 +67,7 @@ def _free_cpu_bytes() -> int | None:
         return None
 
 
-@contextlib.contextmanager
-def memory_explained(model: Any, input_ids: torch.Tensor, generation_config: Any) -> Iterator[None]:
-    """Where memory runs out inside, return what the failed generation held and say what was asked for and would fit.
-
-    Args:
-        input_ids: int64 [B, L], one row for every sequence or beam. generation_config: transformers', prepared.
-
-    Raises:
-        torch.cuda.OutOfMemoryError: on a CPU too; it is a ``RuntimeError``.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reclaim(model, error)
-        asked = (model, *input_ids.shape, int(generation_config.max_length))
-        explained = torch.cuda.OutOfMemoryError(_sentence(*asked))
-        explained._asked = asked
-        raise explained from error
-
-
-def too_little_for_the_loop(model: Any, what: str, batch: int, prompt: int, total: int) -> CannotServe:
-    """The refusal of the captured loop for lack of memory; users are warned, because the plain path is much slower.
-
-    Args:
-        what: found no room. batch, prompt, total: as in the sentence of ``memory_explained``.
-    """
-    free = free_bytes(model.device)
-    fits = "" if free is None else f" ({_what_fits(model, batch, prompt, total, free)})"
-    reason = f"there is not enough GPU memory for {what}"
-    _log.warning("The captured loop cannot serve, because %s%s; the slower plain path does.", reason, fits)
-    return CannotServe(reason)
-
-
-@contextlib.contextmanager
-def memory_returned() -> Iterator[None]:
-    """Where memory runs out inside, let go of what the frames between here and there hold, the cache above all: a
-    traceback would keep it for as long as somebody looks at the exception."""
-    try:
-        yield
-    except RuntimeError as error:
-        # OneFlow's torch has no such error.
-        if not isinstance(error, getattr(torch.cuda, "OutOfMemoryError", ())):
-            raise
-        _clear_frames(error)
-        # What transformers' frames held, the plain path's cache, is free only now.
-        asked = error.__dict__.pop("_asked", None)
-        if asked is not None:
-            error.args = (_sentence(*asked),)
-        raise
-
-
-def reclaim(model: Any, error: BaseException) -> None:
-    """Free what generation keeps between calls, and what the frames that failed hold."""
-    _clear_frames(error)
-    model.release_cache()
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _clear_frames(error: BaseException | None) -> None:
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
-
-
-def _sentence(model: Any, batch: int, prompt: int, total: int) -> str:
-    cache, workspace = cache_bytes(model, batch, total), workspace_bytes(model, batch, prompt)
-    asked = f"{batch} sequence{'s' if batch > 1 else ''} of up to {total} tokens ({prompt} of them the prompt)"
-    asked += " need" if batch > 1 else " needs"
-    needed = f"{_shown(cache)} for keys and values and up to {_shown(workspace)} to compute with"
-    free = free_bytes(model.device)
-    if free is None:
-        return f"Out of memory on {model.device}: {asked} {needed} beside the weights; ask for less of them."
-    return (
-        f"Out of memory on {model.device}: {asked} {needed} beside the weights, and {_shown(free)} are free; "
-        f"{_what_fits(model, batch, prompt, total, free)}."
-    )
-
-
-def _what_fits(model: Any, batch: int, prompt: int, total: int, free: int) -> str:
+def what_fits(model: Any, batch: int, prompt: int, total: int, free: int) -> str:
     tokens = most_tokens(model, batch, prompt, free)
     if tokens >= total:
         return "that would do, so something else took memory in between: try again, or ask for less"
@@ -211,7 +104,7 @@ def _element_size(model: Any) -> int:
     return next((parameter.element_size() for parameter in model.transformer.word_embeddings.parameters()), 2)
 
 
-def _shown(size: int) -> str:
+def shown(size: int) -> str:
     for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
         if size >= unit:
             return f"{size / unit:.1f} {name}"

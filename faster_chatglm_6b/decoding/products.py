@@ -5,14 +5,13 @@ from typing import Any
 import torch
 
 from ..layers.quantized import QuantizedLinear
+from ..ops import triton as kernels
 
 
 def product(
     linear: Any, x: torch.Tensor, residual: torch.Tensor, beta: float, out: torch.Tensor, workspace: Any
 ) -> None:
     """out = linear(x) + beta * residual; x [B, K], residual and out [B, N]."""
-    from ..ops import triton as kernels
-
     if isinstance(linear, QuantizedLinear):
         kernels.fused_linear_with_groupwise_quantized_weight(
             x,
@@ -36,8 +35,6 @@ def normed_product(
     norm: Any, linear: Any, x: torch.Tensor, gelu: bool, normed_out: torch.Tensor, out: torch.Tensor, workspace: Any
 ) -> None:
     """out = linear(norm(x)), with ``fast_gelu`` behind it where asked, and normed_out = norm(x); x [B, K]."""
-    from ..ops import triton as kernels
-
     parameters = (x, norm.weight, norm.bias, norm.eps, linear.weight)
     rest = {"gelu": gelu, "normed_out": normed_out, "out": out, "workspace": workspace}
     if isinstance(linear, QuantizedLinear):

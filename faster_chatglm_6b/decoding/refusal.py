@@ -1,5 +1,6 @@
 """Which models the captured loop can run: it calls kernels on the weights and never the modules themselves."""
 
+import logging
 from typing import Any
 
 import torch
@@ -10,7 +11,29 @@ from ..layers.linear import is_plain_tensor
 from ..layers.placement import spread_over
 from ..layers.prefix_encoder import PrefixEncoder
 from ..layers.quantized import QuantizedLinear
-from .sampler import CannotServe
+from ..network.blocks import GLU, GLMBlock, SelfAttention
+from ..network.model import ChatGLMModel, ChatGLMWithHead
+from ..ops.availability import kernels_refusal
+from . import memory
+
+_log = logging.getLogger("faster_chatglm_6b")
+
+
+class CannotServe(Exception):
+    """The captured loop cannot do what is asked; the message says why."""
+
+
+_EXPECTED = (
+    nn.Linear,
+    QuantizedLinear,
+    nn.LayerNorm,
+    nn.Embedding,
+    nn.ModuleList,
+    SelfAttention,
+    GLU,
+    GLMBlock,
+    ChatGLMModel,
+)
 
 
 def check_model(model: Any) -> tuple:
@@ -21,8 +44,6 @@ def check_model(model: Any) -> tuple:
     Raises:
         CannotServe: a model whose step would not be what its modules compute; the message says why.
     """
-    from ..ops.cuda import kernels_refusal
-
     places = spread_over(model)
     if places is not None:
         raise CannotServe(f"device_map spreads the model over {places}; the captured loop needs it on one GPU")
@@ -39,8 +60,7 @@ def check_model(model: Any) -> tuple:
     _check_forward(model)
     if model.transformer.word_embeddings.max_norm is not None:
         raise CannotServe("the embedding has a max_norm")
-    expected = _expected_types()
-    usual = {kind: not _is_patched(kind) for kind in (*expected, type(model))}
+    usual = {kind: not _is_patched(kind) for kind in (*_EXPECTED, type(model))}
     addresses = []
     for module in _modules(model):
         if not usual.get(type(module)) or _has_hooks(module) or not _is_whole(module):
@@ -125,31 +145,9 @@ def check_sizes(model: Any) -> None:
             raise CannotServe(f"{_name(model, module)} has a weight or bias of shape {shape} instead of {wanted}")
 
 
-def _expected_types() -> set[type]:
-    from .. import modeling_chatglm
-    from ..network import blocks
-
-    return {
-        nn.Linear,
-        QuantizedLinear,
-        nn.LayerNorm,
-        nn.Embedding,
-        nn.ModuleList,
-        blocks.SelfAttention,
-        blocks.GLU,
-        blocks.GLMBlock,
-        modeling_chatglm.ChatGLMModel,
-    }
-
-
 def _check_forward(model: Any) -> None:
-    from ..modeling_chatglm import ChatGLMForConditionalGeneration
-
-    if type(model).forward is not ChatGLMForConditionalGeneration.forward:
+    if type(model).forward is not ChatGLMWithHead.forward:
         raise CannotServe(f"{type(model).__name__} has a forward of its own")
-    prepare = model.prepare_inputs_for_generation
-    if getattr(prepare, "__func__", prepare) is not ChatGLMForConditionalGeneration.prepare_inputs_for_generation:
-        raise CannotServe(f"{type(model).__name__} has a prepare_inputs_for_generation of its own")
     if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
         raise CannotServe("a forward hook is registered for all modules")
 
@@ -197,3 +195,16 @@ def _what_is_wrong(model: Any, module: nn.Module) -> str:
     if not _is_whole(module):
         return f"{name} has no weight or no bias among its parameters"
     return f"{name} is a {_kind(module)}"
+
+
+def too_little_for_the_loop(model: Any, what: str, batch: int, prompt: int, total: int) -> CannotServe:
+    """The refusal of the captured loop for lack of memory; users are warned, because the plain path is much slower.
+
+    Args:
+        what: found no room. batch, prompt, total: as in the sentence of ``memory_explained``.
+    """
+    free = memory.free_bytes(model.device)
+    fits = "" if free is None else f" ({memory.what_fits(model, batch, prompt, total, free)})"
+    reason = f"there is not enough GPU memory for {what}"
+    _log.warning("The captured loop cannot serve, because %s%s; the slower plain path does.", reason, fits)
+    return CannotServe(reason)

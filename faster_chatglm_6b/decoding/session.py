@@ -1,28 +1,25 @@
-"""The device state of the requests of one batch size: buffers, and one captured graph per kind of step."""
+"""Hold the device state of the requests of one batch size, and queue their steps."""
 
-import logging
-from collections import OrderedDict
+import functools
 from typing import Any
 
 import torch
 
+from ..ops import triton as kernels
 from ..ops.cuda import attention_kernels
-from .graphs import capture, capture_stream, no_collection
-from .memory import cache_bytes, is_out_of_memory
-from .request import Request
-from .sampler import MOST_END_TOKENS, Sampler
+from .graphs import StepGraphs
+from .request import MOST_END_TOKENS, Request
+from .sampler import Sampler
 from .step import DecodeStep
-
-_log = logging.getLogger("faster_chatglm_6b")
 
 # Steps that may be queued on the device before the host has read their tokens; the ring has room for more.
 LOOKAHEAD = 3
 _RING_ROWS = 16
-# Graphs are few in practice: one or two lengths times the ways of sampling that an application uses.
-_MOST_GRAPHS = 8
 _SMALLEST_CAPACITY = 256
 _DOUBLED_UP_TO = 2048
+# How many keys there are at most decides how attention is split, so each bucket is a graph of its own.
 _SHORTEST_KEYS = 512
+_KEYS_GROW_BY = 4
 
 
 def capacity_for(tokens: int) -> int:
@@ -34,19 +31,24 @@ def capacity_for(tokens: int) -> int:
     return max(capacity, -(-tokens // step) * step if tokens > capacity else 0)
 
 
-class Session:
-    """Serves one request after the other.
+def key_bucket(keys: int, capacity: int) -> int:
+    """Round a number of keys up to one of few, for which attention is split and a graph captured."""
+    most_keys = _SHORTEST_KEYS
+    while most_keys < keys:
+        most_keys *= _KEYS_GROW_BY
+    return min(most_keys, capacity)
 
-    On a GPU the step is a CUDA graph, captured when a kind of step is first run: that first time it runs as it is,
-    which also compiles the kernels, and the capture follows. In Triton's interpreter every step runs as it is.
+
+class Session:
+    """Serve one request after the other on the same buffers.
+
+    On a GPU each kind of step runs eagerly once, which compiles its kernels, and is then captured as a CUDA graph. In
+    Triton's interpreter every step runs eagerly.
     """
 
     def __init__(self, model: Any, batch: int, capacity: int):
-        from ..ops import triton as kernels
-
         self.device = model.lm_head.weight.device
         self.batch, self.capacity = batch, capacity
-        self.bytes = cache_bytes(model, batch, capacity)
         self._prefix = model.config.pre_seq_len or 0
         self.step = DecodeStep(model, batch, capacity)
         self.sampler = Sampler(batch, self.step.vocab_size, self.device)
@@ -65,16 +67,17 @@ class Session:
                 ring=ring.pin_memory() if self.on_gpu else ring,
                 pad_id=0,
             )
-        self._graphs: OrderedDict[tuple, torch.cuda.CUDAGraph] = OrderedDict()
+        self.graphs = StepGraphs(self.device)
         self._stream: torch.cuda.Stream | None = None
-        # Whether a step that ran once is captured, and whether memory was too short for that.
-        self.captures, self.capture_failed = self.on_gpu, False
         if self.on_gpu:
-            self._pool = torch.cuda.graph_pool_handle()
-            self._capture_stream = capture_stream(self, self.device)
             # A blocking event lets the CPU sleep until the token is there.
             self._events = [torch.cuda.Event(blocking=True) for _ in range(_RING_ROWS)]
             self._last: torch.cuda.Event | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the cache."""
+        return self.step.cache.storage.nbytes
 
     @property
     def on_gpu(self) -> bool:
@@ -125,20 +128,9 @@ class Session:
     def advance(self, model: Any) -> None:
         """Compute one more token of every sequence, or queue it."""
         self._follow()
-        keys = self._prompt_keys + self._launched
-        most_keys = _SHORTEST_KEYS
-        while most_keys < keys:
-            most_keys *= 4
-        most_keys = min(most_keys, self.capacity)
+        most_keys = key_bucket(self._prompt_keys + self._launched, self.capacity)
         key = (most_keys, self.state.pad_id, self._plan.graph_key)
-        graph = self._graphs.get(key)
-        if graph is not None:
-            self._graphs.move_to_end(key)
-            graph.replay()
-        else:
-            self._run(model, most_keys)
-            if self.captures and not self.capture_failed:
-                self._keep_graph(key, model, most_keys)
+        self.graphs.run(key, functools.partial(self._run, model, most_keys), self.state.step)
         self._mark()
 
     def _run(self, model: Any, most_keys: int) -> None:
@@ -147,29 +139,8 @@ class Session:
     def _finish_step(self, logits: torch.Tensor) -> None:
         self.sampler.run(self._plan, logits, self.state, self.step.workspace)
 
-    def _keep_graph(self, key: tuple, model: Any, most_keys: int) -> None:
-        """Capture the step; where memory is short for that, later steps run as this one did, only slower."""
-        try:
-            self._graphs[key] = self._capture(model, most_keys)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self.capture_failed = True
-            _log.warning("Too little GPU memory to capture a decode step; this answer's tokens take longer.")
-        if len(self._graphs) > _MOST_GRAPHS:
-            self._graphs.popitem(last=False)
-
-    def _capture(self, model: Any, most_keys: int) -> torch.cuda.CUDAGraph:
-        """Record the step without running it.
-
-        Other threads and streams of the process go on undisturbed, but for one thing: torch takes its default CUDA
-        generator into every capture, so that a thread that draws from it in these milliseconds gets an error.
-        """
-        with torch.cuda.stream(self._capture_stream), no_collection():
-            return capture(self._pool, lambda: self._run(model, most_keys), self.state.step)
-
     def _follow(self) -> None:
-        """Queue behind what was queued last, by this request or an abandoned one, if that was on another stream."""
+        """Queue after what was queued last, by this request or an abandoned one, if that was on another stream."""
         if self.on_gpu:
             stream = torch.cuda.current_stream(self.device)
             if self._last is not None and stream != self._stream:

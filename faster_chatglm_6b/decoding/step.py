@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 
+from ..network.blocks import RESIDUAL_ALPHA
 from ..network.prompt_layout import PromptLayout
+from ..ops import triton as kernels
 from .kv_cache import KVCache
 from .products import normed_product, product
 
@@ -21,8 +23,6 @@ class DecodeStep:
     """
 
     def __init__(self, model: Any, batch: int, capacity: int):
-        from ..ops import triton as kernels
-
         config, weight = model.config, model.transformer.word_embeddings.weight
         device, dtype, hidden = weight.device, weight.dtype, config.hidden_size
         heads, head_size = config.num_attention_heads, config.head_size
@@ -69,9 +69,6 @@ class DecodeStep:
         Returns:
             logits [B, V], a buffer that the next run overwrites.
         """
-        from ..network.blocks import RESIDUAL_ALPHA
-        from ..ops import triton as kernels
-
         network, workspace = model.transformer, self.workspace
         # A graph holds exactly this step, and one graph ends before the next starts: nothing but the projection that
         # attention waits for is written while it runs. Steps that run as they are may overlap the one before.

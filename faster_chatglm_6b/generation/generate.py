@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.generation.utils import GenerationMixin
 
-from ..decoding.memory import memory_returned
+from ..decoding.shortage import memory_returned
 from ..layers.adapters import refuse_prompt_learning
 from ..layers.placement import input_device
 from ..network.arguments import check_embeddings, check_ids, check_mask, check_positions, highest_position
@@ -142,6 +142,11 @@ class PrefixGenerationMixin(SearchMixin):
         }
         model_inputs.update((name, value) for name, value in optional.items() if value is not None)
         return model_inputs
+
+    def has_own_inputs(self) -> bool:
+        """Tell whether a subclass or a library replaced ``prepare_inputs_for_generation``."""
+        prepare = self.prepare_inputs_for_generation
+        return getattr(prepare, "__func__", prepare) is not PrefixGenerationMixin.prepare_inputs_for_generation
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: transformers' continuous batching cannot follow a prefix LM.

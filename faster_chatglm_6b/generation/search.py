@@ -7,8 +7,8 @@ import torch
 from transformers.generation.utils import GenerationMixin
 
 from .. import report
-from ..decoding.loop import engine_of, generate_ids, generate_tokens
-from ..decoding.memory import memory_explained
+from ..decoding.shortage import memory_explained
+from .paths import generate_ids, generate_tokens
 from .reading import check_searches
 from .states import take_states, with_states
 from .streaming import no_single_next_token, streaming
@@ -24,7 +24,7 @@ class SearchMixin:
         if streaming.get():
             raise no_single_next_token()
         report.record_generation("plain", "beam search")
-        with memory_explained(self, args[0], kwargs["generation_config"]):
+        with memory_explained(self, args[0], kwargs["generation_config"].max_length):
             return super()._beam_search(*args, **kwargs)
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
@@ -49,7 +49,7 @@ class SearchMixin:
             )
         report.record_generation("plain", "assisted decoding")
         states = take_states(kwargs)
-        with memory_explained(self, args[0], kwargs["generation_config"]):
+        with memory_explained(self, args[0], kwargs["generation_config"].max_length):
             output = super()._assisted_decoding(*args, **kwargs)
             return with_states(self, output, args[0].shape[1], states, kwargs) if states else output
 
@@ -82,7 +82,7 @@ class SearchMixin:
             streamer=streamer,
             **model_kwargs,
         )
-        with memory_explained(self, input_ids, generation_config):
+        with memory_explained(self, input_ids, generation_config.max_length):
             return generate_ids(*arguments, _with_sync(model_kwargs, synced_gpus), plain)
 
     def release_cache(self) -> None:
@@ -90,7 +90,10 @@ class SearchMixin:
 
         A generation that runs now ends first. The next one makes them anew.
         """
-        engine_of(self).release()
+        # There is none where no kernels are.
+        engine = self.__dict__.get("_decode_engine")
+        if engine is not None:
+            engine.release()
 
 
 def _with_sync(model_kwargs: dict[str, Any], synced_gpus: bool) -> dict[str, Any]:

@@ -3,51 +3,14 @@
 The model calls operators only through an ``Operators`` table. Their contracts are the docstrings of ``ops.reference``.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 import torch
 
 from .. import backend, report
-from . import reference
+from . import cpu
+from .availability import kernels_refusal, switch_refusal
+from .table import OPERATOR_NAMES, Operators, reference_operators
 
-OPERATOR_NAMES = (
-    "fast_gelu",
-    "fused_apply_rotary_emb",
-    "fused_attention_concat_past_key_value",
-    "fused_multi_head_attention_inference_v2",
-    "fused_fast_gelu_mul",
-    "fused_matmul_bias",
-    "skip_layer_norm",
-    "fused_linear_with_groupwise_quantized_weight",
-)
-
-
-@dataclass(frozen=True)
-class Operators:
-    """One callable per operator, and why it was chosen.
-
-    ``choices`` maps an operator's name to (implementation, reason), for ``faster_chatglm_6b.status()``.
-    """
-
-    fast_gelu: Callable
-    fused_apply_rotary_emb: Callable
-    fused_attention_concat_past_key_value: Callable
-    fused_multi_head_attention_inference_v2: Callable
-    fused_fast_gelu_mul: Callable
-    fused_matmul_bias: Callable
-    skip_layer_norm: Callable
-    fused_linear_with_groupwise_quantized_weight: Callable
-    choices: dict[str, tuple[str, str]] = field(default_factory=dict, compare=False)
-
-
-def reference_operators(reason: str) -> Operators:
-    """The table that serves every operator by its definition; ``reason`` says why nothing faster does."""
-    return Operators(
-        **{name: getattr(reference, name) for name in OPERATOR_NAMES},
-        choices={name: ("reference", reason) for name in OPERATOR_NAMES},
-    )
-
+__all__ = ["OPERATOR_NAMES", "Operators", "operators_for", "reference_operators"]
 
 _DIFFERENTIABLE = reference_operators("autograd is on, and the fused kernels have no backward")
 _chosen: dict[tuple[torch.device, torch.dtype, int], Operators] = {}
@@ -78,10 +41,12 @@ def _choose(device: torch.device, dtype: torch.dtype, head_size: int) -> Operato
         return oneflow.choose(device, dtype, head_size)
     if device.type not in ("cpu", "cuda"):
         return reference_operators(f"PyTorch's own kernels serve {device.type}")
-    # Imported here: they need this module's names.
-    from . import cpu, cuda
+    if device.type == "cpu" and switch_refusal() is None:
+        return cpu.choose()
+    reason = switch_refusal() if device.type == "cpu" else kernels_refusal(device, dtype)
+    if reason is not None:
+        return reference_operators(reason)
+    # Imported only where Triton is installed and works.
+    from . import cuda
 
-    if device.type == "cpu":
-        refusal = cuda.switch_refusal()
-        return cpu.choose() if refusal is None else reference_operators(refusal)
-    return cuda.choose(device, dtype)
+    return cuda.choose(device)

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from . import Operators, reference, reference_operators
+from . import reference
+from .table import Operators, reference_operators
 
 # With more rows the kernel is slower than dequantising once and calling the float product (EPYC, two cores).
 _MOST_ROWS = 4

@@ -13,9 +13,10 @@ import torch
 from torch.nn import functional
 
 from ..oneflow_compat import ATTENTION_CAPABILITIES
-from . import OPERATOR_NAMES, Operators, reference
+from . import reference
 from .caches import ListCache
 from .oneflow_trials import failure_of
+from .table import OPERATOR_NAMES, Operators
 
 _HALF, _BFLOAT16, _FLOAT, _DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 # What the kernels are compiled for, by the registrations in OneFlow 1.0.0's sources.

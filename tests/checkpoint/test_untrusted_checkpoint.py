@@ -11,8 +11,8 @@ from tampering import edit_config
 from transformers import AutoModel
 
 from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig, parameter_count
-from faster_chatglm_6b.conversation.chat_template import CHAT_TEMPLATE
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+from faster_chatglm_6b.templates.chat_template import CHAT_TEMPLATE
 from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
-from faster_chatglm_6b.conversation.chat import InvalidScoreLogitsProcessor
-from faster_chatglm_6b.conversation.prompts import build_prompt, process_response
+from faster_chatglm_6b.generation.processors import InvalidScoreLogitsProcessor
+from faster_chatglm_6b.templates.prompts import build_prompt, process_response
 
 # Cases in which stock misbehaves, each with a test of its own below.
 STOCK_BUGS = {

@@ -15,8 +15,8 @@ import pytest
 import transformers
 from transformers import TextIteratorStreamer, pipeline
 
-from faster_chatglm_6b.conversation.prompts import process_response
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+from faster_chatglm_6b.templates.prompts import process_response
 from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -6,7 +6,7 @@ import pytest
 from transformers import GenerationConfig, StoppingCriteria
 
 from faster_chatglm_6b import report
-from faster_chatglm_6b.conversation.prompts import process_response
+from faster_chatglm_6b.templates.prompts import process_response
 
 GREEDY = {"do_sample": False}
 

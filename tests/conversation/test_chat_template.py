@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from property_profiles import examples
 
-from faster_chatglm_6b.conversation.chat_template import CHAT_TEMPLATE, HARMLESS, MARK
-from faster_chatglm_6b.conversation.prompts import build_prompt
+from faster_chatglm_6b.templates.chat_template import CHAT_TEMPLATE, HARMLESS, MARK
+from faster_chatglm_6b.templates.prompts import build_prompt
 from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 
 # Everything in which a user's text could be taken for the template's own.

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
-from faster_chatglm_6b.conversation.history import History
-from faster_chatglm_6b.conversation.prompts import build_prompt
+from faster_chatglm_6b.templates.history import History
+from faster_chatglm_6b.templates.prompts import build_prompt
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
 ROUNDS = [("你好", "你好！"), ("hi", "Hello!")]

@@ -15,6 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 import faster_chatglm_6b
 from faster_chatglm_6b.decoding import engine, loop
+from faster_chatglm_6b.decoding.graphs import StepGraphs
 from faster_chatglm_6b.decoding.session import Session
 
 EXACT = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
@@ -176,13 +177,13 @@ def out_of_memory_in_capture(model):
 
     def make(*arguments):
         kept.append(Session(*arguments))
-        kept[-1].captures = True
+        kept[-1].graphs.captures = True
         return kept[-1]
 
-    with mock.patch.object(engine, "Session", make), mock.patch.object(Session, "_capture", out_of_memory):
+    with mock.patch.object(engine, "Session", make), mock.patch.object(StepGraphs, "_capture", out_of_memory):
         with expect(captured=1):
             assert model.generate(ids, **EXACT).tolist() == expected
-    assert len(kept) == 1 and kept[0].capture_failed and not kept[0]._graphs
+    assert len(kept) == 1 and kept[0].graphs.capture_failed and not kept[0].graphs
     assert not loop.engine_of(model)._sessions
     kept.clear()
     is_usable(model, ids, expected)

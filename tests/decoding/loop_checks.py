@@ -10,25 +10,23 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import faster_chatglm_6b
-from faster_chatglm_6b.conversation.chat import InvalidScoreLogitsProcessor
-from faster_chatglm_6b.decoding import loop
-from faster_chatglm_6b.decoding.sampler import CannotServe
+from faster_chatglm_6b.decoding.refusal import CannotServe
+from faster_chatglm_6b.generation import paths
+from faster_chatglm_6b.generation.processors import InvalidScoreLogitsProcessor
 
 
 @contextlib.contextmanager
 def plain_path():
     """Only transformers' loop serves."""
 
-    class Refused:
-        @staticmethod
-        def of(*arguments):
-            raise CannotServe("the test asks for the plain path")
+    def refuse(*arguments):
+        raise CannotServe("the test asks for the plain path")
 
-    kept, loop.Request = loop.Request, Refused
+    kept, paths.read_request = paths.read_request, refuse
     try:
         yield
     finally:
-        loop.Request = kept
+        paths.read_request = kept
 
 
 def served():

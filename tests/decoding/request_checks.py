@@ -12,7 +12,7 @@ from loop_checks import plain_path
 from transformers import LogitsProcessorList
 
 import faster_chatglm_6b
-from faster_chatglm_6b.conversation.chat import InvalidScoreLogitsProcessor
+from faster_chatglm_6b.generation.processors import InvalidScoreLogitsProcessor
 
 # What the loop says when it leaves a drawn request to transformers.
 KNOWN_REFUSALS = ("the repetition penalty leaves the padding out and the n-gram rule does not",)

@@ -4,7 +4,7 @@ import torch
 
 from faster_chatglm_6b.decoding.kv_cache import KVCache
 from faster_chatglm_6b.ops import reference
-from faster_chatglm_6b.ops.cuda import fused_operators
+from faster_chatglm_6b.ops.cuda import choose
 
 
 def _close(actual, expected, dtype):
@@ -23,7 +23,7 @@ def _random(device, dtype, *shape):
 
 def pointwise_and_products(device, dtype):
     """Contiguous, transposed and strided tensors, and a dtype without a kernel."""
-    table = fused_operators(device)
+    table = choose(device)
     for kind in (dtype, torch.float64):
         x, other = _random(device, kind, 6, 10), _random(device, kind, 6, 10) + 1
         weight, bias, residual = (_random(device, kind, *shape) for shape in ((7, 10), (7,), (6, 7)))
@@ -45,7 +45,7 @@ def pointwise_and_products(device, dtype):
 
 def rotary_positions(device, dtype):
     """2-D positions through the kernel and 1-D ones, and positions of another integer type."""
-    table = fused_operators(device)
+    table = choose(device)
     packed = _random(device, dtype, 2, 3, 2 * 3 * 8)
     for width, positions in ((2, torch.arange(12).view(2, 2, 3)), (4, torch.arange(6).view(2, 3))):
         angle = torch.rand(16, width, generator=torch.Generator().manual_seed(0)).to(device)
@@ -63,7 +63,7 @@ def rotary_positions(device, dtype):
 def attention(device, dtype):
     """A generation prompt without a bias, alone and behind a prefix, a padded one with a row that sees
     nothing, and one query row; never NaN."""
-    table = fused_operators(device)
+    table = choose(device)
     for rows in (1, 2, 9, 33):
         query, key, value = (_random(device, dtype, 2, 3, rows, 16) + i for i in range(3))
         lowest = torch.finfo(dtype).min
@@ -88,7 +88,7 @@ def attention(device, dtype):
 
 def appended_cache(device, dtype):
     """The preallocated cache holds what was appended and nothing else, through the kernel and through ``update``."""
-    table = fused_operators(device)
+    table = choose(device)
     for append in (table.fused_attention_concat_past_key_value, reference.fused_attention_concat_past_key_value):
         cache = KVCache(2, 2, 3, 9, 8, dtype, torch.device(device))
         cache.storage.fill_(torch.nan)
@@ -109,7 +109,7 @@ def appended_cache(device, dtype):
 
 def quantized_products(device, dtype):
     """Integer weights with and without groups, contiguous or not, and a dtype without a kernel."""
-    table = fused_operators(device)
+    table = choose(device)
     for kind in (dtype, torch.float64):
         x, bias, residual = (_random(device, kind, *shape) for shape in ((3, 64), (7,), (3, 7)))
         for bits, groups in ((8, 1), (8, 4), (4, 1), (4, 4)):

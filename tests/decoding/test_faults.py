@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.generation.streamers import BaseStreamer
 
 from faster_chatglm_6b.decoding import engine, loop, memory
-from faster_chatglm_6b.decoding.sampler import CannotServe
+from faster_chatglm_6b.decoding.refusal import CannotServe
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
 PROMPT = torch.tensor([[5, 143, 90, 91, 321, 324]])
@@ -120,7 +120,7 @@ def test_two_threads_chat_on_one_model(tiny_model, tiny_tokenizer):
 class StandInSession:
     """Counts up instead of computing: the bookkeeping around it is what is tested."""
 
-    capture_failed = False
+    graphs = SimpleNamespace(capture_failed=False)
 
     def __init__(self, model, batch, capacity):
         self.capacity, self.bytes, self.launched = capacity, 0, 0
@@ -147,7 +147,9 @@ def stand_in(monkeypatch):
     model = SimpleNamespace(lm_head=torch.nn.Embedding(1, 1))
     model.config = SimpleNamespace(num_layers=1, hidden_size=1, pre_seq_len=None)
     model.transformer = SimpleNamespace(word_embeddings=model.lm_head)
-    request = SimpleNamespace(input_ids=PROMPT, max_length=PROMPT.shape[1] + 4, eos_ids=(), has_end=False, others=[])
+    request = SimpleNamespace(
+        input_ids=PROMPT, max_length=PROMPT.shape[1] + 4, eos_ids=(), has_end=False, host_criteria=None
+    )
     request.do_sample, request.seed = False, lambda: torch.zeros(1)
     return model, request
 
@@ -249,11 +251,11 @@ def test_what_would_fit_fits(tiny_model):
         assert needed(batch, tokens) <= free or tokens == 0
         assert needed(batch, tokens + 1) > free
         assert sequences == 0 or needed(sequences, total) <= free
-        text = memory._what_fits(tiny_model, batch, prompt, total, free)
+        text = memory.what_fits(tiny_model, batch, prompt, total, free)
         assert (f"{tokens} tokens each" in text) == (tokens > prompt)
         assert (f"{sequences} sequence" in text) == (batch > 1 and sequences > 0)
-    assert "not even one such prompt fits" in memory._what_fits(tiny_model, 1, 2000, 2048, 2**20)
-    assert "something else took memory" in memory._what_fits(tiny_model, 1, 20, 40, 2**40)
+    assert "not even one such prompt fits" in memory.what_fits(tiny_model, 1, 2000, 2048, 2**20)
+    assert "something else took memory" in memory.what_fits(tiny_model, 1, 20, 40, 2**40)
 
 
 def test_other_errors_are_left_alone(tiny_model, monkeypatch):

@@ -90,7 +90,7 @@ def test_fault_inside_a_capture(single, error):
     assert settled(single) <= before + SLACK
     with expect(captured=1):
         assert single.generate(ids, **settings).tolist() == expected
-    assert loop.engine_of(single)._sessions[1]._graphs
+    assert loop.engine_of(single)._sessions[1].graphs
 
 
 def spoil():
@@ -119,7 +119,7 @@ def test_fault_that_spoils_a_capture(single):
     assert settled(single) <= before + SLACK
     with expect(captured=1):
         assert single.generate(ids, **settings).tolist() == expected
-    assert loop.engine_of(single)._sessions[1]._graphs
+    assert loop.engine_of(single)._sessions[1].graphs
 
 
 def test_an_old_graph_that_is_garbage_during_a_capture(single):
@@ -127,7 +127,7 @@ def test_an_old_graph_that_is_garbage_during_a_capture(single):
     ids = prompt(single, 12)
     settings = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
     expected = single.generate(ids, **settings).tolist()
-    graphs = list(loop.engine_of(single)._sessions[1]._graphs.values())
+    graphs = list(loop.engine_of(single)._sessions[1].graphs.values())
     assert graphs
     single.release_cache()
     original, calls = session.Session._run, []
@@ -143,7 +143,7 @@ def test_an_old_graph_that_is_garbage_during_a_capture(single):
 
     with mock.patch.object(session.Session, "_run", run), expect(captured=1):
         assert single.generate(ids, **settings).tolist() == expected
-    assert gc.isenabled() and loop.engine_of(single)._sessions[1]._graphs
+    assert gc.isenabled() and loop.engine_of(single)._sessions[1].graphs
 
 
 def test_abandoned_and_failed_streams_return_their_memory(single):
@@ -170,7 +170,7 @@ def test_new_sessions_leave_memory_flat(single):
     def held(tokens):
         with expect(captured=1):
             single.generate(ids, do_sample=False, max_new_tokens=tokens, eos_token_id=None)
-        assert loop.engine_of(single)._sessions[80]._graphs
+        assert loop.engine_of(single)._sessions[80].graphs
         single.release_cache()
         gc.collect()
         torch.cuda.synchronize()

@@ -7,10 +7,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from faster_chatglm_6b.decoding.refusal import check_model, check_sizes
-from faster_chatglm_6b.decoding.sampler import CannotServe
+from faster_chatglm_6b.decoding import refusal
+from faster_chatglm_6b.decoding.refusal import CannotServe, check_model, check_sizes
 from faster_chatglm_6b.network import blocks
-from faster_chatglm_6b.ops import cuda
 
 LAYER = "transformer.layers.1"
 PLACES = (
@@ -39,7 +38,7 @@ class Subclass(torch.Tensor):
 
 @pytest.fixture
 def model(tiny_model, monkeypatch):
-    monkeypatch.setattr(cuda, "kernels_refusal", lambda device, dtype: None)
+    monkeypatch.setattr(refusal, "kernels_refusal", lambda device, dtype: None)
     model = copy.deepcopy(tiny_model)
     assert len(check_model(model)) > 2
     return model

@@ -194,12 +194,12 @@ def test_the_plain_baseline_concatenates_its_cache_in_transformers_loop(example,
 
     from faster_chatglm_6b import ops
     from faster_chatglm_6b.generation import search
-    from faster_chatglm_6b.ops import cuda
+    from faster_chatglm_6b.ops import availability
 
     measuring = example("_measuring")
-    monkeypatch.setenv(cuda.SWITCH, "off")
+    monkeypatch.setenv(availability.SWITCH, "off")
     monkeypatch.setattr(ops, "_chosen", {})
-    cuda.kernels_refusal.cache_clear()
+    availability.kernels_refusal.cache_clear()
     seen, served = [], []
     update = DynamicCache.update
     monkeypatch.setattr(
@@ -215,9 +215,9 @@ def test_the_plain_baseline_concatenates_its_cache_in_transformers_loop(example,
         measuring.run_once(tiny_model, measuring.make_prompt(tiny_model, 1, 6), "greedy", 3)
         (table,) = ops._chosen.values()
     finally:
-        cuda.kernels_refusal.cache_clear()
+        availability.kernels_refusal.cache_clear()
     assert served == ["transformers"]
-    assert set(table.choices.values()) == {("reference", f"{cuda.SWITCH}=off")}
+    assert set(table.choices.values()) == {("reference", f"{availability.SWITCH}=off")}
     lengths = [key.shape[2] for key, _ in seen[:: tiny_model.config.num_layers]]
     storages = {key.data_ptr() for key, _ in seen}
     assert lengths == [6, 7, 8] and len(storages) == len(seen)

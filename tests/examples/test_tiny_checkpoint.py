@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModel, AutoTokenizer
 
-from faster_chatglm_6b.conversation.prompts import process_response
+from faster_chatglm_6b.templates.prompts import process_response
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "tiny_chatglm"
 TRAINING = FOLDER / "training"

@@ -10,7 +10,7 @@ import torch
 
 import faster_chatglm_6b
 from faster_chatglm_6b import backend, report, versions
-from faster_chatglm_6b.ops import cuda
+from faster_chatglm_6b.ops import availability
 
 
 def test_import_is_light(tmp_path, record_property):
@@ -230,8 +230,8 @@ def test_kernels_tell_a_triton_that_is_too_old(version, old, monkeypatch):
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setattr(triton, "__version__", version)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.delenv(cuda.SWITCH, raising=False)
-    reason = cuda.kernels_refusal.__wrapped__(torch.device("cpu"), torch.float16)
+    monkeypatch.delenv(availability.SWITCH, raising=False)
+    reason = availability.kernels_refusal.__wrapped__(torch.device("cpu"), torch.float16)
     expected = (
         f"Triton {version} is too old for the fused kernels, which need 3.5 or newer; torch 2.9 and later bring one"
     )
@@ -244,9 +244,9 @@ def test_a_triton_that_cannot_be_imported_is_a_reason_and_no_error(tmp_path):
     found = remote_code.run_python(
         """
 import torch
-from faster_chatglm_6b.ops import cuda
+from faster_chatglm_6b.ops import availability
 torch.cuda.get_device_capability = lambda device: (9, 0)
-answer(cuda.kernels_refusal(torch.device("cuda"), torch.float16))
+answer(availability.kernels_refusal(torch.device("cuda"), torch.float16))
 """,
         tmp_path,
         TRITON_INTERPRET="0",

@@ -17,9 +17,9 @@ from tokenizer_data import TEXTS, TINY, load_golden, load_tokenizer, real_tokeni
 from transformers import AutoModel, AutoTokenizer
 
 from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
-from faster_chatglm_6b.conversation.chat import InvalidScoreLogitsProcessor
 from faster_chatglm_6b.conversation.detokenizer import IncrementalDetokenizer
-from faster_chatglm_6b.decoding.sampler import plan_sampling
+from faster_chatglm_6b.generation.processors import InvalidScoreLogitsProcessor
+from faster_chatglm_6b.generation.requests import plan_sampling
 from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 from faster_chatglm_6b.tokenizer import vocabulary_file
 from faster_chatglm_6b.tokenizer.ice_text import IceTextTokenizer

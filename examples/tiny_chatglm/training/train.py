@@ -24,8 +24,8 @@ from dialogue import Dialogue
 from safetensors.torch import save_file
 
 from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
-from faster_chatglm_6b.conversation.prompts import build_prompt, process_response
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+from faster_chatglm_6b.templates.prompts import build_prompt, process_response
 from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 
 HERE = Path(__file__).resolve().parent

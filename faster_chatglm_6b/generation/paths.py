@@ -1,0 +1,123 @@
+"""Choose the path of a generation: the captured loop if it can serve the request, else the plain one."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from .. import report
+from ..decoding.refusal import CannotServe
+from ..decoding.request import Request
+from ..decoding.shortage import memory_explained, memory_returned
+from ..layers.placement import spread_over
+from ..ops.availability import kernels_refusal
+from .plain import plain_tokens
+from .requests import read_request
+
+
+def generate_ids(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any,
+    model_kwargs: dict[str, Any],
+    plain: Callable[[], Any],
+) -> Any:
+    """Return what transformers' ``_sample`` returns, with its arguments: int64 [B, prompt + tokens].
+
+    Args:
+        plain: transformers' own loop, called with nothing if the captured one cannot serve the request.
+    """
+    arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+    try:
+        tokens = list(_captured(model, read_request(model, *arguments, model_kwargs), streamer))
+    except CannotServe as reason:
+        report.record_generation("plain", str(reason))
+        tokens = None
+    if tokens is None:
+        # transformers' loop knows no generator.
+        if model_kwargs.get("generator") is None:
+            return plain()
+        tokens = list(plain_tokens(model, *arguments, streamer, model_kwargs))
+    return torch.cat((input_ids, torch.stack(tokens, dim=1).to(input_ids.device)), dim=1)
+
+
+def generate_tokens(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any,
+    model_kwargs: dict[str, Any],
+) -> Iterator[torch.Tensor]:
+    """Return an iterator over the next tokens, int64 [B] on the CPU each, until every row has ended.
+
+    Arguments are those of transformers' ``_sample``. Rows that ended yield the pad id. Nothing is computed, and the
+    model not reserved, before the first token is asked for.
+    """
+    arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+    try:
+        request = read_request(model, *arguments, model_kwargs)
+    except CannotServe as reason:
+        request = reason
+    return _returning_memory(_captured_or_plain(model, request, arguments, streamer, model_kwargs))
+
+
+# Two functions, and neither inside another one: the frame of one that failed can let go of what it was called with, but
+# not while it runs, and never of a closure.
+def _returning_memory(tokens: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    with memory_returned():
+        yield from tokens
+
+
+def _captured_or_plain(
+    model: Any, request: Request | CannotServe, arguments: tuple, streamer: Any, model_kwargs: dict[str, Any]
+) -> Iterator[torch.Tensor]:
+    input_ids, _, _, generation_config = arguments
+    with memory_explained(model, input_ids, generation_config.max_length):
+        try:
+            if isinstance(request, CannotServe):
+                raise request
+            yield from _captured(model, request, streamer)
+            return
+        except CannotServe as reason:
+            report.record_generation("plain", str(reason))
+        yield from plain_tokens(model, *arguments, streamer, model_kwargs)
+
+
+def _captured(model: Any, request: Request, streamer: Any) -> Iterator[torch.Tensor]:
+    """Yield the tokens of the captured loop, which is imported only if its kernels can be.
+
+    Raises:
+        CannotServe: before the first token.
+    """
+    _check_kernels(model)
+    from ..decoding.loop import captured_tokens
+
+    # Closed at once, whatever a streamer or the caller does: an open generator holds the model.
+    with contextlib.closing(captured_tokens(model, request)) as tokens:
+        for index, token in enumerate(tokens):
+            if index == 0:
+                report.record_generation("captured", "sampling" if request.do_sample else "greedy search")
+            if streamer is not None:
+                streamer.put(token)
+            yield token
+    if streamer is not None:
+        streamer.end()
+
+
+def _check_kernels(model: Any) -> None:
+    """Raise CannotServe unless the model's weights lie where kernels run, and its inputs are prepared by us."""
+    places = spread_over(model)
+    if places is not None:
+        raise CannotServe(f"device_map spreads the model over {places}; the captured loop needs it on one GPU")
+    weight = model.transformer.word_embeddings.weight
+    reason = kernels_refusal(weight.device, weight.dtype)
+    if reason is not None:
+        raise CannotServe(reason)
+    if model.has_own_inputs():
+        raise CannotServe(f"{type(model).__name__} has a prepare_inputs_for_generation of its own")

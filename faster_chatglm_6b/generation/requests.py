@@ -1,0 +1,192 @@
+"""Read the arguments of transformers' ``_sample`` as a ``Request`` to the captured loop, or say why it is none."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers.generation import logits_process
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+
+from ..decoding.refusal import CannotServe, check_ends
+from ..decoding.request import MOST_END_TOKENS, Request, SamplingPlan
+from ..network.prompt_layout import PromptLayout
+from ..ops.caches import cache_in
+from .processors import InvalidScoreLogitsProcessor
+from .reading import pad_token, unfollowed_arguments, unfollowed_settings
+
+MOST_SEQUENCES = 128
+# Candidates that the one-launch sampler keeps, by the largest top_k that leaves it room for ties.
+_CAPACITIES = {50: 64, 100: 128}
+
+
+def read_request(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+) -> Request:
+    """Read the arguments of transformers' ``_sample`` as a request to the captured loop.
+
+    Raises:
+        CannotServe: for what the loop cannot do; the message says why.
+    """
+    _check_mode(model, input_ids, generation_config, model_kwargs)
+    check_ends(model)
+    mask = model_kwargs.get("attention_mask")
+    layout = PromptLayout.of(input_ids, model.config, mask)
+    if layout.hidden_slots is not None:
+        raise CannotServe("attention_mask hides tokens behind the start of a row")
+    processors = [] if logits_processor is None else logits_processor
+    plan = plan_sampling(processors, bool(generation_config.do_sample), layout, model.lm_head.weight.shape[0])
+    limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
+    if not limits:
+        raise CannotServe("there is no max_length")
+    ends = [c for c in stopping_criteria if type(c) is EosTokenCriteria]
+    eos_ids = tuple(dict.fromkeys(int(token) for c in ends for token in c.eos_token_id.reshape(-1)))
+    if len(eos_ids) > MOST_END_TOKENS:
+        raise CannotServe(f"there are more than {MOST_END_TOKENS} end tokens")
+    others = StoppingCriteriaList(c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria))
+    pad = pad_token(generation_config)
+    return Request(
+        input_ids=input_ids.to(model.lm_head.weight.device),
+        attention_mask=mask if layout.is_padded else None,
+        layout=layout,
+        plan=plan,
+        max_length=min(limits),
+        eos_ids=eos_ids,
+        pad_id=0 if pad is None else int(pad),
+        has_end=any(hasattr(c, "eos_token_id") for c in stopping_criteria) and pad is not None,
+        host_criteria=others if len(others) else None,
+        do_sample=bool(generation_config.do_sample),
+        generator=model_kwargs.get("generator"),
+    )
+
+
+def _check_mode(model: Any, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+    """Raise CannotServe for arguments that ask for something else than tokens from ids."""
+    if generation_config.return_dict_in_generate:
+        raise CannotServe("return_dict_in_generate asks for what the loop does not keep")
+    if not model_kwargs.get("use_cache", True):
+        raise CannotServe("use_cache is False")
+    if getattr(generation_config, "cache_implementation", None) not in (None, "dynamic"):
+        raise CannotServe(f"cache_implementation is {generation_config.cache_implementation!r}")
+    if getattr(generation_config, "is_assistant", False):
+        raise CannotServe("the model is the assistant of another one")
+    if not model.config.position_encoding_2d:
+        raise CannotServe("position_encoding_2d is False")
+    unfollowed = [*unfollowed_arguments(model, model_kwargs), *unfollowed_settings(generation_config)]
+    if unfollowed:
+        raise CannotServe(f"{', '.join(unfollowed)} given")
+    cache = cache_in(model_kwargs)
+    if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0):
+        raise CannotServe("past_key_values given")
+    if input_ids.shape[0] > MOST_SEQUENCES:
+        raise CannotServe(f"{input_ids.shape[0]} sequences; the loop takes up to {MOST_SEQUENCES} at once")
+
+
+def _repetition_penalty(processor: Any, layout: PromptLayout) -> dict[str, Any]:
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    if ignored is not None:
+        # transformers 5 leaves a row's left padding out; a number is what the caller chose himself.
+        if not isinstance(ignored, torch.Tensor) or not torch.equal(ignored.cpu(), layout.first_slot):
+            raise CannotServe("RepetitionPenaltyLogitsProcessor ignores a part of the prompt")
+    return {"penalty": processor.penalty, "penalised_from": ignored if ignored is None else layout.first_slot}
+
+
+def _min_length(processor: Any, layout: PromptLayout) -> dict[str, Any]:
+    return {"minimum": processor.min_length, "minimum_eos": _ids(processor.eos_token_id)}
+
+
+def _min_new_tokens(processor: Any, layout: PromptLayout) -> dict[str, Any]:
+    return {
+        "minimum": processor.prompt_length_to_skip + processor.min_new_tokens,
+        "minimum_eos": _ids(processor.eos_token_id),
+    }
+
+
+def _top_k(processor: Any, layout: PromptLayout) -> dict[str, Any]:
+    _check_filter(processor)
+    return {"top_k": processor.top_k}
+
+
+def _top_p(processor: Any, layout: PromptLayout) -> dict[str, Any]:
+    _check_filter(processor)
+    return {"top_p": processor.top_p}
+
+
+def _invalid_rule(processor: Any, layout: PromptLayout) -> dict[str, Any]:
+    return {"invalid_rule": True, "invalid_token": processor.token_id}
+
+
+def _known() -> dict[type, Any]:
+    """Reader of each known processor, by exact type, in the order in which transformers applies them."""
+    readers = {
+        "RepetitionPenaltyLogitsProcessor": _repetition_penalty,
+        "NoRepeatNGramLogitsProcessor": lambda processor, layout: {"ngram_size": processor.ngram_size},
+        "MinLengthLogitsProcessor": _min_length,
+        "MinNewTokensLengthLogitsProcessor": _min_new_tokens,
+        "InvalidScoreLogitsProcessor": _invalid_rule,
+        "TemperatureLogitsWarper": lambda processor, layout: {"temperature": processor.temperature},
+        "TopKLogitsWarper": _top_k,
+        "TopPLogitsWarper": _top_p,
+    }
+    # By name: a release without one of them is no reason to fail.
+    classes = {**vars(logits_process), "InvalidScoreLogitsProcessor": InvalidScoreLogitsProcessor}
+    return {classes[name]: reader for name, reader in readers.items() if classes.get(name) is not None}
+
+
+def plan_sampling(processors: Iterable[Any], do_sample: bool, layout: PromptLayout, vocab_size: int) -> SamplingPlan:
+    """The plan that does what ``processors`` do.
+
+    Raises:
+        CannotServe: an unknown processor, another order than transformers' own, or a parameter that no kernel knows.
+    """
+    known = _known()
+    order = list(known)
+    values: dict[str, Any] = {}
+    last = -1
+    for processor in processors:
+        name = type(processor).__name__
+        if type(processor) not in known:
+            raise CannotServe(f"{name} is not among the processors that have a kernel")
+        rank = order.index(type(processor))
+        if rank <= last:
+            raise CannotServe(f"{name} stands in another place of the processors than transformers puts it")
+        last = rank
+        try:
+            read = known[type(processor)](processor, layout)
+        except AttributeError as error:
+            raise CannotServe(f"{name} of this transformers keeps its parameters in another way ({error})") from error
+        if "minimum" in read and "minimum" in values:
+            if read["minimum_eos"] != values["minimum_eos"]:
+                raise CannotServe("min_length and min_new_tokens forbid different end tokens")
+            read["minimum"] = max(read["minimum"], values["minimum"])
+        values |= read
+    if len(values.get("minimum_eos", ())) > MOST_END_TOKENS:
+        raise CannotServe(f"there are more than {MOST_END_TOKENS} end tokens")
+    if values.get("penalised_from") is not None and "ngram_size" in values:
+        raise CannotServe("the repetition penalty leaves the padding out and the n-gram rule does not")
+    return SamplingPlan(**values, **_kernel_for(values, do_sample, vocab_size))
+
+
+def _kernel_for(values: dict[str, Any], do_sample: bool, vocab_size: int) -> dict[str, Any]:
+    if not do_sample:
+        if {"temperature", "top_k", "top_p"} & set(values):
+            raise CannotServe("greedy search with a temperature, top_k or top_p warper")
+        return {"kernel": "greedy"}
+    top_k = min(values.get("top_k", vocab_size), vocab_size)
+    for most, capacity in _CAPACITIES.items():
+        if top_k <= most:
+            return {"kernel": "top_k", "capacity": capacity}
+    return {"kernel": "full"}
+
+
+def _check_filter(warper: Any) -> None:
+    if getattr(warper, "filter_value", None) != -float("inf") or getattr(warper, "min_tokens_to_keep", 1) != 1:
+        raise CannotServe(f"{type(warper).__name__} has a filter_value or min_tokens_to_keep of the caller's own")
+
+
+def _ids(tokens: Any) -> tuple[int, ...]:
+    return tuple(torch.as_tensor(tokens).reshape(-1).tolist())

@@ -1,0 +1,35 @@
+"""The table of operators that a model calls, and the one that serves each by its definition."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
+from . import reference
+
+
+@dataclass(frozen=True)
+class Operators:
+    """One callable per operator, and why it was chosen.
+
+    ``choices`` maps an operator's name to (implementation, reason), for ``faster_chatglm_6b.status()``.
+    """
+
+    fast_gelu: Callable
+    fused_apply_rotary_emb: Callable
+    fused_attention_concat_past_key_value: Callable
+    fused_multi_head_attention_inference_v2: Callable
+    fused_fast_gelu_mul: Callable
+    fused_matmul_bias: Callable
+    skip_layer_norm: Callable
+    fused_linear_with_groupwise_quantized_weight: Callable
+    choices: dict[str, tuple[str, str]] = field(default_factory=dict, compare=False)
+
+
+OPERATOR_NAMES = tuple(one.name for one in fields(Operators) if one.name != "choices")
+
+
+def reference_operators(reason: str) -> Operators:
+    """Return the table that serves every operator by its definition; ``reason`` says why nothing faster does."""
+    return Operators(
+        **{name: getattr(reference, name) for name in OPERATOR_NAMES},
+        choices={name: ("reference", reason) for name in OPERATOR_NAMES},
+    )
