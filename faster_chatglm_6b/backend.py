@@ -1,7 +1,7 @@
-"""Which framework runs the model: decided once, at import, with the reason; and which versions of it we can serve.
+"""Choose the framework that runs the model, once, at import, with the reason; and say which versions can serve.
 
-Nothing here imports torch or transformers: modules are looked up, not loaded. OneFlow is loaded where it is chosen, or
-where its choice hangs on the GPU.
+Nothing here imports torch or transformers: modules are looked up, not loaded. OneFlow is loaded if it is chosen, or if
+the choice depends on the GPU.
 """
 
 import os
@@ -19,9 +19,9 @@ OLDEST_TRANSFORMERS = "4.45"
 # The newest release on which the whole test suite ran. Newer ones are served too, and status() names them.
 NEWEST_TESTED_TRANSFORMERS = "5.24.0"
 # 2.4 is the oldest release that transformers 5 works with. Checkpoints of .bin shards need 2.6, whose torch.load is
-# safe with untrusted files: transformers itself refuses to read them with less. Safetensors are not concerned.
+# safe with untrusted files: transformers itself refuses them with an older one. Safetensors do not need it.
 OLDEST_TORCH = "2.4"
-# Later releases ask for more of torch than OneFlow's mock of it has, earlier ones lack what the checkpoints need.
+# Later releases ask for more of torch than OneFlow's mock has; earlier ones lack what the checkpoints need.
 OLDEST_TRANSFORMERS_ON_ONEFLOW, FIRST_TRANSFORMERS_BEYOND_ONEFLOW = "4.27.1", "4.30"
 # Releases before it lack five of the eight fused operators.
 FIRST_FUSED_ONEFLOW = "0.9.1"
@@ -49,7 +49,7 @@ def current() -> Backend:
 
 
 def activate() -> None:
-    """Let ``import torch`` mean OneFlow where that is the framework; on PyTorch, do nothing.
+    """Let ``import torch`` mean OneFlow if that is the framework; on PyTorch, do nothing.
 
     Raises:
         ImportError: OneFlow cannot be loaded.
@@ -64,16 +64,16 @@ def deactivate() -> None:
 
 
 def is_oneflow() -> bool:
-    """Whether OneFlow runs the models of this process."""
+    """Return whether OneFlow runs the models of this process."""
     return _current.name == "oneflow"
 
 
 def choose_backend(environment: Mapping[str, str] = os.environ) -> Backend:
-    """Chooses the framework from ``FASTER_CHATGLM_6B_BACKEND`` (``auto`` if unset) and from what is installed.
+    """Choose the framework from ``FASTER_CHATGLM_6B_BACKEND`` (``auto`` if unset) and from what is installed.
 
-    ``auto`` takes OneFlow where PyTorch is not installed, and where its fused operators can run: installed with CUDA,
-    all of them there, and a GPU that its attention supports. Without any framework the import succeeds, and loading a
-    model says what is missing.
+    ``auto`` takes OneFlow if PyTorch is not installed. It also takes OneFlow if its fused operators can run: built with
+    CUDA, with all of them, and on a GPU that its attention supports. Without any framework the import succeeds, and
+    loading a model says what is missing.
 
     Raises:
         ValueError: the variable holds something else than ``auto``, ``torch`` or ``oneflow``.
@@ -113,7 +113,7 @@ def choose_backend(environment: Mapping[str, str] = os.environ) -> Backend:
 
 
 def _oneflow(reason: str) -> Backend:
-    """OneFlow, after a check that it can take the place of torch in this process."""
+    """Return OneFlow as the choice, after a check that it can take the place of torch in this process."""
     problem = _what_was_bound_before() or _transformers_problem()
     if problem is not None:
         raise ImportError(problem)
@@ -121,7 +121,7 @@ def _oneflow(reason: str) -> Backend:
 
 
 def _what_was_bound_before() -> str | None:
-    """What to tell a user whose modules are bound to real torch already; None where none is."""
+    """Return what to tell a user whose modules are bound to real torch already; None if none is."""
     if _oneflow_stands_in():
         return None
     for package in ("torch", "transformers"):
@@ -135,12 +135,12 @@ def _what_was_bound_before() -> str | None:
 
 
 def _oneflow_stands_in() -> bool:
-    """Whether "torch" is OneFlow already: the package is reloaded, or the user switched OneFlow's mock on."""
+    """Return whether "torch" is OneFlow already: the package is reloaded, or the user switched OneFlow's mock on."""
     return oneflow_compat.is_enabled() or oneflow_compat.is_oneflow(sys.modules.get("torch"))
 
 
 def _transformers_problem() -> str | None:
-    """What to tell a user whose transformers does not work under OneFlow's mock of torch."""
+    """Return what to tell a user whose transformers does not work under OneFlow's mock of torch; None if it does."""
     found = versions.installed_version("transformers")
     if found is None or is_supported_on_oneflow(found):
         return None
@@ -152,14 +152,14 @@ def _transformers_problem() -> str | None:
 
 
 def is_supported_on_oneflow(version: str) -> bool:
-    """Whether a version of transformers works under OneFlow's mock of torch."""
+    """Return whether a version of transformers works under OneFlow's mock of torch."""
     return not versions.is_too_old(version, OLDEST_TRANSFORMERS_ON_ONEFLOW) and versions.is_too_old(
         version, FIRST_TRANSFORMERS_BEYOND_ONEFLOW
     )
 
 
 def _why_not_oneflow() -> str | None:
-    """Why ``auto`` stays with PyTorch where both are installed; the costly questions come last."""
+    """Return why ``auto`` stays with PyTorch if both are installed, else None; the costly questions come last."""
     for package in ("torch", "transformers"):
         if sys.modules.get(package) is not None:
             return f"{package} was imported before and is bound to PyTorch"
@@ -172,7 +172,7 @@ def _why_not_oneflow() -> str | None:
 
 
 def require_transformers() -> None:
-    """Raises ImportError unless the installed transformers is one that we can serve a checkpoint with."""
+    """Raise ImportError unless the installed transformers is one that we can serve a checkpoint with."""
     if is_oneflow():
         problem = _transformers_problem()
         if problem is not None:
@@ -188,14 +188,14 @@ def require_transformers() -> None:
 
 
 def require_torch() -> None:
-    """Raises ImportError unless the installed PyTorch is one that we can run a model with; OneFlow needs none."""
+    """Raise ImportError unless the installed PyTorch is one that we can run a model with; OneFlow needs none."""
     if is_oneflow():
         return
     _require("torch", OLDEST_TORCH)
 
 
 def framework_lines() -> list[str]:
-    """transformers and the framework with their versions, and which are needed, for ``status()``."""
+    """List transformers and the framework, their versions and those that are needed, for ``status()``."""
     transformers = versions.installed_version("transformers")
     if not is_oneflow():
         return [

@@ -1,4 +1,4 @@
-"""Before a checkpoint's weights are loaded: its files are looked into, and no other files are read."""
+"""Look into a checkpoint's files before its weights are loaded, and see that no other files are read."""
 
 import copy
 import inspect
@@ -9,26 +9,25 @@ from contextvars import ContextVar
 from typing import Any
 
 from ..config_keys import own_keys
-from ..configuration_chatglm import ChatGLMConfig, parameter_count
+from ..configuration_chatglm import QUANTIZATION_SETTINGS, ChatGLMConfig, parameter_count
 from ..disk.json_files import read_json
 from .agreement import check_agreement
 from .files import contents, has_meta_device
 from .source import Source
 
-# Arguments with which the weights come from somewhere else, or under other names.
+# Arguments by which the weights come from somewhere else, or under other names.
 _OTHER_WEIGHTS = ("state_dict", "gguf_file", "from_tf", "from_flax", "key_mapping")
 # Smaller models are loaded, and their missing tensors named, whatever their files hold.
 _WORTH_A_LOOK = 2**30
-_QUANTIZATION_SETTINGS = ("quantization_bit", "quantization_group_size", "quantization_head_bits")
 
-# Real paths of the files that this thread or task may load a model's weights from, until it has; none: any.
+# Real paths of the files that this thread or task may load a model's weights from, until it has; empty: from any.
 _checked: ContextVar[list[frozenset[str]]] = ContextVar("faster_chatglm_6b_checked_files")
 
 
 def check_checkpoint(model_class: Any, source: Source, kwargs: dict[str, Any]) -> frozenset[str] | None:
     """Refuse a checkpoint whose files cannot be read, or do not hold the model that its config.json asks for.
 
-    No weight is read but the scales of quantised layers, and no memory is taken for the model.
+    Of the weights, only the scales of quantised layers are read; no memory is taken for the model.
 
     Args:
         model_class: that is loaded.
@@ -58,7 +57,7 @@ def check_checkpoint(model_class: Any, source: Source, kwargs: dict[str, Any]) -
 
 @contextmanager
 def only_checked_files(paths: frozenset[str] | None) -> Iterator[None]:
-    """Around transformers' loader: ``refuse_other_files`` knows which files were checked."""
+    """Tell ``refuse_other_files``, around transformers' loader, which files were checked."""
     token = _checked.set([] if paths is None else [paths])
     try:
         yield
@@ -67,12 +66,16 @@ def only_checked_files(paths: frozenset[str] | None) -> Iterator[None]:
 
 
 def refuse_other_files(loader: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Raise ValueError where transformers' loader was called for files that were not checked.
+    """Refuse a call of transformers' loader for files that were not checked.
 
     An adapter's weights, which transformers 5 loads with the same function, come after the model's.
 
     Args:
-        loader: ``_load_pretrained_model``, whose arguments have had two names. args, kwargs: of the call.
+        loader: ``_load_pretrained_model``, whose arguments have had two names.
+        args, kwargs: of the call.
+
+    Raises:
+        ValueError: one of the files was not checked.
     """
     if not _checked.get([]):
         return
@@ -104,7 +107,7 @@ def _configurations(model_class: Any, source: Source, kwargs: dict[str, Any]) ->
     else:
         keys = own_keys(ChatGLMConfig)
         if not stored.get("quantization_bit"):
-            keys = keys - set(_QUANTIZATION_SETTINGS)
+            keys = keys - set(QUANTIZATION_SETTINGS)
         settings = {key: kwargs[key] for key in (*keys, *ChatGLMConfig.attribute_map) if key in kwargs}
         config = source.configuration(model_class.config_class, **settings)
     if not stored.get("quantization_bit"):

@@ -1,4 +1,4 @@
-"""What goes wrong while weights are read, in one sentence each."""
+"""Errors of reading weights, in one sentence each."""
 
 import re
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """The tensors in a checkpoint's weight files: which they are, and whether they can be a model at all.
 
-transformers casts whatever it finds to the model's dtype and warns at most of names that it does not know. So integers
-without their scales, for example, would become a model that talks nonsense.
+transformers casts whatever it finds to the model's dtype, and warns at most of names that it does not know. Integers
+without their scales, for example, would so become a model that talks nonsense.
 """
 
 import os
@@ -26,7 +26,7 @@ _DTYPES = {
 
 
 def tensors_of_file(path: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of everything in a weight file, mapped into memory and read when it is used.
+    """Yield (name, tensor) of everything in a weight file, mapped into memory and read when it is used.
 
     Raises:
         DamagedFile: the file cannot be read as weights.
@@ -49,7 +49,7 @@ def tensors_of_file(path: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _check_tensors(content: dict[str, torch.Tensor], size: int) -> None:
-    """Refuse tensors that are more than bytes of the file: they would take memory when they are used."""
+    """Refuse tensors that are larger than the file's bytes: they would take memory when they are used."""
     if not has_meta_device():
         return  # such a framework has no such tensors either
     total = 0
@@ -57,14 +57,18 @@ def _check_tensors(content: dict[str, torch.Tensor], size: int) -> None:
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
             raise TypeError(f"{name} is no plain tensor")
         held = tensor.numel() * tensor.element_size()
-        # The head is the embedding in most checkpoints, whose bytes are there once then.
+        # In most checkpoints the head is the embedding, whose bytes are there only once.
         total += 0 if name == "lm_head.weight" else held
         if held > tensor.untyped_storage().nbytes() or total > size:
             raise ValueError(f"{name} has {tensor.numel()} numbers, but the file has {size} bytes only")
 
 
 def contents(files: dict[str, set[str]], name: Any) -> dict[str, Held]:
-    """What the files hold, by name; of the content, scales alone are read.
+    """Describe what the files hold, by name. Of the content, only scales are read.
+
+    Args:
+        files: with the tensors that an index says are in each.
+        name: of the checkpoint, for the messages.
 
     Raises:
         DamagedFile, SafetensorError: a file cannot be read as weights.
@@ -95,7 +99,7 @@ def contents(files: dict[str, set[str]], name: Any) -> dict[str, Held]:
 
 
 def _described(path: str) -> Iterator[tuple[str, Held, torch.Tensor | None]]:
-    """(name, description, the tensor itself if it is a scale) of everything in a weight file."""
+    """Yield (name, description, the tensor itself if it is a scale) of everything in a weight file."""
     if not path.endswith(".safetensors"):
         for key, tensor in tensors_of_file(path):
             yield key, Held(tensor.dtype, tuple(tensor.shape)), tensor if key.endswith(".weight_scale") else None
@@ -113,7 +117,7 @@ def _long_name(dtype: str) -> str:
 
 
 def has_meta_device() -> bool:
-    """Whether the framework has tensors without content, with which weights need not be read to be looked at."""
+    """Return whether the framework has tensors without content, so that a model takes no memory to be compared."""
     try:
         torch.empty(0, device="meta")
     except RuntimeError:

@@ -80,10 +80,10 @@ class CheckpointMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """transformers' ``from_pretrained``, in the checkpoint's dtype unless the caller names another.
+        """Load as transformers' ``from_pretrained`` does, in the checkpoint's dtype unless the caller names another.
 
         With ``quantization_bit=8`` or ``4`` (and ``quantization_group_size``, ``quantization_head_bits``) a float
-        checkpoint is quantised while it is read, so that memory holds the quantised model and one weight file at most.
+        checkpoint is quantised while it is read. Memory then holds the quantised model and one weight file at most.
 
         Raises:
             OSError: weights that are missing, truncated or corrupt.
@@ -139,35 +139,35 @@ class CheckpointMixin:
 
     @classmethod
     def _from_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """transformers' way to a model without weights, which sets torch's default dtype too."""
+        """Make a model without weights as transformers does, which sets torch's default dtype too."""
         check_attention(kwargs.get("attn_implementation"))
         with _lock:
             return super()._from_config(*args, **kwargs)
 
     @classmethod
     def _load_pretrained_model(cls, *args: Any, **kwargs: Any) -> Any:
-        """transformers' reader of weights, for the files that were checked."""
+        """Read weights as transformers does, from the files that were checked only."""
         loader = super()._load_pretrained_model
         refuse_other_files(loader, args, kwargs)
         return loader(*args, **kwargs)
 
     def _load_and_finalize_distributed_pretrained_model(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' reader of torch's distributed checkpoints, whose index is a pickle."""
+        """Refuse torch's distributed checkpoints, whose index is a pickle."""
         raise ValueError(
             "Distributed checkpoints (a .metadata file and *.distcp) are not loaded, as their index can hold any "
             "Python object; save the model with save_pretrained() as safetensors."
         )
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' choice of attention, the last place where the name of a hub repository is noticed."""
+        """Refuse an attention that is a hub repository, in the last place where transformers takes its name."""
         check_attention(attn_implementation)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' ``save_pretrained``, which leaves an earlier checkpoint there whole until the new one is.
+        """Save as transformers does, and leave an earlier checkpoint there whole until the new one is.
 
-        Written beside the old files, in a folder of ``save_directory``, and then renamed: a full disk or Ctrl-C leaves
-        the old checkpoint as it was. Shards that the new one does not have are removed.
+        The new files are written into a folder of ``save_directory`` and then renamed: a full disk or Ctrl-C leaves the
+        old checkpoint as it was. Shards that the new one does not have are removed.
 
         Raises:
             OSError, SafetensorError: the files cannot be written.
@@ -184,10 +184,10 @@ class CheckpointMixin:
             return super().save_pretrained(beside, *args, **kwargs)
 
     def tie_head(self) -> None:
-        """Share the embedding with the head where the config ties them.
+        """Share the embedding with the head if the config ties them.
 
-        transformers 5 leaves them apart if a checkpoint holds two different tensors; stock always let the embedding
-        win.
+        transformers 5 leaves them apart if a checkpoint holds two different tensors; in stock the embedding always
+        wins.
         """
         head = self.get_output_embeddings()
         if head is not None and self.config.tie_word_embeddings:
@@ -197,7 +197,7 @@ class CheckpointMixin:
                 head.weight_scale = embedding.weight_scale
 
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' loader of a generate() from a repository; a checkpoint that merely holds one never runs it."""
+        """Load a generate() from a repository as transformers does; one that lies in a checkpoint is never run."""
         if is_checkpoint_code_blocked():
             raise OSError(
                 "A custom generate() in a ChatGLM-6B checkpoint is not run; pass custom_generate= to generate()."
@@ -206,13 +206,13 @@ class CheckpointMixin:
 
     @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
-        """Nothing: registering would make ``save_pretrained`` copy this package's source into checkpoints."""
+        """Do nothing: registering would make ``save_pretrained`` copy this package's source into checkpoints."""
 
 
 def _base_of_adapter(name: Any, kwargs: dict[str, Any]) -> Any:
-    """The checkpoint that an adapter of PEFT in a directory is for, and the adapter among ``kwargs``; else ``name``.
+    """Return the checkpoint that a directory's PEFT adapter is for, and put the adapter into ``kwargs``; else ``name``.
 
-    The Auto classes do the same. A directory with a model in it is never left for another.
+    The Auto classes do the same. A directory that holds a model is never left for another.
     """
     path = os.path.join(name, "adapter_config.json") if isinstance(name, (str, os.PathLike)) else ""
     if not os.path.isfile(path) or os.path.isfile(os.path.join(name, "config.json")):
@@ -226,10 +226,10 @@ def _base_of_adapter(name: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _as_dtype(given: Any) -> Any:
-    """A dtype from its name; "auto" and what transformers takes besides stay.
+    """Return the dtype of a name; "auto" and what else transformers takes stay as given.
 
     Raises:
-        ValueError: no dtype that a model can have.
+        ValueError: a model cannot have this dtype.
     """
     dtype = getattr(torch, given.removeprefix("torch.")) if isinstance(given, str) and _names_dtype(given) else given
     is_other = isinstance(dtype, str) and dtype != "auto"
@@ -246,8 +246,10 @@ def _names_dtype(text: str) -> bool:
 
 
 def _begin_prefix(model: Any, info: dict[str, Any], name: Any) -> None:
-    """Initialise a P-Tuning prefix that the checkpoint lacks: training starts like this, or its users load it from a
-    file of its own. transformers 5 leaves the memory as it is."""
+    """Initialise a P-Tuning prefix that the checkpoint lacks; transformers 5 leaves its memory as it is.
+
+    Training starts like this, or users load the prefix later from a file of its own.
+    """
     missing = sorted(key for key in info["missing_keys"] if _PREFIX in key)
     if not missing:
         return
@@ -261,9 +263,9 @@ def _begin_prefix(model: Any, info: dict[str, Any], name: Any) -> None:
 
 
 def _check_complete(model: Any, info: dict[str, Any], name: Any) -> None:
-    """Refuse weights that are missing, which transformers would fill with random numbers; a P-Tuning prefix may be.
+    """Refuse missing weights, which transformers would fill with random numbers; a P-Tuning prefix may be missing.
 
-    What the files hold was compared before; weights that a caller gives, and those of OneFlow, were not.
+    The tensors in files were compared before, but weights that a caller gives, and those of OneFlow, were not.
     """
     tied = {"lm_head.weight", "lm_head.weight_scale"} if model.config.tie_word_embeddings else set()
     missing = sorted(key for key in info["missing_keys"] if key not in tied and _PREFIX not in key)

@@ -1,4 +1,4 @@
-"""Loading a float checkpoint straight into int8 or int4: the float model never exists as a whole."""
+"""Load a float checkpoint straight into int8 or int4: the float model never exists as a whole."""
 
 import copy
 import inspect
@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..configuration_chatglm import DTYPES, ChatGLMConfig
+from ..configuration_chatglm import DTYPES, QUANTIZATION_SETTINGS, ChatGLMConfig
 from ..layers.quantized import QuantizedLinear, frozen, quantize_weight
 from .files import has_meta_device, tensors_of_file
 from .source import BIN_FILES, HUB_ARGUMENTS, SAFETENSORS_FILES, Source
 
-_QUANTIZATION_SETTINGS = ("quantization_bit", "quantization_group_size", "quantization_head_bits")
 _OTHER_ARGUMENTS = {
     "adapter_kwargs",
     "config",
@@ -22,7 +21,7 @@ _OTHER_ARGUMENTS = {
     "torch_dtype",
     "trust_remote_code",
     "use_safetensors",
-    # Stock's own, and some that change nothing about what is read here.
+    # Stock's own, and some that do not change what is read here.
     "empty_init",
     "mirror",
     "resume_download",
@@ -31,15 +30,15 @@ _OTHER_ARGUMENTS = {
 
 
 def quantizes_while_loading(source: Source, kwargs: dict[str, Any]) -> bool:
-    """Whether ``from_pretrained`` was asked for a quantisation that the checkpoint's own config.json does not have.
+    """Return whether ``from_pretrained`` was asked for a quantisation that the checkpoint's config.json does not have.
 
     Raises:
         ValueError: the checkpoint is quantised, but differently, or groups or a head are asked for without bits.
     """
-    # The Auto classes turn the caller's settings into those of the config that they pass on.
+    # The Auto classes put the caller's settings into the config that they pass on.
     config = kwargs.get("config")
     bits, group_size, head_bits = (
-        kwargs.get(setting) or getattr(config, setting, None) for setting in _QUANTIZATION_SETTINGS
+        kwargs.get(setting) or getattr(config, setting, None) for setting in QUANTIZATION_SETTINGS
     )
     if not (bits or group_size or head_bits):
         return False
@@ -50,7 +49,7 @@ def quantizes_while_loading(source: Source, kwargs: dict[str, Any]) -> bool:
             f"{name} holds {present}-bit weights, which cannot be turned into {bits}-bit ones; load a float "
             "checkpoint instead."
         )
-    for setting, asked in zip(_QUANTIZATION_SETTINGS[1:], (group_size, head_bits), strict=True):
+    for setting, asked in zip(QUANTIZATION_SETTINGS[1:], (group_size, head_bits), strict=True):
         if not asked or asked == stored.get(setting):
             continue
         if not bits:
@@ -122,13 +121,15 @@ def load_quantized(model_class: type, source: Source, kwargs: dict[str, Any]) ->
 
 
 def _is_setting(argument: str) -> bool:
-    """Whether an argument of ``from_pretrained`` is a field of the config, pre_seq_len for example."""
+    """Return whether an argument of ``from_pretrained`` is a field of the config, ``pre_seq_len`` for example."""
     return argument in inspect.signature(ChatGLMConfig.__init__).parameters and argument not in ("self", "kwargs")
 
 
 def _dtype(kwargs: dict[str, Any], config: ChatGLMConfig) -> torch.dtype | None:
-    """The asked dtype, which ``from_pretrained`` has checked, or the one that config.json names; None for that of the
-    first tensor."""
+    """Return the dtype that was asked for, or else the one of config.json; None means that of the first tensor.
+
+    ``from_pretrained`` has checked it.
+    """
     settings = [kwargs.get("dtype"), kwargs.get("torch_dtype")]
     settings += [getattr(config, "dtype", None), config.__dict__.get("torch_dtype")]
     names = (str(setting).rsplit(".", 1)[-1] for setting in settings)
@@ -136,8 +137,8 @@ def _dtype(kwargs: dict[str, Any], config: ChatGLMConfig) -> torch.dtype | None:
 
 
 def _load_then_quantize(model_class: type, name: Any, config: ChatGLMConfig, kwargs: dict[str, Any]) -> Any:
-    """Without a device of tensors that hold nothing, the float model has to exist as a whole first."""
-    bits, group_size, head_bits = (getattr(config, setting) for setting in _QUANTIZATION_SETTINGS)
+    """Quantise a float model that exists as a whole: this framework has no tensors without content."""
+    bits, group_size, head_bits = (getattr(config, setting) for setting in QUANTIZATION_SETTINGS)
     config = copy.deepcopy(config)
     config.quantization_bit, config.quantization_group_size, config.quantization_head_bits = 0, None, None
     others = {argument: value for argument, value in kwargs.items() if not _is_setting(argument)}
@@ -148,9 +149,9 @@ def _load_then_quantize(model_class: type, name: Any, config: ChatGLMConfig, kwa
 def _put(
     model: nn.Module, key: str, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None, name: Any
 ) -> None:
-    """Set one parameter of the checkpoint, quantised on ``device`` where its layer is."""
+    """Set one parameter of the checkpoint, quantised on ``device`` if its layer is quantised."""
     base = f"{model.base_model_prefix}."
-    # Saved without a head, a model's names are those below the base.
+    # A model that was saved without a head has names without the base.
     key = key if key.startswith((base, "lm_head.")) else base + key
     owner_name, _, parameter_name = key.rpartition(".")
     try:
@@ -177,7 +178,7 @@ def _put(
 
 
 def _as_linear(embedding: nn.Embedding) -> nn.Linear:
-    """The head that is tied to an embedding, without a copy."""
+    """Return the head that is tied to an embedding, without a copy."""
     head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
     head.weight = embedding.weight
     return head

@@ -1,4 +1,4 @@
-"""The files of one checkpoint: each is looked up and read once, and everybody is handed what was found."""
+"""The files of one checkpoint: each is looked up and read once, and what was found is handed on."""
 
 import copy
 import os
@@ -20,7 +20,7 @@ _MOST_FILE_BYTES = 1 << 40
 
 
 class Source:
-    """What ``from_pretrained`` knows of a checkpoint's files. Each is read when it is first asked for.
+    """The files of a checkpoint that ``from_pretrained`` was given. Each is read when it is first asked for.
 
     Args:
         name: of the checkpoint, a directory or hub id.

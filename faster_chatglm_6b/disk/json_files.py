@@ -1,4 +1,4 @@
-"""The JSON files of a checkpoint, read once their size allows it; what cannot be read is named in one sentence."""
+"""Read the JSON files of a checkpoint if their size allows it; errors name the file in one sentence."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def each_read_once() -> Iterator[None]:
 
 
 def read_json(path: Any) -> Any:
-    """The content of a JSON file. NaN and Infinity are read as Python's ``json`` does.
+    """Return the content of a JSON file. NaN and Infinity are read as Python's ``json`` does.
 
     Raises:
         OSError: it is no regular file, larger than ``MOST_BYTES``, empty, cut short, nested too deeply, or not UTF-8.
@@ -59,9 +59,12 @@ def read_json(path: Any) -> Any:
 
 
 def check_readable(path: str, most_bytes: int) -> None:
-    """Raise OSError for what open() would wait for (a pipe, a device) and for a file of more bytes than expected.
+    """Refuse what open() would wait for (a pipe, a device), and a file of more bytes than expected.
 
-    Links are followed, as the caches of huggingface_hub are made of them: what they lead to is checked.
+    Links are followed, as the caches of huggingface_hub are made of them; their target is checked.
+
+    Raises:
+        OSError: it is refused, or there is no such file.
     """
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
