@@ -9,13 +9,13 @@
 The import, which may stand before or after the others, does this and no more:
 
 1. ``backend.py`` chooses the framework that will run the model (``FASTER_CHATGLM_6B_BACKEND=auto|torch|oneflow``).
-   Where that is OneFlow, ``oneflow_compat`` lets ``import torch`` mean OneFlow, and the import must stand first;
+   If that is OneFlow, ``oneflow_compat`` lets ``import torch`` mean OneFlow, and the import must stand first;
 2. ``hook.py`` has transformers resolve the classes of a ChatGLM-6B checkpoint to those of this package. ChatGLM2,
    ChatGLM3 and GLM-4 checkpoints, and all other models, are not touched. A checkpoint that looks like ChatGLM-6B and is
    not recognised is left to its own code with a warning; ``FASTER_CHATGLM_6B_STRICT=1`` or ``enable(strict=True)``
    refuses all that call themselves ChatGLM and are not ChatGLM-6B.
 
-It loads neither torch nor transformers, and OneFlow only where that may run the model. ``disable()`` undoes it,
+It loads neither torch nor transformers, and OneFlow only if that may run the model. ``disable()`` undoes it,
 ``status()`` tells what it did, and with ``FASTER_CHATGLM_6B_DISABLE=1`` nothing is ever installed.
 """
 
@@ -38,11 +38,11 @@ _STRICT_VARIABLE = "FASTER_CHATGLM_6B_STRICT"
 
 
 def enable(strict: bool | None = None) -> None:
-    """Serves ChatGLM-6B checkpoints from now on; the import does it. With ``FASTER_CHATGLM_6B_DISABLE=1``, nothing.
+    """Serve ChatGLM-6B checkpoints from now on; the import does it. Do nothing with ``FASTER_CHATGLM_6B_DISABLE=1``.
 
     Args:
-        strict: whether a checkpoint that calls itself ChatGLM (by its model_type or the names of its classes) and is
-            not recognised as ChatGLM-6B is refused with a ValueError, instead of being left to its own code, which
+        strict: refuse, with a ValueError, a checkpoint that calls itself ChatGLM (by its model_type or the names of its
+            classes) and is not recognised as ChatGLM-6B. Otherwise it is left to its own code, which
             ``trust_remote_code=True`` would run. None: as it was, at first as ``FASTER_CHATGLM_6B_STRICT`` says.
     """
     if not _is_switched_off_by_environment():
@@ -51,14 +51,14 @@ def enable(strict: bool | None = None) -> None:
 
 
 def disable() -> None:
-    """Restores transformers, and torch where OneFlow stands in for it. Models that are loaded stay as they are."""
+    """Restore transformers, and torch if OneFlow stands in for it. Models that are loaded stay as they are."""
     hook.uninstall()
     backend.deactivate()
 
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """``with disabled():`` runs its body with transformers as it was, in all threads, and enables again afterwards."""
+    """Run the body of ``with disabled():`` with transformers as it was, in all threads, and enable again afterwards."""
     was_enabled = hook.is_installed()
     disable()
     try:
@@ -69,8 +69,10 @@ def disabled() -> Iterator[None]:
 
 
 def status() -> report.Status:
-    """What was chosen, patched and served so far, and why; printing it gives a readable report."""
-    state = report.report(__version__, revision, hook.is_installed(), _switch(), _backend, hook.patched_names())
+    """Tell what was chosen, patched and served so far, and why; printing the result gives a readable report."""
+    state = report.report(
+        __version__, revision, hook.is_installed(), _switch(), backend.current(), hook.patched_names()
+    )
     return state._replace(strict=hook.is_installed() and hook.is_strict())
 
 
@@ -90,5 +92,5 @@ def _switch() -> str:
     return "off, disable() was called"
 
 
-_backend = backend.use(backend.choose_backend())
+backend.use(backend.choose_backend())
 enable(strict=_is_set(_STRICT_VARIABLE) or hook.is_strict())

@@ -1,16 +1,15 @@
-"""Which framework runs the model: decided once, at import, with the reason; and which versions of it we can serve.
+"""Choose the framework that runs the model, once, at import, with the reason; and say which versions can serve.
 
-Nothing here imports torch or transformers: modules are looked up, not loaded. OneFlow is loaded where it is chosen, or
-where its choice hangs on the GPU.
+Nothing here imports torch or transformers: modules are looked up, not loaded. OneFlow is loaded if it is chosen, or if
+the choice depends on the GPU.
 """
 
 import os
 import sys
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import NamedTuple
 
-from . import oneflow_compat
+from . import oneflow_compat, versions
 
 BACKEND_VARIABLE = "FASTER_CHATGLM_6B_BACKEND"
 BACKENDS = ("auto", "torch", "oneflow")
@@ -20,9 +19,9 @@ OLDEST_TRANSFORMERS = "4.45"
 # The newest release on which the whole test suite ran. Newer ones are served too, and status() names them.
 NEWEST_TESTED_TRANSFORMERS = "5.24.0"
 # 2.4 is the oldest release that transformers 5 works with. Checkpoints of .bin shards need 2.6, whose torch.load is
-# safe with untrusted files: transformers itself refuses to read them with less. Safetensors are not concerned.
+# safe with untrusted files: transformers itself refuses them with an older one. Safetensors do not need it.
 OLDEST_TORCH = "2.4"
-# Later releases ask for more of torch than OneFlow's mock of it has, earlier ones lack what the checkpoints need.
+# Later releases ask for more of torch than OneFlow's mock has; earlier ones lack what the checkpoints need.
 OLDEST_TRANSFORMERS_ON_ONEFLOW, FIRST_TRANSFORMERS_BEYOND_ONEFLOW = "4.27.1", "4.30"
 # Releases before it lack five of the eight fused operators.
 FIRST_FUSED_ONEFLOW = "0.9.1"
@@ -38,15 +37,19 @@ class Backend(NamedTuple):
 _current = Backend("torch", "not chosen yet")
 
 
-def use(backend: Backend) -> Backend:
-    """Make ``backend`` the one that this process runs on, once ``activate()`` is called; returns it."""
+def use(backend: Backend) -> None:
+    """Make ``backend`` the one that this process runs on, once ``activate()`` is called."""
     global _current
     _current = backend
-    return backend
+
+
+def current() -> Backend:
+    """Return the framework that this process runs on, and why it was chosen."""
+    return _current
 
 
 def activate() -> None:
-    """Let ``import torch`` mean OneFlow where that is the framework; on PyTorch, do nothing.
+    """Let ``import torch`` mean OneFlow if that is the framework; on PyTorch, do nothing.
 
     Raises:
         ImportError: OneFlow cannot be loaded.
@@ -61,16 +64,16 @@ def deactivate() -> None:
 
 
 def is_oneflow() -> bool:
-    """Whether OneFlow runs the models of this process."""
+    """Return whether OneFlow runs the models of this process."""
     return _current.name == "oneflow"
 
 
 def choose_backend(environment: Mapping[str, str] = os.environ) -> Backend:
-    """Chooses the framework from ``FASTER_CHATGLM_6B_BACKEND`` (``auto`` if unset) and from what is installed.
+    """Choose the framework from ``FASTER_CHATGLM_6B_BACKEND`` (``auto`` if unset) and from what is installed.
 
-    ``auto`` takes OneFlow where PyTorch is not installed, and where its fused operators can run: installed with CUDA,
-    all of them there, and a GPU that its attention supports. Without any framework the import succeeds, and loading a
-    model says what is missing.
+    ``auto`` takes OneFlow if PyTorch is not installed. It also takes OneFlow if its fused operators can run: built with
+    CUDA, with all of them, and on a GPU that its attention supports. Without any framework the import succeeds, and
+    loading a model says what is missing.
 
     Raises:
         ValueError: the variable holds something else than ``auto``, ``torch`` or ``oneflow``.
@@ -82,8 +85,8 @@ def choose_backend(environment: Mapping[str, str] = os.environ) -> Backend:
             f"{BACKEND_VARIABLE}={environment[BACKEND_VARIABLE]!r} is not a backend; "
             f"set it to one of {', '.join(BACKENDS)}, or unset it."
         )
-    has_oneflow = _is_installed("oneflow")
-    has_torch = _is_installed("torch") and not _oneflow_stands_in()
+    has_oneflow = versions.is_installed("oneflow")
+    has_torch = versions.is_installed("torch") and not _oneflow_stands_in()
     if wanted == "oneflow":
         if not has_oneflow:
             raise ImportError(
@@ -110,7 +113,7 @@ def choose_backend(environment: Mapping[str, str] = os.environ) -> Backend:
 
 
 def _oneflow(reason: str) -> Backend:
-    """OneFlow, after a check that it can take the place of torch in this process."""
+    """Return OneFlow as the choice, after a check that it can take the place of torch in this process."""
     problem = _what_was_bound_before() or _transformers_problem()
     if problem is not None:
         raise ImportError(problem)
@@ -118,7 +121,7 @@ def _oneflow(reason: str) -> Backend:
 
 
 def _what_was_bound_before() -> str | None:
-    """What to tell a user whose modules are bound to real torch already; None where none is."""
+    """Return what to tell a user whose modules are bound to real torch already; None if none is."""
     if _oneflow_stands_in():
         return None
     for package in ("torch", "transformers"):
@@ -132,13 +135,13 @@ def _what_was_bound_before() -> str | None:
 
 
 def _oneflow_stands_in() -> bool:
-    """Whether "torch" is OneFlow already: the package is reloaded, or the user switched OneFlow's mock on."""
+    """Return whether "torch" is OneFlow already: the package is reloaded, or the user switched OneFlow's mock on."""
     return oneflow_compat.is_enabled() or oneflow_compat.is_oneflow(sys.modules.get("torch"))
 
 
 def _transformers_problem() -> str | None:
-    """What to tell a user whose transformers does not work under OneFlow's mock of torch."""
-    found = installed_version("transformers")
+    """Return what to tell a user whose transformers does not work under OneFlow's mock of torch; None if it does."""
+    found = versions.installed_version("transformers")
     if found is None or is_supported_on_oneflow(found):
         return None
     return (
@@ -149,34 +152,34 @@ def _transformers_problem() -> str | None:
 
 
 def is_supported_on_oneflow(version: str) -> bool:
-    """Whether a version of transformers works under OneFlow's mock of torch."""
-    return not is_too_old(version, OLDEST_TRANSFORMERS_ON_ONEFLOW) and is_too_old(
+    """Return whether a version of transformers works under OneFlow's mock of torch."""
+    return not versions.is_too_old(version, OLDEST_TRANSFORMERS_ON_ONEFLOW) and versions.is_too_old(
         version, FIRST_TRANSFORMERS_BEYOND_ONEFLOW
     )
 
 
 def _why_not_oneflow() -> str | None:
-    """Why ``auto`` stays with PyTorch where both are installed; the costly questions come last."""
+    """Return why ``auto`` stays with PyTorch if both are installed, else None; the costly questions come last."""
     for package in ("torch", "transformers"):
         if sys.modules.get(package) is not None:
             return f"{package} was imported before and is bound to PyTorch"
-    version = installed_version("oneflow")
-    if version is not None and is_too_old(version, FIRST_FUSED_ONEFLOW):
+    version = versions.installed_version("oneflow")
+    if version is not None and versions.is_too_old(version, FIRST_FUSED_ONEFLOW):
         return f"OneFlow {version} lacks most of the fused operators"
     if _transformers_problem() is not None:
-        return f"OneFlow does not work with transformers {installed_version('transformers')}"
+        return f"OneFlow does not work with transformers {versions.installed_version('transformers')}"
     return oneflow_compat.why_not_fused()
 
 
 def require_transformers() -> None:
-    """Raises ImportError unless the installed transformers is one that we can serve a checkpoint with."""
+    """Raise ImportError unless the installed transformers is one that we can serve a checkpoint with."""
     if is_oneflow():
         problem = _transformers_problem()
         if problem is not None:
             raise ImportError(problem)
         return
-    found = installed_version("transformers")
-    if found is not None and is_supported_on_oneflow(found) and _is_installed("oneflow"):
+    found = versions.installed_version("transformers")
+    if found is not None and is_supported_on_oneflow(found) and versions.is_installed("oneflow"):
         raise ImportError(
             f"PyTorch runs the models here ({_current.reason}) and needs transformers {OLDEST_TRANSFORMERS} or newer, "
             f"but {found} is installed, which suits OneFlow; set {BACKEND_VARIABLE}=oneflow, or upgrade transformers."
@@ -185,85 +188,47 @@ def require_transformers() -> None:
 
 
 def require_torch() -> None:
-    """Raises ImportError unless the installed PyTorch is one that we can run a model with; OneFlow needs none."""
+    """Raise ImportError unless the installed PyTorch is one that we can run a model with; OneFlow needs none."""
     if is_oneflow():
         return
     _require("torch", OLDEST_TORCH)
 
 
-def installed_version(package: str) -> str | None:
-    """The version of ``package``, from the loaded module or from its metadata; ``None`` if it is not installed."""
-    loaded = getattr(sys.modules.get(package), "__version__", None)
-    if loaded is not None:
-        return str(loaded)
-    # Imported here: it takes 20 ms, and `import faster_chatglm_6b` must stay light.
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def framework_lines() -> list[str]:
-    """transformers and the framework with their versions, and which are needed, for ``status()``."""
-    transformers = installed_version("transformers")
+    """List transformers and the framework, their versions and those that are needed, for ``status()``."""
+    transformers = versions.installed_version("transformers")
     if not is_oneflow():
         return [
             f"transformers   {_version_note(transformers, OLDEST_TRANSFORMERS, NEWEST_TESTED_TRANSFORMERS)}",
-            f"torch          {_version_note(installed_version('torch'), OLDEST_TORCH)}",
+            f"torch          {_version_note(versions.installed_version('torch'), OLDEST_TORCH)}",
         ]
     needed = f"{OLDEST_TRANSFORMERS_ON_ONEFLOW} to 4.29.2 is needed"
     if transformers is None:
         note = f"not installed ({needed})"
     else:
         note = transformers if is_supported_on_oneflow(transformers) else f"{transformers} ({needed})"
-    return [f"transformers   {note}", f"oneflow        {installed_version('oneflow')}, in the place of torch"]
+    return [f"transformers   {note}", f"oneflow        {versions.installed_version('oneflow')}, in the place of torch"]
 
 
 def _version_note(version: str | None, oldest: str, newest_tested: str | None = None) -> str:
     if version is None:
         return f"not installed ({oldest} or newer is needed)"
-    if is_too_old(version, oldest):
+    if versions.is_too_old(version, oldest):
         return f"{version} (too old: {oldest} or newer is needed)"
-    if newest_tested is not None and is_too_old(newest_tested, version):
+    if newest_tested is not None and versions.is_too_old(newest_tested, version):
         return f"{version} (newer than {newest_tested}, the newest that was tested)"
     return version
 
 
-def is_too_old(version: str, oldest: str) -> bool:
-    """Whether ``version`` precedes ``oldest`` ("4.45"); development and local versions count as their release."""
-    return _release(version) < _release(oldest)
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """(4, 45, 2) of "4.45.2", (2, 13, 0) of "2.13.0a0+git1": the leading numbers are all that the floors compare."""
-    numbers = []
-    for part in version.split("+")[0].split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        numbers.append(int(digits))
-        if digits != part:
-            break
-    return tuple(numbers)
-
-
 def _require(package: str, oldest: str) -> None:
-    found = installed_version(package)
+    found = versions.installed_version(package)
     if found is None:
         raise ImportError(
             f"faster_chatglm_6b needs {package} {oldest} or newer to load a ChatGLM-6B checkpoint and found none; "
             f"install it with `pip install '{package}>={oldest}'`."
         )
-    if is_too_old(found, oldest):
+    if versions.is_too_old(found, oldest):
         raise ImportError(
             f"faster_chatglm_6b needs {package} {oldest} or newer to load a ChatGLM-6B checkpoint and found {found}; "
             f"upgrade it with `pip install -U '{package}>={oldest}'`."
         )
-
-
-def _is_installed(package: str) -> bool:
-    if package in sys.modules:  # find_spec raises for a loaded module without a spec, as test doubles are
-        return sys.modules[package] is not None
-    return find_spec(package) is not None

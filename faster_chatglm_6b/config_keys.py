@@ -1,9 +1,9 @@
-"""Which settings of a config.json are taken: none that makes transformers fetch, import, read or reserve something.
+"""Choose the settings of a config.json to take: none that makes transformers fetch, import, read or reserve something.
 
-transformers keeps every key of a config.json as an attribute of the configuration and reads many of them later: which
-attention to use (a repository whose Python it runs, with the optional ``kernels`` package), which file the weights are
-in, which layers to patch. From a checkpoint, only what is known to be harmless is taken. A caller's own arguments are
-not filtered here.
+transformers keeps every key of a config.json as an attribute of the configuration and reads many of them later: the
+attention to use (a repository whose Python it runs, with the optional ``kernels`` package), the file with the weights,
+the layers to patch. From a checkpoint, only what is known to be harmless is taken. A caller's own arguments of
+``from_pretrained`` are not filtered here.
 """
 
 import logging
@@ -13,7 +13,7 @@ from .recognition import LOCAL_CLASSES, class_name
 
 logger = logging.getLogger("faster_chatglm_6b")
 
-# transformers' own settings that say something about this model, or nothing to it.
+# transformers' own settings that concern this model, or have no effect on it.
 HARMLESS = frozenset(
     """
     _commit_hash _name_or_path architectures auto_map bad_words_ids begin_suppress_tokens decoder_start_token_id
@@ -26,8 +26,8 @@ HARMLESS = frozenset(
     torch_dtype transformers_version typical_p use_bfloat16
     """.split()
 )
-# Settings that lead to code or files, or to another model than the one whose weights the checkpoint holds. Those of
-# other names with an underscore in front, or of a member of the configuration class, are not taken either.
+# Settings that lead to code or files, or to another model than the checkpoint's. Other names that begin with an
+# underscore, or are those of a member of the configuration class, are not taken either.
 NEVER = frozenset(
     """
     _attn_implementation _attn_implementation_internal _experts_implementation _experts_implementation_internal
@@ -44,7 +44,7 @@ NEVER = frozenset(
     audio_vocab_size cache_size_limit first_k_dense_replace output_vocab_size use_mla weights_file
     """.split()
 )
-# Saved by transformers itself where somebody chose them, and without effect on this model.
+# transformers itself saves these if somebody chose them; they have no effect on this model.
 _SILENT = (None, False, "eager", "sdpa", {}, [], 0)
 _MOST_LABELS = 10_000
 _PLUGINS = ("bitsandbytes",)
@@ -54,15 +54,20 @@ _told: set[tuple[str, str]] = set()
 
 
 def of_a_file(settings: dict[str, Any], path: str, config_class: type) -> dict[str, Any]:
-    """The settings of a config.json that are taken.
+    """Return the settings of a config.json that are taken.
 
-    A key that is unknown here stays where it cannot be the name of a member, and its value names no path and no
-    repository: numbers, switches, texts without a slash, and lists and objects of these. What is left out is logged
-    once, unless it says nothing.
+    A key that is unknown here stays if it cannot be the name of a member and its value cannot name a path or a
+    repository: numbers, switches, texts without a slash, and lists and objects of these. A setting that is left out is
+    logged once, unless it has no effect.
+
+    Args:
+        settings: the content of the file.
+        path: of the file, for the messages.
+        config_class: that is built from them.
 
     Raises:
-        ValueError: two names of one setting with different values; more labels than anybody has; a quantisation that
-        transformers would hand to a plug-in.
+        ValueError: two names of one setting have different values, there are more labels than anybody has, or
+            transformers would hand the quantisation to a plug-in.
     """
     own = own_keys(config_class)
     kept = {}
@@ -98,10 +103,10 @@ def of_a_file(settings: dict[str, Any], path: str, config_class: type) -> dict[s
 
 
 def of_a_caller(settings: dict[str, Any], config_class: type) -> dict[str, Any]:
-    """The further arguments of the configuration's constructor that are taken: none that leads to code.
+    """Return the further arguments of the configuration's constructor that are taken: none that leads to code.
 
     Raises:
-        ValueError: an attention that this model has not.
+        ValueError: this model does not have the attention that is asked for.
     """
     check_attention(settings.get("attn_implementation"))
     allowed = {"attn_implementation", "is_decoder", "is_encoder_decoder", "quantization_config"}
@@ -109,7 +114,7 @@ def of_a_caller(settings: dict[str, Any], config_class: type) -> dict[str, Any]:
 
 
 def check_attention(name: Any) -> None:
-    """Raise ValueError for an ``attn_implementation`` other than those that this model can be asked for."""
+    """Raise ValueError for an ``attn_implementation`` that this model cannot be asked for."""
     names = name.values() if isinstance(name, dict) else (name,)
     for one in names:
         if one is not None and one not in ATTENTIONS:
@@ -120,7 +125,7 @@ def check_attention(name: Any) -> None:
 
 
 def own_keys(config_class: type) -> frozenset[str]:
-    """Arguments of the constructor of ChatGLMConfig, whichever subclass is asked."""
+    """Return the names of the arguments of ChatGLMConfig's constructor, also for a subclass."""
     names: set[str] = set()
     for base in config_class.__mro__:
         code = getattr(base.__dict__.get("__init__"), "__code__", None)
@@ -130,7 +135,7 @@ def own_keys(config_class: type) -> frozenset[str]:
 
 
 def is_never(key: str, config_class: type) -> bool:
-    """Whether a setting of this name leads to code or files, or would take the place of a member of the class."""
+    """Return whether a setting of this name leads to code or files, or would replace a member of the class."""
     if key in HARMLESS:
         return False
     return key in NEVER or key.startswith("_") or hasattr(config_class, key)
@@ -165,9 +170,10 @@ def _check_plugin(value: Any, path: str) -> None:
 
 
 def _local_auto_map(auto_map: Any) -> dict[str, Any]:
-    """Without the entries that lead to other classes of another repository, which would be judged by its own files.
+    """Leave out the entries that lead to another repository, unless they name a class of ChatGLM-6B.
 
-    The hook serves the classes of ChatGLM-6B, and refuses others of this checkpoint.
+    Such a repository would be judged by its own files. The hook serves the classes of ChatGLM-6B, and refuses other
+    classes of this checkpoint.
     """
     if not isinstance(auto_map, dict):
         return {}

@@ -1,4 +1,4 @@
-"""Configuration of ChatGLM-6B, field for field the one of THUDM/chatglm-6b's config.json."""
+"""Configuration of ChatGLM-6B, field for field that of THUDM/chatglm-6b's config.json."""
 
 import math
 from typing import Any
@@ -8,9 +8,8 @@ from transformers.configuration_utils import PretrainedConfig
 from . import config_keys
 from .disk.json_files import read_json
 from .disk.replacing import replaced_file
-from .model_size import check_size
 
-# Each size and the most that it may be: far more than any ChatGLM-6B has.
+# Each size with its largest value: far more than any ChatGLM-6B has.
 _SIZES = {
     "vocab_size": 2**24,
     "hidden_size": 2**16,
@@ -28,7 +27,11 @@ _SWITCHES = (
     "prefix_projection",
     "tie_word_embeddings",
 )
+# Far above every ChatGLM-6B, and far below what would fill a machine by a slip or on purpose.
+_MOST_PARAMETERS = 10**11
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+# What quantize() takes: a float checkpoint that is quantised while it is read has none of these in its config.json.
+QUANTIZATION_SETTINGS = ("quantization_bit", "quantization_group_size", "quantization_head_bits")
 _AUTO_MAP = {
     "AutoConfig": "configuration_chatglm.ChatGLMConfig",
     "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
@@ -36,7 +39,7 @@ _AUTO_MAP = {
 }
 # Places of the control tokens in ice_text.model, before <sop>; <eop> follows it.
 _BEFORE_SOP = {"mask_token_id": 4, "gmask_token_id": 3}
-# Id of <pad> by that of <sop>: the first checkpoints' ids are 20000 higher.
+# Id of <pad>, by the id of <sop>: the first checkpoints' ids are 20000 higher.
 _PAD_BY_SOP = {130004: 3, 150004: 20003}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "gmask_token_id")
 
@@ -53,16 +56,16 @@ class ChatGLMConfig(PretrainedConfig):
         mask_token_id, gmask_token_id: ids of ``[MASK]`` and ``[gMASK]``.
         max_sequence_length: longest prompt the model was trained for, in tokens.
         position_encoding_2d: rotate one half of each head by position and the other by block position.
-        quantization_bit: 0, or 8 or 4 where the checkpoint holds quantised linear layers.
-        quantization_embeddings: the embedding, which is the head too, is quantised as well (older checkpoints).
+        quantization_bit: 8 or 4 if the checkpoint holds quantised linear layers, else 0.
+        quantization_embeddings: the embedding, which is also the head, is quantised too (older checkpoints).
         quantization_group_size: columns that share a scale; None for one scale per row, as in stock.
-        quantization_head_bits: 8 where the head is quantised on its own; None where it is not.
+        quantization_head_bits: 8 if the head is quantised on its own, else None.
         pre_seq_len, prefix_projection: P-Tuning v2 prefix, ``None`` for none.
         tie_word_embeddings: the head is the embedding, as stock runs it.
 
     Raises:
-        ValueError: sizes that are missing, not positive integers, contradict each other or ask for terabytes; other
-        fields that are not of their kind.
+        ValueError: sizes are missing, are not positive integers, contradict each other or ask for terabytes; or another
+            field has a wrong type or value.
     """
 
     model_type = "chatglm"
@@ -130,7 +133,7 @@ class ChatGLMConfig(PretrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """transformers' ``get_config_dict``, for a config.json that holds an object.
+        """Read config.json as transformers does; it must hold an object.
 
         Raises:
             ValueError: it holds something else.
@@ -149,18 +152,20 @@ class ChatGLMConfig(PretrainedConfig):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: Any) -> Any:
-        """transformers' reader of config.json, for the settings that are taken from a checkpoint: see config_keys."""
+        """Read config.json in transformers' place; ``config_keys`` says which settings are taken from a checkpoint."""
         settings = read_json(json_file)
         settings = getattr(cls, "_decode_special_floats", lambda value: value)(settings)
         return config_keys.of_a_file(settings, str(json_file), cls) if isinstance(settings, dict) else settings
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """transformers' ``from_dict``, for a config.json that gives every size: none is guessed. Ids that the first
-        checkpoints do not give (``[MASK]``, ``[gMASK]``, ``<pad>``) follow from those of ``<sop>`` and ``<eop>``.
+        """Build the configuration as transformers does. Every size must be given: none is guessed.
+
+        Ids that the first checkpoints do not give (``[MASK]``, ``[gMASK]``, ``<pad>``) follow from those of ``<sop>``
+        and ``<eop>``.
 
         Raises:
-            ValueError: a size is missing.
+            ValueError: a size is missing, or a setting has a wrong type or value.
         """
         config_dict = {**_missing_ids(config_dict), **config_dict}
         missing = [name for name in (*_SIZES, *_TOKEN_IDS) if name not in config_dict]
@@ -179,7 +184,7 @@ class ChatGLMConfig(PretrainedConfig):
         except (ValueError, OSError):
             raise
         except Exception as error:
-            # transformers 5 checks some settings by itself, with errors of its own, and stumbles over wrong types.
+            # transformers 5 checks some settings with errors of its own, and fails on wrong types.
             cause = error.__cause__ or error
             raise ValueError(
                 f"config.json has a setting of a wrong type; take config.json from the checkpoint again. ({cause})"
@@ -190,13 +195,13 @@ class ChatGLMConfig(PretrainedConfig):
         return result
 
     def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
-        """transformers' writer of config.json; where it fails, a file that was there stays as it was."""
+        """Write config.json as transformers does; if that fails, a file that was there stays as it was."""
         with replaced_file(json_file_path) as path:
             super().to_json_file(path, use_diff=use_diff)
 
     @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
-        """Nothing: registering would make ``save_pretrained`` copy this package's source into checkpoints."""
+        """Do nothing: registering would make ``save_pretrained`` copy this package's source into checkpoints."""
 
     @property
     def head_size(self) -> int:
@@ -255,10 +260,32 @@ class ChatGLMConfig(PretrainedConfig):
                 f"config.json gives layernorm_epsilon={self.layernorm_epsilon!r}, but a number between 0 and 1 is "
                 "needed; take config.json from the checkpoint again."
             )
-        check_size(self)
+        _check_parameters(self)
+
+
+def parameter_count(config: Any) -> int:
+    """Count the parameters of the embedding, the layers and the P-Tuning prefix; the head is the embedding."""
+    hidden, inner, layers = config.hidden_size, config.inner_hidden_size, config.num_layers
+    attention = 4 * hidden * hidden + 4 * hidden
+    mlp = 2 * hidden * inner + hidden + inner
+    prefix = (config.pre_seq_len or 0) * layers * hidden * 2
+    return config.vocab_size * hidden + layers * (attention + mlp + 4 * hidden) + 2 * hidden + prefix
+
+
+def _check_parameters(config: Any) -> None:
+    """Refuse sizes that are each plausible and together ask for terabytes, before memory is taken."""
+    count = parameter_count(config)
+    if count > _MOST_PARAMETERS:
+        raise ValueError(
+            f"config.json asks for a model of {count / 1e9:.0f} billion parameters (vocab_size={config.vocab_size}, "
+            f"hidden_size={config.hidden_size}, inner_hidden_size={config.inner_hidden_size}, "
+            f"num_layers={config.num_layers}, pre_seq_len={config.pre_seq_len}), but ChatGLM-6B has 6 and more than "
+            f"{_MOST_PARAMETERS // 10**9} are refused; take config.json from the checkpoint again."
+        )
 
 
 def _missing_ids(config: dict[str, Any]) -> dict[str, int]:
+    """Return the ids that follow from those of <sop> and <eop>; none if these do not stand side by side."""
     sop, eop = config.get("bos_token_id"), config.get("eos_token_id")
     if type(sop) is not int or type(eop) is not int or eop != sop + 1:
         return {}
@@ -291,7 +318,7 @@ def _check_finite(settings: dict[str, Any]) -> None:
 
 
 def _check_dtype(fields: dict[str, Any]) -> None:
-    """transformers would look the name up among everything that torch has."""
+    """Refuse other names than dtypes: transformers would look one up among everything that torch has."""
     for name in ("dtype", "torch_dtype"):
         value = fields.get(name)
         if value is not None and str(value).rsplit(".", 1)[-1] not in (*DTYPES, "auto"):

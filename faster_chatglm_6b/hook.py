@@ -1,27 +1,25 @@
-"""Everything that touches transformers from outside: the classes of a ChatGLM-6B checkpoint resolve to ours.
+"""All that touches transformers from outside: the classes of a ChatGLM-6B checkpoint resolve to ours.
 
 transformers looks up every class of a checkpoint's own code with ``get_class_from_dynamic_module``, which other
-modules bind by name. It is wrapped right after its module was executed, by an import hook, so that every later import
-binds the wrapper; where that module is loaded already, all modules that hold the function are found by identity. Both
-ways end the same, whatever was imported first. The wrapper answers for ChatGLM-6B checkpoints, told from their JSON
-files, and hands on all others.
+modules bind by name. An import hook wraps it right after its module was executed, so that every later import binds the
+wrapper. If that module is loaded already, all modules that hold the function are found by identity. Both ways end the
+same, whatever was imported first. The wrapper answers for ChatGLM-6B checkpoints, which it knows by their JSON files,
+and hands on all others.
 
-Besides, AutoModel, AutoModelForCausalLM and AutoModelForSeq2SeqLM learn our configuration *class*. The model type
-"chatglm" is never registered: ChatGLM2 and ChatGLM3 share it.
+AutoModel, AutoModelForCausalLM and AutoModelForSeq2SeqLM also learn our configuration *class*. The model type "chatglm"
+is never registered: ChatGLM2 and ChatGLM3 share it.
 """
 
 import importlib
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from functools import wraps
 from types import ModuleType
 from typing import Any
 
-from . import backend, recognition, report
+from . import backend, recognition, report, versions
 from .hub_modules import HubModuleFinder
 
 logger = logging.getLogger("faster_chatglm_6b")
@@ -29,17 +27,21 @@ logger = logging.getLogger("faster_chatglm_6b")
 _TARGET = "transformers.dynamic_module_utils"
 _FUNCTION = "get_class_from_dynamic_module"
 _AUTO_MODELS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
-# Marks, not isinstance: a wrapper or finder left by an earlier import of this file is of another class than ours.
+# Marks, not isinstance: a wrapper or finder that an earlier import of this file left is of another class than ours.
 _ORIGINAL_MARK = "__faster_chatglm_6b_original__"
 _FINDER_MARK = "__faster_chatglm_6b_finder__"
 
 _lock = threading.RLock()
-_block_checkpoint_code: ContextVar[bool] = ContextVar("faster_chatglm_6b_block_checkpoint_code", default=False)
 
 
 class _State:
-    """``installed``: look-ups are answered. ``strict``: what calls itself ChatGLM and is not served is refused.
-    ``upstreams``: hub ids that auto_maps of served checkpoints point to."""
+    """State of the hook.
+
+    Attributes:
+        installed: look-ups are answered.
+        strict: what calls itself ChatGLM and is not served is refused.
+        upstreams: hub ids that the auto_maps of served checkpoints point to.
+    """
 
     def __init__(self) -> None:
         self.installed = False
@@ -47,12 +49,12 @@ class _State:
         self.upstreams: set[str] = set()
 
 
-# importlib.reload executes this file again in the same namespace: keep what is known, nothing may be installed twice.
+# importlib.reload executes this file again in the same namespace: what is known stays, nothing is installed twice.
 _state: _State = globals().get("_state") or _State()
 
 
 def install(strict: bool = False) -> None:
-    """Redirects the classes of ChatGLM-6B checkpoints to ours, from now on. Installing twice is installing once.
+    """Redirect the classes of ChatGLM-6B checkpoints to ours from now on. Installing twice is installing once.
 
     Args:
         strict: refuse what calls itself ChatGLM and is not served, instead of leaving it to its own code.
@@ -71,7 +73,7 @@ def install(strict: bool = False) -> None:
 
 
 def uninstall() -> None:
-    """Restores transformers as it was: the function wherever it is held, the import path, the model mappings."""
+    """Restore transformers as it was: the function wherever it is held, the import path, the model mappings."""
     with _lock:
         _state.installed = False
         _remove_finders()
@@ -82,17 +84,17 @@ def uninstall() -> None:
 
 
 def is_installed() -> bool:
-    """Whether the classes of ChatGLM-6B checkpoints resolve to ours."""
+    """Return whether the classes of ChatGLM-6B checkpoints resolve to ours."""
     return _state.installed
 
 
 def is_strict() -> bool:
-    """Whether what calls itself ChatGLM and is not served is refused, while ``is_installed()``."""
+    """Return whether what calls itself ChatGLM and is not served is refused, while ``is_installed()``."""
     return _state.strict
 
 
 def patched_names() -> tuple[str, ...]:
-    """What is changed in transformers now, one readable line each."""
+    """List what is changed in transformers now, one readable line each."""
     with _lock:
         if not _state.installed:
             return ()
@@ -103,26 +105,6 @@ def patched_names() -> tuple[str, ...]:
         )
         registered = sorted(f"{auto_class} knows {config.__name__}" for auto_class, _, config in _registered_models())
         return tuple(held + registered) or (f"nothing yet, an import hook waits for {_TARGET}",)
-
-
-@contextmanager
-def checkpoint_code_blocked() -> Iterator[None]:
-    """While a model is loaded: its ``custom_generate/generate.py`` must not replace ``generate``.
-
-    transformers asks ``model.load_custom_generate`` for it, at load (in transformers 4 without any opt-in, for
-    directories) and when a user names a ``custom_generate`` repository. Only the first is meant; the model tells them
-    apart by ``is_checkpoint_code_blocked()``.
-    """
-    token = _block_checkpoint_code.set(True)
-    try:
-        yield
-    finally:
-        _block_checkpoint_code.reset(token)
-
-
-def is_checkpoint_code_blocked() -> bool:
-    """Whether this thread or task is inside ``checkpoint_code_blocked()``."""
-    return _block_checkpoint_code.get()
 
 
 class _Finder:
@@ -146,7 +128,7 @@ setattr(_Finder, _FINDER_MARK, True)
 
 
 class _PatchingLoader:
-    """The real loader of the module, plus the patch. It leaves no trace: inspect and pickle see the real one."""
+    """The module's own loader, plus the patch. It leaves no trace: inspect and pickle see the module's own."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -177,9 +159,9 @@ def _remove_finders() -> None:
 
 
 def _wait_for_import_in_progress() -> None:
-    """If another thread is executing the module right now, without our import hook, lets it finish.
+    """Wait for another thread that is executing the module right now, without our import hook.
 
-    Outside the lock: that thread may be about to take it.
+    This happens outside the lock: that thread may be about to take it.
     """
     spec = getattr(sys.modules.get(_TARGET), "__spec__", None)
     if getattr(spec, "_initializing", False):
@@ -187,11 +169,11 @@ def _wait_for_import_in_progress() -> None:
 
 
 def _holders() -> list[ModuleType]:
-    """All loaded modules that bind the function by name, wrapped or not."""
+    """List the loaded modules that bind the function by name, wrapped or not."""
     target = sys.modules.get(_TARGET)
     if target is None:
         return []
-    # vars, never getattr: asking a lazy module for a name would import things.
+    # vars, never getattr: asking a lazy module for a name imports things.
     current = vars(target).get(_FUNCTION)
     original = getattr(current, _ORIGINAL_MARK, current)
     holders = []
@@ -203,7 +185,7 @@ def _holders() -> list[ModuleType]:
 
 
 def _patch(target: ModuleType) -> None:
-    """Binds one new wrapper in every module that holds the function or an older wrapper of it."""
+    """Bind one new wrapper in every module that holds the function or an older wrapper of it."""
     current = vars(target)[_FUNCTION]
     wrapper = _wrap(getattr(current, _ORIGINAL_MARK, current))
     for module in _holders():
@@ -211,7 +193,7 @@ def _patch(target: ModuleType) -> None:
 
 
 def _wrap(original: Callable[..., type]) -> Callable[..., type]:
-    from inspect import signature  # transformers has loaded it; before that, it would slow our import down
+    from inspect import signature  # transformers has loaded it by now; at our import, it would take time
 
     parameters = signature(original)
 
@@ -232,11 +214,11 @@ def _wrap(original: Callable[..., type]) -> Callable[..., type]:
 
 
 def _local_class(arguments: Mapping[str, Any]) -> type | None:
-    """Our class for one look-up of transformers, or ``None`` if the checkpoint is not ChatGLM-6B.
+    """Return our class for one look-up of transformers, or None if the checkpoint is not ChatGLM-6B.
 
     Raises:
-        ImportError: it is, and the installed transformers or torch is too old for us.
-        ValueError: it is, and a class is asked for that we have not; or it only calls itself so, and that is refused.
+        ImportError: it is ChatGLM-6B, and the installed transformers or torch is too old for us.
+        ValueError: it is ChatGLM-6B, and we do not have the class; or it only calls itself so, and that is refused.
     """
     # transformers <= 4.27 gives the class name alone, later ones "module.Name" or "owner/repository--module.Name"
     reference = arguments.get("class_reference") or arguments.get("class_name")
@@ -253,7 +235,7 @@ def _local_class(arguments: Mapping[str, Any]) -> type | None:
     backend.require_transformers()
     if name != "ChatGLMTokenizer":
         # Without any torch, the configuration still loads, as it does in transformers.
-        if name != "ChatGLMConfig" or backend.installed_version("torch") is not None:
+        if name != "ChatGLMConfig" or versions.installed_version("torch") is not None:
             backend.require_torch()
             _register_models()
     local_class = getattr(importlib.import_module(_our_module(recognition.LOCAL_CLASSES[name])), name)
@@ -278,7 +260,11 @@ def _is_ours(checkpoint: str, arguments: Mapping[str, Any]) -> bool:
 
 
 def _leave_to_its_own_code(checkpoint: str, verdict: recognition.Verdict) -> None:
-    """Say so, loudly where it looks like ChatGLM-6B; raise ValueError if that is not wanted."""
+    """Log that a checkpoint is not served, as a warning if it looks like ChatGLM-6B.
+
+    Raises:
+        ValueError: it calls itself ChatGLM, and such checkpoints are refused.
+    """
     if verdict.is_served or not (verdict.reason or verdict.is_named):
         return
     if _state.strict and verdict.is_named:
@@ -299,7 +285,7 @@ def _leave_to_its_own_code(checkpoint: str, verdict: recognition.Verdict) -> Non
 
 
 def _refuse_foreign_class(checkpoint: str, name: str, arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError if ``checkpoint`` is ChatGLM-6B: its code is not run, and we have no class of that ``name``."""
+    """Raise ValueError if ``checkpoint`` is ChatGLM-6B: its code is not run, and we have no class of that ``name``."""
     try:
         # No network: most of these look-ups are for models that are no business of ours.
         verdict = recognition.judge_checkpoint(checkpoint, {**arguments, "local_files_only": True})
@@ -324,7 +310,7 @@ def _our_module(name: str) -> str:
 
 
 def _register_models() -> None:
-    """Teaches the Auto classes our configuration class: ChatGLM-6B's auto_map has no entry for AutoModelForCausalLM."""
+    """Teach the Auto classes our configuration class: ChatGLM-6B's auto_map has no entry for AutoModelForCausalLM."""
     modeling_auto = importlib.import_module("transformers.models.auto.modeling_auto")
     config_class = importlib.import_module(_our_module("configuration_chatglm")).ChatGLMConfig
     model_class = importlib.import_module(_our_module("modeling_chatglm")).ChatGLMForConditionalGeneration
@@ -340,9 +326,9 @@ def _unregister_models() -> None:
 
 
 def _registered_models() -> list[tuple[str, Any, type]]:
-    """(Auto class, its mapping, configuration class) of every entry that leads to our model.
+    """List (Auto class, its mapping, configuration class) of every entry that leads to our model.
 
-    transformers 4 adds entries of its own when a model is loaded with a configuration object of remote code.
+    transformers 4 adds its own entries when a model is loaded with a configuration object of remote code.
     """
     modeling_auto = sys.modules.get("transformers.models.auto.modeling_auto")
     found = []

@@ -1,7 +1,7 @@
-"""Imports of a served checkpoint's own files: ``transformers_modules.<checkpoint>.modeling_chatglm`` is ours.
+"""Answer imports of a served checkpoint's own files: ``transformers_modules.<checkpoint>.modeling_chatglm`` is ours.
 
-transformers copies a checkpoint's code there, and scripts import names from it. Of a checkpoint that was served nothing
-is copied. This finder stands last on the import path: files that lie there from earlier are found before it.
+transformers copies a checkpoint's code there, and scripts import names from it. Nothing is copied of a checkpoint that
+was served. This finder stands last on the import path: files that lie there from earlier are found before it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,15 @@ from typing import Any
 from . import report
 
 _TOP = "transformers_modules"
-_FILES = ("modeling_chatglm", "configuration_chatglm", "tokenization_chatglm", "quantization")
+# A checkpoint's file -> our module with the names that scripts import from it.
+_FILES = {
+    "modeling_chatglm": "modeling_chatglm",
+    "configuration_chatglm": "configuration_chatglm",
+    "tokenization_chatglm": "tokenization_chatglm",
+    "quantization": "layers.quantized",
+}
 _REVISION = re.compile(r"[0-9a-f]{7,64}|main")
-# How transformers writes what cannot stand in the name of a module.
+# transformers writes so what cannot stand in the name of a module.
 _WRITTEN = re.compile(r"_hyphen_|_dot_|[-_.]")
 
 
@@ -30,7 +36,7 @@ class HubModuleFinder:
         self._made: list[str] = []
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The spec of a served checkpoint's file or of a package around it, else None."""
+        """Return the spec of a served checkpoint's file or of a package around it, else None."""
         top, *parts = fullname.split(".")
         if top != _TOP:
             return None
@@ -40,12 +46,12 @@ class HubModuleFinder:
         if not served or not any(_leads_to(served_as, parts) for served_as in served):
             return None
         spec = self._spec(fullname)
-        # What other checkpoints put there later is found beside ours.
+        # Files that other checkpoints put there later are found beside ours.
         spec.submodule_search_locations = [os.path.join(folder, *fullname.split(".")) for folder in _cache_folders()]
         return spec
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """None: an empty module is made."""
+        """Return None: Python makes an empty module."""
 
     def exec_module(self, module: ModuleType) -> None:
         """Put our module in the place of a file; a package stays empty."""
@@ -53,10 +59,10 @@ class HubModuleFinder:
         self._made.append(name)
         file = name.rpartition(".")[2]
         if file in _FILES:
-            sys.modules[name] = importlib.import_module(f"{__package__}.{file}")
+            sys.modules[name] = importlib.import_module(f"{__package__}.{_FILES[file]}")
 
     def forget(self) -> None:
-        """Take the modules that were made out of ``sys.modules``, and out of the packages above them."""
+        """Remove the modules that were made from ``sys.modules`` and from the packages above them."""
         for name in self._made:
             module = sys.modules.pop(name, None)
             parent, _, child = name.rpartition(".")
@@ -69,7 +75,7 @@ class HubModuleFinder:
 
 
 def _served_packages() -> list[list[str]]:
-    """The served checkpoints as transformers would name their packages: a directory's name, or owner and name."""
+    """Name the served checkpoints' packages as transformers would: a directory's name, or owner and name."""
     names = []
     for name in report.served_names():
         is_folder = os.path.isdir(name) or name.count("/") != 1
@@ -79,7 +85,7 @@ def _served_packages() -> list[list[str]]:
 
 
 def _is_within(served: list[str], parts: list[str]) -> bool:
-    """Whether the package is the checkpoint's: by its name, and perhaps by a revision below it."""
+    """Return whether the package is the checkpoint's: by its name, and perhaps by a revision below it."""
     plain = [_plain(part) for part in parts]
     revision = plain[len(served) :]
     return plain[: len(served)] == served and (not revision or bool(_REVISION.fullmatch(".".join(revision))))

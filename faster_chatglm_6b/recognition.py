@@ -1,4 +1,4 @@
-"""Whether a checkpoint is ChatGLM-6B, told from its JSON files alone, before any of its code could run.
+"""Tell a ChatGLM-6B checkpoint from its JSON files alone, before any of its code could run.
 
 ChatGLM2, ChatGLM3, GLM-4 and VisualGLM share model_type "chatglm" and the class names with the checkpoints that we
 serve, so neither of these can decide.
@@ -17,7 +17,7 @@ LOCAL_CLASSES = {
     "ChatGLMModel": "modeling_chatglm",
     "ChatGLMForConditionalGeneration": "modeling_chatglm",
 }
-# Sizes that no later GLM names so; one is enough: if others are missing, ChatGLMConfig must say so, not remote code.
+# No later GLM names its sizes so. One is enough: if others are missing, ChatGLMConfig says so, not remote code.
 _CHATGLM_6B_KEYS = {"inner_hidden_size", "max_sequence_length", "position_encoding_2d"}
 _NEWER_GLM_KEYS = {
     "multi_query_attention",
@@ -34,10 +34,13 @@ _OUR_AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoMod
 
 
 class Verdict(NamedTuple):
-    """``is_served``: the checkpoint is ours. ``reason``: why a related one is not; empty for the models of others.
+    """What was found about a checkpoint.
 
-    ``is_named``: it calls itself ChatGLM and is not served. ``looks_like_ours``: besides, it has what ChatGLM-6B has
-    and no later GLM.
+    Attributes:
+        is_served: it is ours.
+        reason: why a related one is not; empty for unrelated models.
+        is_named: it calls itself ChatGLM and is not served.
+        looks_like_ours: it also has something that ChatGLM-6B has and no later GLM.
     """
 
     is_served: bool
@@ -48,12 +51,12 @@ class Verdict(NamedTuple):
 
 SERVED = Verdict(True, "")
 UNRELATED = Verdict(False, "")
-# A class of ChatGLM is asked for, of a checkpoint that tells nothing about itself.
+# A class of ChatGLM is asked for, and the checkpoint tells nothing about itself.
 UNREADABLE = Verdict(False, "neither its config.json nor its tokenizer_config.json can be read", True, True)
 
 
 def judge_config(config: Mapping[str, Any]) -> Verdict:
-    """Judges the parsed config.json of a checkpoint. int8 and int4 checkpoints (``quantization_bit``) are served."""
+    """Judge the parsed config.json of a checkpoint. int8 and int4 checkpoints (``quantization_bit``) are served."""
     keys = set(config)
     if config.get("model_type", "chatglm") != "chatglm":
         return UNRELATED
@@ -73,7 +76,7 @@ def judge_config(config: Mapping[str, Any]) -> Verdict:
 
 
 def judge_tokenizer_config(config: Mapping[str, Any]) -> Verdict:
-    """Judges the parsed tokenizer_config.json of a directory that holds a tokenizer and no model."""
+    """Judge the parsed tokenizer_config.json of a directory that holds a tokenizer and no model."""
     if config.get("tokenizer_class") != "ChatGLMTokenizer":
         return UNRELATED
     # ChatGLM2 and later name none of these. The first checkpoints have eop_token, later ones end_token.
@@ -83,17 +86,17 @@ def judge_tokenizer_config(config: Mapping[str, Any]) -> Verdict:
 
 
 def judge_checkpoint(name: str, hub_options: Mapping[str, Any]) -> Verdict | None:
-    """Judges a directory, a config file or a hub id as transformers would read it.
+    """Judge a directory, a config file or a hub id as transformers would read it.
 
     Args:
         name: ``pretrained_model_name_or_path``.
-        hub_options: what else the caller gave; only the options that say where to find the files are used.
+        hub_options: the caller's other arguments; only those that say where to find the files are used.
 
     Returns:
-        The verdict, or ``None`` if neither config.json nor tokenizer_config.json can be read there.
+        the verdict, or None if neither config.json nor tokenizer_config.json can be read there.
 
     Raises:
-        OSError: one of them is there, and far too large or too deep to be one of a checkpoint.
+        OSError: one of them is there and is far too large or too deep for a checkpoint.
     """
     for file in ("config.json", "tokenizer_config.json"):
         path = os.path.join(name, str(hub_options.get("subfolder") or ""), file)
@@ -123,7 +126,7 @@ def judge_checkpoint(name: str, hub_options: Mapping[str, Any]) -> Verdict | Non
 
 
 def _with_claims(verdict: Verdict, config: Mapping[str, Any]) -> Verdict:
-    """The verdict with what a config.json or tokenizer_config.json that is not served says about itself."""
+    """Add to a verdict what a config.json or tokenizer_config.json that is not served says about itself."""
     if verdict.is_served or not any(_NAME in text.lower() for text in _texts(_names(config))):
         return verdict
     keys = set(config)
@@ -133,7 +136,7 @@ def _with_claims(verdict: Verdict, config: Mapping[str, Any]) -> Verdict:
 
 
 def _names(config: Mapping[str, Any]) -> list[Any]:
-    """What a checkpoint calls itself and its classes."""
+    """Return what a checkpoint calls itself and its classes."""
     auto_map = config.get("auto_map")
     classes = list(auto_map.values()) if isinstance(auto_map, Mapping) else []
     return [config.get("model_type"), config.get("architectures"), config.get("tokenizer_class"), classes]
@@ -145,7 +148,7 @@ def _texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-# In the names of all GLM chat models of the time, whichever the spelling.
+# Part of the names of all GLM chat models of the time, in any spelling.
 _NAME = "chatglm"
 _OUR_KEYS = _CHATGLM_6B_KEYS | {"num_image_tokens", "gmask_token", "gmask_token_id", "eop_token"}
 # force_download is left out: the caller has just downloaded what it forced.
@@ -165,7 +168,7 @@ def _foreign_classes(auto_map: Any) -> set[str]:
 
 
 def class_name(reference: str) -> str:
-    """ "Name" of an auto_map entry "module.Name" or "owner/repository--module.Name"."""
+    """Return "Name" of an auto_map entry "module.Name" or "owner/repository--module.Name"."""
     return reference.rsplit("--", 1)[-1].rsplit(".", 1)[-1]
 
 

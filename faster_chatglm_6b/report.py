@@ -1,6 +1,6 @@
-"""What this process has served, patched and chosen so far, and the report that ``faster_chatglm_6b.status()`` returns.
+"""Record what this process has served, patched and chosen, and report it as ``faster_chatglm_6b.status()``.
 
-Light on purpose: it imports neither torch nor transformers, so that every other file may record what it does here.
+It imports neither torch nor transformers, so that every other file may record here what it does.
 """
 
 import logging
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from . import backend
+from . import backend, versions
 
 Choices = dict[str, tuple[str, str]]
 
@@ -24,19 +24,19 @@ _notices: dict[str, None] = {}
 
 
 def record_served(kind: str, name: str) -> None:
-    """Notes that the ``kind`` ("config", "tokenizer", "model") of checkpoint ``name`` (path or hub id) was served."""
+    """Note that the ``kind`` ("config", "tokenizer", "model") of checkpoint ``name`` (path or hub id) was served."""
     with _lock:
         _served[kind, name] += 1
 
 
 def served_names() -> list[str]:
-    """The checkpoints, path or hub id, of which something was served."""
+    """List the checkpoints, path or hub id, of which something was served."""
     with _lock:
         return list(dict.fromkeys(name for _, name in _served))
 
 
 def record_passed_through(name: str, reason: str) -> bool:
-    """Notes that a related checkpoint was left to its own code; True the first time for this name and reason."""
+    """Note that a related checkpoint was left to its own code; return True the first time for this name and reason."""
     with _lock:
         is_new = _passed_through.get(name) != reason
         _passed_through[name] = reason
@@ -44,13 +44,13 @@ def record_passed_through(name: str, reason: str) -> bool:
 
 
 def record_operators(device_dtype: str, choices: Mapping[str, tuple[str, str]]) -> None:
-    """Notes which implementation serves each operator: ``choices`` maps its name to (implementation, reason)."""
+    """Note which implementation serves each operator: ``choices`` maps its name to (implementation, reason)."""
     with _lock:
         _operators[device_dtype] = dict(choices)
 
 
 def record_generation(path: str, reason: str = "") -> None:
-    """Counts one generation on ``path``, "captured" (the captured loop) or "plain" (transformers' own), and why there.
+    """Count one generation on ``path``, "captured" (the captured loop) or "plain" (transformers' own), and why there.
 
     Raises:
         ValueError: ``path`` is neither.
@@ -62,7 +62,7 @@ def record_generation(path: str, reason: str = "") -> None:
 
 
 def record_notice(text: str) -> None:
-    """Notes, and logs the first time, what makes generation other than expected: an unknown transformers, say."""
+    """Note, and log the first time, what makes generation other than expected: an unknown transformers, say."""
     with _lock:
         is_new = text not in _notices
         _notices[text] = None
@@ -73,11 +73,15 @@ def record_notice(text: str) -> None:
 class Status(NamedTuple):
     """A snapshot of the library's state; ``print`` it for the report.
 
-    ``served`` counts per (kind, checkpoint); ``passed_through`` maps a related checkpoint to the reason why its own
-    code runs; ``operators`` maps "device dtype" to {operator: (implementation, reason)}; ``captured_generations``
-    and ``plain_generations`` map a reason to a count; ``framework`` are lines about transformers, torch and OneFlow;
-    ``notices`` are sentences about what was not expected, of the installed transformers for example; ``strict`` tells
-    whether checkpoints that call themselves ChatGLM and are not ChatGLM-6B are refused.
+    Attributes:
+        patched: what is changed in transformers, one line each.
+        served: counts per (kind, checkpoint).
+        passed_through: related checkpoints, each with the reason why its own code runs.
+        operators: {"device dtype": {operator: (implementation, reason)}}.
+        captured_generations, plain_generations: counts per reason.
+        framework: lines about transformers, torch and OneFlow.
+        notices: sentences about what was not expected, of the installed transformers for example.
+        strict: checkpoints that call themselves ChatGLM and are not ChatGLM-6B are refused.
     """
 
     version: str
@@ -138,7 +142,7 @@ class Status(NamedTuple):
 def report(
     version: str, revision: str, enabled: bool, switch: str, chosen: backend.Backend, patched: tuple[str, ...]
 ) -> Status:
-    """The state of now, from what the caller knows and what was recorded here."""
+    """Return the present state, from what the caller knows and what was recorded here."""
     with _lock:
         return Status(
             version=version,
@@ -147,8 +151,8 @@ def report(
             switch=switch,
             backend=chosen.name,
             backend_reason=chosen.reason,
-            transformers_version=backend.installed_version("transformers"),
-            torch_version=None if backend.is_oneflow() else backend.installed_version("torch"),
+            transformers_version=versions.installed_version("transformers"),
+            torch_version=None if backend.is_oneflow() else versions.installed_version("torch"),
             patched=patched,
             served=dict(_served),
             passed_through=dict(_passed_through),

@@ -1,4 +1,4 @@
-"""Whether the tensors in a checkpoint's files are those that its config.json asks for: each one, and no other.
+"""Compare the tensors in a checkpoint's files with those that its config.json asks for: each one, and no other.
 
 transformers fills what is missing with whatever the memory holds, skips what it does not know and casts integers to
 floats. A checkpoint whose two halves disagree would answer nonsense, or nothing.
@@ -37,13 +37,16 @@ def check_agreement(
 ) -> None:
     """Compare the tensors of a model, built without memory, with those in the files.
 
-    May be missing: a head that is the embedding, or the embedding where the head is there; a whole P-Tuning prefix. May
-    be there in vain: rotary frequencies, a head where the model has none, and what a caller's own configuration leaves
-    out of what config.json has: layers, a prefix.
+    These may be missing: a head that is the embedding, or the embedding if the head is there; a whole P-Tuning prefix.
+    These may be there in vain: rotary frequencies; a head if the model has none; layers and a prefix of config.json
+    that a caller's own configuration leaves out.
 
     Args:
-        model_class: of the package, or derived from it. config: with which the files are read.
-        stored: config.json. held: what is in the files. name: of the checkpoint, for the messages.
+        model_class: of the package, or derived from it.
+        config: with which the files are read.
+        stored: config.json.
+        held: what is in the files.
+        name: of the checkpoint, for the messages.
         ignore_shapes: of ``from_pretrained``.
 
     Raises:
@@ -74,7 +77,7 @@ def check_agreement(
 
 
 def _under_names_of(wanted: Mapping[str, Any], held: Mapping[str, Held], base: str) -> dict[str, Held]:
-    """The files' tensors under the model's names: either may be the model without a head."""
+    """Give the files' tensors the model's names: either may be the model without a head."""
     has_base = any(key.startswith(base) for key in held)
     if any(key.startswith(base) for key in wanted):
         return dict(held) if has_base else {key if key in wanted else base + key: value for key, value in held.items()}
@@ -120,7 +123,7 @@ def _check_missing(
 
 
 def _is_left_out(key: str, wanted: Mapping[str, Any], config: Any, stored: Mapping[str, Any]) -> bool:
-    """Whether config.json has what the configuration in use, a caller's own, does without."""
+    """Return whether config.json has what the configuration in use, a caller's own, does without."""
     layer = re.search(r"(^|\.)layers\.(\d+)\.", key)
     if layer and isinstance(stored.get("num_layers"), int):
         return config.num_layers <= int(layer[2]) < stored["num_layers"]

@@ -1,63 +1,63 @@
-"""Before a checkpoint's weights are loaded: its files are looked into, and no other files are read."""
+"""Look into a checkpoint's files before its weights are loaded, and see that no other files are read."""
 
 import copy
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from transformers.utils import cached_file
-
 from ..config_keys import own_keys
-from ..configuration_chatglm import ChatGLMConfig
+from ..configuration_chatglm import QUANTIZATION_SETTINGS, ChatGLMConfig, parameter_count
 from ..disk.json_files import read_json
-from ..model_size import check_weight_files
 from .agreement import check_agreement
-from .files import HUB_ARGUMENTS, contents, has_meta_device, only, weight_files
+from .files import contents, has_meta_device
+from .source import Source
 
-# Arguments with which the weights come from somewhere else, or under other names.
+# Arguments by which the weights come from somewhere else, or under other names.
 _OTHER_WEIGHTS = ("state_dict", "gguf_file", "from_tf", "from_flax", "key_mapping")
-_QUANTIZATION_SETTINGS = ("quantization_bit", "quantization_group_size", "quantization_head_bits")
+# Smaller models are loaded, and their missing tensors named, whatever their files hold.
+_WORTH_A_LOOK = 2**30
 
-# Real paths of the files that this thread or task may load a model's weights from, until it has; none: any.
+# Real paths of the files that this thread or task may load a model's weights from, until it has; empty: from any.
 _checked: ContextVar[list[frozenset[str]]] = ContextVar("faster_chatglm_6b_checked_files")
 
 
-def check_checkpoint(model_class: Any, name: Any, kwargs: dict[str, Any]) -> frozenset[str] | None:
+def check_checkpoint(model_class: Any, source: Source, kwargs: dict[str, Any]) -> frozenset[str] | None:
     """Refuse a checkpoint whose files cannot be read, or do not hold the model that its config.json asks for.
 
-    No weight is read but the scales of quantised layers, and no memory is taken for the model.
+    Of the weights, only the scales of quantised layers are read; no memory is taken for the model.
 
     Args:
-        model_class: that is loaded. name, kwargs: of ``from_pretrained``.
+        model_class: that is loaded.
+        source: the files.
+        kwargs: of ``from_pretrained``.
 
     Returns:
-        the real paths of the files that were checked, for ``only_checked_files``; None where the weights come from
+        the real paths of the files that were checked, for ``only_checked_files``; None if the weights come from
         elsewhere.
 
     Raises:
         OSError, DamagedFile, SafetensorError: a file that is missing, cut or not as its format asks.
         ValueError: files that contradict each other.
     """
-    hub = only(kwargs, HUB_ARGUMENTS)
-    _check_generation_config(name, hub)
+    _check_generation_config(source)
     if any(kwargs.get(argument) for argument in _OTHER_WEIGHTS):
         return None
-    config, stored = _configurations(model_class, name, kwargs, hub)
-    files = weight_files(name, hub, kwargs.get("use_safetensors"), kwargs.get("variant"))
-    check_weight_files(config, files, name)
+    config, stored = _configurations(model_class, source, kwargs)
+    files = source.weights
+    _check_bytes(config, files, source.name)
     # Without such a device, its framework maps no files into memory either: they would be read twice.
     if files and has_meta_device():
-        held = contents(files, name)
-        check_agreement(model_class, config, stored, held, name, bool(kwargs.get("ignore_mismatched_sizes")))
+        held = contents(files, source.name)
+        check_agreement(model_class, config, stored, held, source.name, bool(kwargs.get("ignore_mismatched_sizes")))
     return frozenset(map(os.path.realpath, files))
 
 
 @contextmanager
 def only_checked_files(paths: frozenset[str] | None) -> Iterator[None]:
-    """Around transformers' loader: ``refuse_other_files`` knows which files were checked."""
+    """Tell ``refuse_other_files``, around transformers' loader, which files were checked."""
     token = _checked.set([] if paths is None else [paths])
     try:
         yield
@@ -66,12 +66,16 @@ def only_checked_files(paths: frozenset[str] | None) -> Iterator[None]:
 
 
 def refuse_other_files(loader: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Raise ValueError where transformers' loader was called for files that were not checked.
+    """Refuse a call of transformers' loader for files that were not checked.
 
     An adapter's weights, which transformers 5 loads with the same function, come after the model's.
 
     Args:
-        loader: ``_load_pretrained_model``, whose arguments have had two names. args, kwargs: of the call.
+        loader: ``_load_pretrained_model``, whose arguments have had two names.
+        args, kwargs: of the call.
+
+    Raises:
+        ValueError: one of the files was not checked.
     """
     if not _checked.get([]):
         return
@@ -88,14 +92,12 @@ def refuse_other_files(loader: Any, args: tuple, kwargs: dict[str, Any]) -> None
         )
 
 
-def _configurations(
-    model_class: Any, name: Any, kwargs: dict[str, Any], hub: dict[str, Any]
-) -> tuple[ChatGLMConfig, dict[str, Any]]:
-    """The configuration of what is in the files, and config.json."""
+def _configurations(model_class: Any, source: Source, kwargs: dict[str, Any]) -> tuple[ChatGLMConfig, dict[str, Any]]:
+    """Return the configuration of what is in the files, and the settings of config.json."""
     config = kwargs.get("config")
     given = isinstance(config, ChatGLMConfig)
     try:
-        stored, _ = ChatGLMConfig.get_config_dict(name, **hub)
+        stored = source.stored
     except OSError:
         if not given:
             raise
@@ -105,9 +107,9 @@ def _configurations(
     else:
         keys = own_keys(ChatGLMConfig)
         if not stored.get("quantization_bit"):
-            keys = keys - set(_QUANTIZATION_SETTINGS)
+            keys = keys - set(QUANTIZATION_SETTINGS)
         settings = {key: kwargs[key] for key in (*keys, *ChatGLMConfig.attribute_map) if key in kwargs}
-        config = model_class.config_class.from_dict(dict(stored), **settings)
+        config = source.configuration(model_class.config_class, **settings)
     if not stored.get("quantization_bit"):
         # Quantised while it is read: the files hold floats.
         config.quantization_bit, config.quantization_group_size, config.quantization_head_bits = 0, None, None
@@ -116,10 +118,25 @@ def _configurations(
     return config, stored
 
 
-def _check_generation_config(name: Any, hub: dict[str, Any]) -> None:
-    """transformers skips a generation_config.json that it cannot read, and would generate otherwise than it says."""
+def _check_bytes(config: ChatGLMConfig, paths: Iterable[str], name: Any) -> None:
+    """Refuse a large model that the weight files cannot hold, whatever is in them.
+
+    A parameter takes a byte at least, half a one in 4 bits.
+    """
+    held = sum(map(os.path.getsize, paths))
+    asked = parameter_count(config) // (2 if config.quantization_bit == 4 else 1)
+    if held and asked > max(held, _WORTH_A_LOOK):
+        raise ValueError(
+            f"config.json of {name} asks for {parameter_count(config) / 1e9:.1f} billion parameters, but the weight "
+            f"files beside it hold {held / 1e9:.3f} GB only; take both from the same checkpoint, or copy or download "
+            "it again."
+        )
+
+
+def _check_generation_config(source: Source) -> None:
+    """Refuse a generation_config.json that transformers would skip, and then generate otherwise than it says."""
     try:
-        path = cached_file(name, "generation_config.json", **hub, _raise_exceptions_for_missing_entries=False)
+        path = source.other_file("generation_config.json")
     except OSError:
         return  # no such repository, or no network: the other files say so
     if path is not None and not isinstance(read_json(path), dict):

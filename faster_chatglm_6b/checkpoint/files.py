@@ -1,7 +1,7 @@
-"""The weight files of a checkpoint: which they are, what is in them, and whether that can be a model at all.
+"""The tensors in a checkpoint's weight files: which they are, and whether they can be a model at all.
 
-transformers casts whatever it finds to the model's dtype and warns at most of names that it does not know. So integers
-without their scales, for example, would become a model that talks nonsense.
+transformers casts whatever it finds to the model's dtype, and warns at most of names that it does not know. Integers
+without their scales, for example, would so become a model that talks nonsense.
 """
 
 import os
@@ -10,18 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers.utils import cached_file
 
 from ..disk.bin_files import check_bin
-from ..disk.json_files import check_readable, read_json
 from .agreement import Held
+from .errors import DamagedFile
 
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-# In transformers' order of preference.
-SAFETENSORS_FILES = ("model.safetensors", "model.safetensors.index.json")
-BIN_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-# Far more than any shard of ChatGLM-6B.
-_MOST_FILE_BYTES = 1 << 40
 # The files' names for torch's dtypes.
 _DTYPES = {
     "F64": torch.float64,
@@ -32,75 +25,8 @@ _DTYPES = {
 }
 
 
-class DamagedFile(Exception):
-    """A weight file cannot be read; the message is the reader's."""
-
-
-def only(kwargs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """The arguments of these names that were given."""
-    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-
-
-def weight_files(
-    name: Any, hub: dict[str, Any], use_safetensors: bool | None = None, variant: str | None = None
-) -> dict[str, set[str]]:
-    """The files with the weights of a directory or hub id, downloaded where need be.
-
-    Links are followed, as the caches of huggingface_hub are made of them; names in an index stay beside it.
-
-    Args:
-        hub: those of HUB_ARGUMENTS that the caller gave. use_safetensors, variant: of ``from_pretrained``.
-
-    Returns:
-        {path: the tensors that an index says are in it}; empty if there are no files.
-
-    Raises:
-        OSError: a file that the index names is missing, or one is a pipe, a device or the like.
-        ValueError: an index that does not map names of tensors to names of files beside it.
-    """
-    wanted = () if use_safetensors is False else SAFETENSORS_FILES
-    for file in (*wanted, *(() if use_safetensors else BIN_FILES)):
-        path = cached_file(name, _of_variant(file, variant), **hub, _raise_exceptions_for_missing_entries=False)
-        if path is not None:
-            break
-    else:
-        return {}
-    if not file.endswith(".index.json"):
-        files: dict[str, set[str]] = {path: set()}
-    else:
-        promised: dict[str, set[str]] = {}
-        for tensor, shard in _weight_map(path, name, os.path.splitext(file[: -len(".index.json")])[1]).items():
-            promised.setdefault(shard, set()).add(tensor)
-        files = {cached_file(name, shard, **hub): tensors for shard, tensors in promised.items()}
-    for path in files:
-        check_readable(path, _MOST_FILE_BYTES)
-    return files
-
-
-def _of_variant(file: str, variant: str | None) -> str:
-    """transformers' name of a variant's file: model.fp16.safetensors, model.safetensors.index.fp16.json."""
-    start, end = os.path.splitext(file)
-    return f"{start}.{variant}{end}" if variant else file
-
-
-def _weight_map(path: str, name: Any, ending: str) -> dict[str, str]:
-    index = read_json(path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    is_sound = isinstance(weight_map, dict) and bool(weight_map) and isinstance(index.get("metadata"), dict)
-    if not is_sound or not all(_is_beside(file, ending) for file in weight_map.values()):
-        raise ValueError(
-            f"The index of {name} must hold metadata and a weight_map from tensors to {ending} files beside it, but "
-            "does not; copy or download it again."
-        )
-    return weight_map
-
-
-def _is_beside(file: Any, ending: str) -> bool:
-    return isinstance(file, str) and file.endswith(ending) and file != ending and not set(file) & {"/", "\\", "\0", ":"}
-
-
 def tensors_of_file(path: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of everything in a weight file, mapped into memory and read when it is used.
+    """Yield (name, tensor) of everything in a weight file, mapped into memory and read when it is used.
 
     Raises:
         DamagedFile: the file cannot be read as weights.
@@ -123,7 +49,7 @@ def tensors_of_file(path: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _check_tensors(content: dict[str, torch.Tensor], size: int) -> None:
-    """Refuse tensors that are more than bytes of the file: they would take memory when they are used."""
+    """Refuse tensors that are larger than the file's bytes: they would take memory when they are used."""
     if not has_meta_device():
         return  # such a framework has no such tensors either
     total = 0
@@ -131,14 +57,18 @@ def _check_tensors(content: dict[str, torch.Tensor], size: int) -> None:
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
             raise TypeError(f"{name} is no plain tensor")
         held = tensor.numel() * tensor.element_size()
-        # The head is the embedding in most checkpoints, whose bytes are there once then.
+        # In most checkpoints the head is the embedding, whose bytes are there only once.
         total += 0 if name == "lm_head.weight" else held
         if held > tensor.untyped_storage().nbytes() or total > size:
             raise ValueError(f"{name} has {tensor.numel()} numbers, but the file has {size} bytes only")
 
 
 def contents(files: dict[str, set[str]], name: Any) -> dict[str, Held]:
-    """What the files hold, by name; of the content, scales alone are read.
+    """Describe what the files hold, by name. Of the content, only scales are read.
+
+    Args:
+        files: with the tensors that an index says are in each.
+        name: of the checkpoint, for the messages.
 
     Raises:
         DamagedFile, SafetensorError: a file cannot be read as weights.
@@ -169,7 +99,7 @@ def contents(files: dict[str, set[str]], name: Any) -> dict[str, Held]:
 
 
 def _described(path: str) -> Iterator[tuple[str, Held, torch.Tensor | None]]:
-    """(name, description, the tensor itself if it is a scale) of everything in a weight file."""
+    """Yield (name, description, the tensor itself if it is a scale) of everything in a weight file."""
     if not path.endswith(".safetensors"):
         for key, tensor in tensors_of_file(path):
             yield key, Held(tensor.dtype, tuple(tensor.shape)), tensor if key.endswith(".weight_scale") else None
@@ -187,7 +117,7 @@ def _long_name(dtype: str) -> str:
 
 
 def has_meta_device() -> bool:
-    """Whether the framework has tensors without content, with which weights need not be read to be looked at."""
+    """Return whether the framework has tensors without content, so that a model takes no memory to be compared."""
     try:
         torch.empty(0, device="meta")
     except RuntimeError:

@@ -1,16 +1,15 @@
-"""Quantisation by other libraries while transformers loads: which are served, and a check that it took place."""
+"""Serve quantisation by other libraries while transformers loads, and check that it took place."""
 
 import copy
 from typing import Any
 
 from torch import nn
 
-from ..configuration_chatglm import ChatGLMConfig
 from ..layers.linear import is_plain_tensor
-from .files import HUB_ARGUMENTS, only
+from .source import Source
 
-# Libraries that quantise a float model while it is loaded, and their settings' name of the modules that stay as they
-# are. Others need a checkpoint of their own making.
+# Libraries that quantise a float model while it is loaded, and their settings' name for the modules to leave out.
+# Others need a checkpoint of their own making.
 _SERVED = {
     "bitsandbytes": "llm_int8_skip_modules",
     "quanto": "modules_to_not_convert",
@@ -22,25 +21,25 @@ _FLOATS = ("lm_head", "transformer.prefix_encoder", "prefix_encoder")
 _LOAD_IN = ("load_in_8bit", "load_in_4bit")
 
 
-def prepare_foreign(name: Any, kwargs: dict[str, Any]) -> bool:
-    """Put a quantisation by another library, as the caller or config.json asks for it, into the arguments of
-    transformers' ``from_pretrained``.
+def prepare_foreign(source: Source, kwargs: dict[str, Any]) -> bool:
+    """Prepare the arguments of transformers' ``from_pretrained`` for a quantisation by another library.
 
-    ``load_in_8bit=True`` and ``load_in_4bit=True``, which transformers 5 has no more, are bitsandbytes' settings. The
-    output head, which is the embedding, and a P-Tuning prefix stay floats.
+    The caller or config.json asks for it. ``load_in_8bit=True`` and ``load_in_4bit=True``, which transformers 5 no
+    longer has, are bitsandbytes' settings. The output head, which is the embedding, and a P-Tuning prefix stay floats.
 
     Args:
-        name, kwargs: of ``from_pretrained``; kwargs are changed.
+        source: the checkpoint's files.
+        kwargs: of ``from_pretrained``; they are changed.
 
     Returns:
         whether another library quantises.
 
     Raises:
-        ValueError: a library that cannot quantise this model, or ``quantization_bit`` besides.
+        ValueError: a library that cannot quantise this model, or ``quantization_bit`` as well.
     """
     load_in = {argument: kwargs.pop(argument, False) for argument in _LOAD_IN}
     given = kwargs.get("quantization_config")
-    stored = {} if name is None else ChatGLMConfig.get_config_dict(name, **only(kwargs, HUB_ARGUMENTS))[0]
+    name, stored = source.name, {} if source.name is None else source.stored
     if given is None and not any(load_in.values()):
         present = getattr(kwargs.get("config"), "quantization_config", None) or stored.get("quantization_config")
         if present is not None:
@@ -65,7 +64,7 @@ def prepare_foreign(name: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _check(name: Any, settings: Any, stored: dict[str, Any], kwargs: dict[str, Any]) -> str:
-    """The library's name in settings that can be served."""
+    """Return the library's name; refuse settings that cannot be served."""
     read = settings.get if isinstance(settings, dict) else lambda key: getattr(settings, key, None)
     method = read("quant_method")
     if method is None and (read("load_in_8bit") or read("load_in_4bit")):
@@ -87,10 +86,10 @@ def _check(name: Any, settings: Any, stored: dict[str, Any], kwargs: dict[str, A
 
 
 def check_converted(model: nn.Module, name: Any) -> None:
-    """See that another library has quantised the model that transformers says it has.
+    """Check that another library has quantised the model, as transformers says.
 
     Raises:
-        ValueError: all linear layers of the blocks are as they were.
+        ValueError: no linear layer of the blocks has changed.
     """
     for module in model.base_model.layers.modules():
         plain = type(module) in (nn.Linear, nn.LayerNorm) and all(map(is_plain_tensor, module.parameters()))

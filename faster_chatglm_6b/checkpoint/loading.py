@@ -2,32 +2,26 @@
 
 import inspect
 import os
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pickle import UnpicklingError
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from .. import report
-from ..backend import is_too_old
 from ..config_keys import check_attention, own_keys
 from ..configuration_chatglm import DTYPES, ChatGLMConfig
-from ..disk.json_files import read_json
+from ..disk.json_files import each_read_once, read_json
 from ..disk.replacing import saved_beside
-from ..hook import checkpoint_code_blocked, is_checkpoint_code_blocked
+from ..versions import is_too_old
 from .checks import check_checkpoint, only_checked_files, refuse_other_files
-from .files import HUB_ARGUMENTS, DamagedFile, only
+from .errors import clear_errors
 from .foreign_quantization import check_converted, prepare_foreign
 from .quantized_loading import load_quantized, quantizes_while_loading
-
-# How torch, safetensors and transformers say that a file cannot be read.
-_DAMAGE = (SafetensorError, UnpicklingError, EOFError, DamagedFile)
-_DAMAGE_WORDS = ("PytorchStreamReader", "Unable to load weights from pytorch checkpoint file")
+from .source import HUB_ARGUMENTS, Source, only
 
 # transformers' name of the argument; it warns of the older one.
 _DTYPE = "torch_dtype" if is_too_old(transformers.__version__, "4.56") else "dtype"
@@ -37,6 +31,7 @@ _PREFIX = "prefix_encoder."
 _ADAPTER = "_adapter_model_path"
 # Loading sets torch's default dtype, and an environment variable, for the whole process.
 _lock = threading.RLock()
+_block_checkpoint_code: ContextVar[bool] = ContextVar("faster_chatglm_6b_block_checkpoint_code", default=False)
 
 
 def _renew_lock() -> None:
@@ -47,6 +42,26 @@ def _renew_lock() -> None:
 # A child of a process in which another thread was loading would wait forever.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
+
+
+@contextmanager
+def checkpoint_code_blocked() -> Iterator[None]:
+    """Keep a checkpoint's ``custom_generate/generate.py`` from replacing ``generate`` while its model is loaded.
+
+    transformers asks ``model.load_custom_generate`` for it at load (transformers 4 without any opt-in, for
+    directories), and later if a user names a ``custom_generate`` repository. Only the first is meant here; the model
+    tells them apart by ``is_checkpoint_code_blocked()``.
+    """
+    token = _block_checkpoint_code.set(True)
+    try:
+        yield
+    finally:
+        _block_checkpoint_code.reset(token)
+
+
+def is_checkpoint_code_blocked() -> bool:
+    """Return whether this thread or task is inside ``checkpoint_code_blocked()``."""
+    return _block_checkpoint_code.get()
 
 
 @contextmanager
@@ -65,10 +80,10 @@ class CheckpointMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """transformers' ``from_pretrained``, in the checkpoint's dtype unless the caller names another.
+        """Load as transformers' ``from_pretrained`` does, in the checkpoint's dtype unless the caller names another.
 
         With ``quantization_bit=8`` or ``4`` (and ``quantization_group_size``, ``quantization_head_bits``) a float
-        checkpoint is quantised while it is read, so that memory holds the quantised model and one weight file at most.
+        checkpoint is quantised while it is read. Memory then holds the quantised model and one weight file at most.
 
         Raises:
             OSError: weights that are missing, truncated or corrupt.
@@ -87,7 +102,7 @@ class CheckpointMixin:
         stored_dtype = getattr(kwargs.get("config"), _DTYPE, None)
         if kwargs[_DTYPE] == "auto" and isinstance(stored_dtype, str):
             kwargs[_DTYPE] = _as_dtype(stored_dtype)
-        with _lock, _clear_errors(pretrained_model_name_or_path):
+        with _lock, clear_errors(pretrained_model_name_or_path), each_read_once():
             model = cls._load(pretrained_model_name_or_path, model_args, kwargs)
         report.record_served("model", str(pretrained_model_name_or_path))
         return model
@@ -95,11 +110,12 @@ class CheckpointMixin:
     @classmethod
     def _load(cls, name: Any, model_args: tuple, kwargs: dict[str, Any]) -> Any:
         name = _base_of_adapter(name, kwargs)
-        is_foreign = prepare_foreign(name, kwargs)
-        quantizes = quantizes_while_loading(name, kwargs)
-        checked = check_checkpoint(cls, name, kwargs)
+        source = Source(name, kwargs)
+        is_foreign = prepare_foreign(source, kwargs)
+        quantizes = quantizes_while_loading(source, kwargs)
+        checked = check_checkpoint(cls, source, kwargs)
         if quantizes:
-            model = load_quantized(cls, name, kwargs)
+            model = load_quantized(cls, source, kwargs)
             adapter = (kwargs.get("adapter_kwargs") or {}).get(_ADAPTER)
             if adapter is not None:
                 model.load_adapter(str(adapter))
@@ -123,35 +139,35 @@ class CheckpointMixin:
 
     @classmethod
     def _from_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """transformers' way to a model without weights, which sets torch's default dtype too."""
+        """Make a model without weights as transformers does, which sets torch's default dtype too."""
         check_attention(kwargs.get("attn_implementation"))
         with _lock:
             return super()._from_config(*args, **kwargs)
 
     @classmethod
     def _load_pretrained_model(cls, *args: Any, **kwargs: Any) -> Any:
-        """transformers' reader of weights, for the files that were checked."""
+        """Read weights as transformers does, from the files that were checked only."""
         loader = super()._load_pretrained_model
         refuse_other_files(loader, args, kwargs)
         return loader(*args, **kwargs)
 
     def _load_and_finalize_distributed_pretrained_model(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' reader of torch's distributed checkpoints, whose index is a pickle."""
+        """Refuse torch's distributed checkpoints, whose index is a pickle."""
         raise ValueError(
             "Distributed checkpoints (a .metadata file and *.distcp) are not loaded, as their index can hold any "
             "Python object; save the model with save_pretrained() as safetensors."
         )
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' choice of attention, the last place where the name of a hub repository is noticed."""
+        """Refuse an attention that is a hub repository, in the last place where transformers takes its name."""
         check_attention(attn_implementation)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' ``save_pretrained``, which leaves an earlier checkpoint there whole until the new one is.
+        """Save as transformers does, and leave an earlier checkpoint there whole until the new one is.
 
-        Written beside the old files, in a folder of ``save_directory``, and then renamed: a full disk or Ctrl-C leaves
-        the old checkpoint as it was. Shards that the new one does not have are removed.
+        The new files are written into a folder of ``save_directory`` and then renamed: a full disk or Ctrl-C leaves the
+        old checkpoint as it was. Shards that the new one does not have are removed.
 
         Raises:
             OSError, SafetensorError: the files cannot be written.
@@ -168,10 +184,10 @@ class CheckpointMixin:
             return super().save_pretrained(beside, *args, **kwargs)
 
     def tie_head(self) -> None:
-        """Share the embedding with the head where the config ties them.
+        """Share the embedding with the head if the config ties them.
 
-        transformers 5 leaves them apart if a checkpoint holds two different tensors; stock always let the embedding
-        win.
+        transformers 5 leaves them apart if a checkpoint holds two different tensors; in stock the embedding always
+        wins.
         """
         head = self.get_output_embeddings()
         if head is not None and self.config.tie_word_embeddings:
@@ -181,7 +197,7 @@ class CheckpointMixin:
                 head.weight_scale = embedding.weight_scale
 
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' loader of a generate() from a repository; a checkpoint that merely holds one never runs it."""
+        """Load a generate() from a repository as transformers does; one that lies in a checkpoint is never run."""
         if is_checkpoint_code_blocked():
             raise OSError(
                 "A custom generate() in a ChatGLM-6B checkpoint is not run; pass custom_generate= to generate()."
@@ -190,13 +206,13 @@ class CheckpointMixin:
 
     @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
-        """Nothing: registering would make ``save_pretrained`` copy this package's source into checkpoints."""
+        """Do nothing: registering would make ``save_pretrained`` copy this package's source into checkpoints."""
 
 
 def _base_of_adapter(name: Any, kwargs: dict[str, Any]) -> Any:
-    """The checkpoint that an adapter of PEFT in a directory is for, and the adapter among ``kwargs``; else ``name``.
+    """Return the checkpoint that a directory's PEFT adapter is for, and put the adapter into ``kwargs``; else ``name``.
 
-    The Auto classes do the same. A directory with a model in it is never left for another.
+    The Auto classes do the same. A directory that holds a model is never left for another.
     """
     path = os.path.join(name, "adapter_config.json") if isinstance(name, (str, os.PathLike)) else ""
     if not os.path.isfile(path) or os.path.isfile(os.path.join(name, "config.json")):
@@ -210,10 +226,10 @@ def _base_of_adapter(name: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _as_dtype(given: Any) -> Any:
-    """A dtype from its name; "auto" and what transformers takes besides stay.
+    """Return the dtype of a name; "auto" and what else transformers takes stay as given.
 
     Raises:
-        ValueError: no dtype that a model can have.
+        ValueError: a model cannot have this dtype.
     """
     dtype = getattr(torch, given.removeprefix("torch.")) if isinstance(given, str) and _names_dtype(given) else given
     is_other = isinstance(dtype, str) and dtype != "auto"
@@ -229,58 +245,11 @@ def _names_dtype(text: str) -> bool:
     return text.removeprefix("torch.") in DTYPES
 
 
-@contextmanager
-def _clear_errors(name: Any) -> Iterator[None]:
-    """Say in one sentence that a weight file is damaged or does not fit, where that is what went wrong."""
-    default_dtype = torch.get_default_dtype()
-    try:
-        yield
-    except _DAMAGE as error:
-        raise _unreadable(name, error) from error
-    except AttributeError as error:
-        if "'NoneType' object has no attribute 'get'" not in str(error):
-            raise
-        raise OSError(
-            f"A safetensors file of {name} carries no format, which this version of transformers cannot read; use "
-            'transformers 4.57 or newer, or save the file again with metadata={"format": "pt"}.'
-        ) from error
-    except (OSError, RuntimeError) as error:
-        causes = (error, error.__cause__, error.__context__)
-        if any(isinstance(cause, _DAMAGE) for cause in causes) or any(words in str(error) for words in _DAMAGE_WORDS):
-            raise _unreadable(name, error) from error
-        if "size mismatch" in str(error) or "mismatched" in str(error):
-            raise ValueError(
-                f"The weights of {name} have other shapes than its config.json says; take both from the same "
-                f"checkpoint. ({error})"
-            ) from error
-        raise
-    finally:
-        # transformers 4 leaves the checkpoint's dtype as the process' default where loading fails half way.
-        torch.set_default_dtype(default_dtype)
-
-
-def _unreadable(name: Any, error: BaseException) -> OSError:
-    cause: BaseException | None = error
-    while cause is not None:
-        # torch's reader that takes nothing but tensors names what else it met, and has not run it.
-        met = re.search(r"GLOBAL ([\w.]+)", str(cause)) if isinstance(cause, UnpicklingError) else None
-        if met:
-            return OSError(
-                f"A weight file of {name} holds a Python object besides tensors, {met[1]}, which is not run; use the "
-                "checkpoint's safetensors files, or take it from a source that you trust."
-            )
-        cause = cause.__cause__ or cause.__context__
-    # Without torch's advice to run what the file holds.
-    detail = str(error).splitlines()[0].split(" In PyTorch 2.6")[0] if str(error) else type(error).__name__
-    return OSError(
-        f"A weight file of {name} is truncated or corrupt and cannot be read; copy or download the checkpoint again. "
-        f"({detail})"
-    )
-
-
 def _begin_prefix(model: Any, info: dict[str, Any], name: Any) -> None:
-    """Initialise a P-Tuning prefix that the checkpoint lacks: training starts like this, or its users load it from a
-    file of its own. transformers 5 leaves the memory as it is."""
+    """Initialise a P-Tuning prefix that the checkpoint lacks; transformers 5 leaves its memory as it is.
+
+    Training starts like this, or users load the prefix later from a file of its own.
+    """
     missing = sorted(key for key in info["missing_keys"] if _PREFIX in key)
     if not missing:
         return
@@ -294,9 +263,9 @@ def _begin_prefix(model: Any, info: dict[str, Any], name: Any) -> None:
 
 
 def _check_complete(model: Any, info: dict[str, Any], name: Any) -> None:
-    """Refuse weights that are missing, which transformers would fill with random numbers; a P-Tuning prefix may be.
+    """Refuse missing weights, which transformers would fill with random numbers; a P-Tuning prefix may be missing.
 
-    What the files hold was compared before; weights that a caller gives, and those of OneFlow, were not.
+    The tensors in files were compared before, but weights that a caller gives, and those of OneFlow, were not.
     """
     tied = {"lm_head.weight", "lm_head.weight_scale"} if model.config.tie_word_embeddings else set()
     missing = sorted(key for key in info["missing_keys"] if key not in tied and _PREFIX not in key)

@@ -1,4 +1,4 @@
-"""Loading a float checkpoint straight into int8 or int4: the float model never exists as a whole."""
+"""Load a float checkpoint straight into int8 or int4: the float model never exists as a whole."""
 
 import copy
 import inspect
@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..configuration_chatglm import DTYPES, ChatGLMConfig
+from ..configuration_chatglm import DTYPES, QUANTIZATION_SETTINGS, ChatGLMConfig
 from ..layers.quantized import QuantizedLinear, frozen, quantize_weight
-from .files import BIN_FILES, HUB_ARGUMENTS, SAFETENSORS_FILES, has_meta_device, only, tensors_of_file, weight_files
+from .files import has_meta_device, tensors_of_file
+from .source import BIN_FILES, HUB_ARGUMENTS, SAFETENSORS_FILES, Source
 
-_QUANTIZATION_SETTINGS = ("quantization_bit", "quantization_group_size", "quantization_head_bits")
 _OTHER_ARGUMENTS = {
     "adapter_kwargs",
     "config",
@@ -21,7 +21,7 @@ _OTHER_ARGUMENTS = {
     "torch_dtype",
     "trust_remote_code",
     "use_safetensors",
-    # Stock's own, and some that change nothing about what is read here.
+    # Stock's own, and some that do not change what is read here.
     "empty_init",
     "mirror",
     "resume_download",
@@ -29,27 +29,27 @@ _OTHER_ARGUMENTS = {
 }
 
 
-def quantizes_while_loading(name: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether ``from_pretrained`` was asked for a quantisation that the checkpoint's own config.json does not have.
+def quantizes_while_loading(source: Source, kwargs: dict[str, Any]) -> bool:
+    """Return whether ``from_pretrained`` was asked for a quantisation that the checkpoint's config.json does not have.
 
     Raises:
         ValueError: the checkpoint is quantised, but differently, or groups or a head are asked for without bits.
     """
-    # The Auto classes turn the caller's settings into those of the config that they pass on.
+    # The Auto classes put the caller's settings into the config that they pass on.
     config = kwargs.get("config")
     bits, group_size, head_bits = (
-        kwargs.get(setting) or getattr(config, setting, None) for setting in _QUANTIZATION_SETTINGS
+        kwargs.get(setting) or getattr(config, setting, None) for setting in QUANTIZATION_SETTINGS
     )
     if not (bits or group_size or head_bits):
         return False
-    stored, _ = ChatGLMConfig.get_config_dict(name, **only(kwargs, HUB_ARGUMENTS))
+    name, stored = source.name, source.stored
     present = stored.get("quantization_bit") or 0
     if present and bits and present != bits:
         raise ValueError(
             f"{name} holds {present}-bit weights, which cannot be turned into {bits}-bit ones; load a float "
             "checkpoint instead."
         )
-    for setting, asked in zip(_QUANTIZATION_SETTINGS[1:], (group_size, head_bits), strict=True):
+    for setting, asked in zip(QUANTIZATION_SETTINGS[1:], (group_size, head_bits), strict=True):
         if not asked or asked == stored.get(setting):
             continue
         if not bits:
@@ -65,14 +65,14 @@ def quantizes_while_loading(name: Any, kwargs: dict[str, Any]) -> bool:
     return not present
 
 
-def load_quantized(model_class: type, name: Any, kwargs: dict[str, Any]) -> Any:
-    """Build the quantised model and fill it tensor by tensor from the float checkpoint ``name``.
+def load_quantized(model_class: type, source: Source, kwargs: dict[str, Any]) -> Any:
+    """Build the quantised model and fill it tensor by tensor from a float checkpoint.
 
     Args:
         model_class: the model with the output head.
+        source: the checkpoint's files.
         kwargs: of ``from_pretrained``: quantization_bit and its companions, hub arguments, a dtype, and a
-        ``device_map``
-            that names one device.
+            ``device_map`` that names one device.
 
     Raises:
         ValueError: arguments that this path does not know, or a checkpoint that does not fit its config.json.
@@ -85,10 +85,10 @@ def load_quantized(model_class: type, name: Any, kwargs: dict[str, Any]) -> Any:
             f"from_pretrained was asked to quantise while loading and for {', '.join(sorted(unknown))}, which do not "
             "go together; load the float checkpoint and call quantize()."
         )
-    hub, device = only(kwargs, HUB_ARGUMENTS), _one_device(kwargs.get("device_map"))
+    name, device = source.name, _one_device(kwargs.get("device_map"))
     config = kwargs.get("config")
     if config is None:
-        config = ChatGLMConfig.from_pretrained(name, **settings, **hub)
+        config = source.configuration(ChatGLMConfig, **settings)
     elif settings:
         config = ChatGLMConfig.from_dict({**config.to_dict(), **settings})
     if not has_meta_device():
@@ -96,13 +96,12 @@ def load_quantized(model_class: type, name: Any, kwargs: dict[str, Any]) -> Any:
     config.tie_word_embeddings = config.tie_word_embeddings and not config.quantization_head_bits
     with torch.device("meta"):
         model = model_class(config).eval()
-    paths = weight_files(name, hub, kwargs.get("use_safetensors"))
-    if not paths:
+    if not source.weights:
         raise OSError(
             f"{name} holds none of {', '.join(SAFETENSORS_FILES + BIN_FILES)}; copy or download the checkpoint again."
         )
     dtype = _dtype(kwargs, config)
-    for path in paths:
+    for path in source.weights:
         for key, tensor in tensors_of_file(path):
             dtype = dtype or (tensor.dtype if tensor.is_floating_point() else None)
             _put(model, key, tensor, device, dtype, name)
@@ -122,13 +121,15 @@ def load_quantized(model_class: type, name: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _is_setting(argument: str) -> bool:
-    """Whether an argument of ``from_pretrained`` is a field of the config, pre_seq_len for example."""
+    """Return whether an argument of ``from_pretrained`` is a field of the config, ``pre_seq_len`` for example."""
     return argument in inspect.signature(ChatGLMConfig.__init__).parameters and argument not in ("self", "kwargs")
 
 
 def _dtype(kwargs: dict[str, Any], config: ChatGLMConfig) -> torch.dtype | None:
-    """The asked dtype, which ``from_pretrained`` has checked, or the one that config.json names; None for that of the
-    first tensor."""
+    """Return the dtype that was asked for, or else the one of config.json; None means that of the first tensor.
+
+    ``from_pretrained`` has checked it.
+    """
     settings = [kwargs.get("dtype"), kwargs.get("torch_dtype")]
     settings += [getattr(config, "dtype", None), config.__dict__.get("torch_dtype")]
     names = (str(setting).rsplit(".", 1)[-1] for setting in settings)
@@ -136,8 +137,8 @@ def _dtype(kwargs: dict[str, Any], config: ChatGLMConfig) -> torch.dtype | None:
 
 
 def _load_then_quantize(model_class: type, name: Any, config: ChatGLMConfig, kwargs: dict[str, Any]) -> Any:
-    """Without a device of tensors that hold nothing, the float model has to exist as a whole first."""
-    bits, group_size, head_bits = (getattr(config, setting) for setting in _QUANTIZATION_SETTINGS)
+    """Quantise a float model that exists as a whole: this framework has no tensors without content."""
+    bits, group_size, head_bits = (getattr(config, setting) for setting in QUANTIZATION_SETTINGS)
     config = copy.deepcopy(config)
     config.quantization_bit, config.quantization_group_size, config.quantization_head_bits = 0, None, None
     others = {argument: value for argument, value in kwargs.items() if not _is_setting(argument)}
@@ -148,9 +149,9 @@ def _load_then_quantize(model_class: type, name: Any, config: ChatGLMConfig, kwa
 def _put(
     model: nn.Module, key: str, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None, name: Any
 ) -> None:
-    """Set one parameter of the checkpoint, quantised on ``device`` where its layer is."""
+    """Set one parameter of the checkpoint, quantised on ``device`` if its layer is quantised."""
     base = f"{model.base_model_prefix}."
-    # Saved without a head, a model's names are those below the base.
+    # A model that was saved without a head has names without the base.
     key = key if key.startswith((base, "lm_head.")) else base + key
     owner_name, _, parameter_name = key.rpartition(".")
     try:
@@ -177,7 +178,7 @@ def _put(
 
 
 def _as_linear(embedding: nn.Embedding) -> nn.Linear:
-    """The head that is tied to an embedding, without a copy."""
+    """Return the head that is tied to an embedding, without a copy."""
     head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
     head.weight = embedding.weight
     return head

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def converse(model, tokenizer, settings: dict) -> None:
-    """Turns until "stop", Ctrl-C or Ctrl-D (the end of what is piped in)."""
+    """Take turns until "stop", Ctrl-C or Ctrl-D (the end of what is piped in)."""
     ask, history = _prompt(), []
     while True:
         try:
@@ -50,7 +50,7 @@ def converse(model, tokenizer, settings: dict) -> None:
 
 
 def answer(model, tokenizer, query: str, history: list, settings: dict) -> list:
-    """Print the answer as it comes; the history with as much of it as was said."""
+    """Print the answer as it comes; return the history with as much of it as was said."""
     if refusal := too_long(query, model):
         print(refusal)
         return history
@@ -69,7 +69,7 @@ def answer(model, tokenizer, query: str, history: list, settings: dict) -> list:
 
 @contextlib.contextmanager
 def ctrl_c_sets() -> Iterator[Event]:
-    """An event that Ctrl-C sets meanwhile, instead of interrupting the model in the middle of a step."""
+    """Give an event that Ctrl-C sets meanwhile, instead of interrupting the model in the middle of a step."""
     pressed = Event()
     before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
     try:
@@ -79,7 +79,7 @@ def ctrl_c_sets() -> Iterator[Event]:
 
 
 def _prompt() -> Callable[[str], str]:
-    """prompt_toolkit's line editor at a terminal if it is installed, else ``input``."""
+    """Return prompt_toolkit's line editor at a terminal if it is installed, else ``input``."""
     if not all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)):
         # In a pipe prompt_toolkit takes text that begins with ESC for a key, and waits for the rest of it.
         if hasattr(sys.stdin, "reconfigure"):

@@ -1,4 +1,4 @@
-"""The checkpoint that a command was asked for: plain Hugging Face code below one import."""
+"""Load the checkpoint that a command was asked for: plain Hugging Face code below one import."""
 
 import argparse
 import contextlib
@@ -14,7 +14,7 @@ from .. import recognition, revision, status
 from .errors import CommandError
 from .options import HUB_ID
 
-# setup.py puts the one copy of the sources into the wheel; in a clone it is where it always was.
+# setup.py puts the copy of examples/ into the wheel; in a clone there is only that one.
 _TINY = (
     Path(__file__).parents[1] / "tiny_chatglm",
     Path(__file__).parents[2] / "examples" / "tiny_chatglm",
@@ -24,7 +24,7 @@ _CHARACTERS_PER_TOKEN = 16
 
 
 def tiny_checkpoint() -> Path:
-    """The directory of the tiny trained checkpoint that comes with this package.
+    """Find the directory of the tiny trained checkpoint that comes with this package.
 
     Raises:
         CommandError: this installation has none.
@@ -36,7 +36,7 @@ def tiny_checkpoint() -> Path:
 
 
 def load_asked(arguments: argparse.Namespace, default: str | None) -> tuple[Any, Any]:
-    """Tokenizer and model that the command line asks for.
+    """Load the tokenizer and the model that the command line asks for.
 
     Args:
         arguments: what ``add_model_options`` added, and ``word`` if ``add_checkpoint_argument`` was called too.
@@ -54,7 +54,7 @@ def load_asked(arguments: argparse.Namespace, default: str | None) -> tuple[Any,
 
 
 def load(name: str, bits: int | None = None, device: torch.device | None = None) -> tuple[Any, Any]:
-    """Tokenizer and model of a checkpoint: half precision on a GPU, float32 elsewhere.
+    """Load tokenizer and model of a checkpoint: half precision on a GPU, float32 elsewhere.
 
     Args:
         name: hub id or directory.
@@ -68,7 +68,7 @@ def load(name: str, bits: int | None = None, device: torch.device | None = None)
         raise CommandError("The checkpoint's name is empty: give a hub id or a directory.", code=2)
     if not status().enabled:
         raise CommandError("faster_chatglm_6b is switched off: unset FASTER_CHATGLM_6B_DISABLE to run this command.")
-    hub_logging.set_verbosity_error()  # not a warning per attempt where there is no network: it is said once, below
+    hub_logging.set_verbosity_error()  # no warning per attempt without a network: it is said once, below
     _check_that_it_is_served(name)
     try:
         return _load(name, bits, device or device_of(None))
@@ -77,7 +77,7 @@ def load(name: str, bits: int | None = None, device: torch.device | None = None)
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device that was asked for, or the best one.
+    """Return the device that was asked for, or the best one.
 
     Raises:
         CommandError: this machine has no such device.
@@ -96,12 +96,12 @@ def device_of(name: str | None) -> torch.device:
 
 
 def out_of_memory() -> tuple[type[Exception], ...]:
-    """What is raised where memory ends; OneFlow has no class of its own for it."""
+    """Return what is raised if memory runs out; OneFlow has no class of its own for it."""
     return (MemoryError, *filter(None, [getattr(torch.cuda, "OutOfMemoryError", None)]))
 
 
 def too_long(query: str, model: Any) -> str | None:
-    """A sentence for a message that is too long to be worth tokenizing, from its length alone; else None."""
+    """Return a sentence for a message that is too long to be worth tokenizing, by its length alone; else None."""
     most = _CHARACTERS_PER_TOKEN * model.config.max_sequence_length
     if len(query) <= most:
         return None
@@ -109,7 +109,7 @@ def too_long(query: str, model: Any) -> str | None:
 
 
 def _check_that_it_is_served(name: str) -> None:
-    """Refuse what is not ChatGLM-6B, whose own code ``trust_remote_code`` would run."""
+    """Refuse what is not ChatGLM-6B: ``trust_remote_code`` would run its own code."""
     verdict = recognition.judge_checkpoint(name, _source(name))
     if verdict is None and not Path(name).is_dir():
         raise CommandError(
@@ -136,7 +136,7 @@ def _load(name: str, bits: int | None, device: torch.device) -> tuple[Any, Any]:
 
 
 def _short(folder: Path) -> str:
-    """The path as seen from here if that is below here, as in a clone."""
+    """Return the path relative to the working directory if it lies below it, as in a clone."""
     with contextlib.suppress(ValueError):
         return str(folder.relative_to(os.getcwd()))
     return str(folder)

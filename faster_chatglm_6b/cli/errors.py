@@ -1,4 +1,4 @@
-"""How a command ends that cannot go on."""
+"""The error of a command that cannot go on."""
 
 
 class CommandError(Exception):

@@ -20,14 +20,14 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser, default: str) -> None:
-    """The word MODEL, which says the same as ``--model``; left out, it is what ``default`` tells."""
+    """Add the word MODEL, which says the same as ``--model``; ``default`` tells what it is if left out."""
     parser.add_argument(
         "word", nargs="?", metavar="MODEL", help=f"hub id or directory of a ChatGLM-6B checkpoint ({default})"
     )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which checkpoint, in how many bits, on which device."""
+    """Add the options for the checkpoint, the bits of its weights and the device."""
     parser.add_argument("--model", help=f"hub id or directory of a ChatGLM-6B checkpoint, such as {HUB_ID}")
     parser.add_argument("--tiny", action="store_true", help="use the tiny trained checkpoint: no download, no GPU")
     parser.add_argument("--bits", type=int, choices=(4, 8), help="quantise the weights while loading")
@@ -35,7 +35,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """How long answers get, and how they are drawn."""
+    """Add the options for the length of answers and for how they are drawn."""
     parser.add_argument(
         "--max-length", type=_length, default=2048, help="tokens of prompt and answer (%(default)s)", metavar="N"
     )
@@ -48,14 +48,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def generation_settings(max_length: int, top_p: float, temperature: float) -> dict[str, Any]:
-    """Arguments of ``stream_chat``. A temperature of 0 takes the most likely token every time."""
+    """Return the arguments of ``stream_chat``. A temperature of 0 takes the most likely token every time."""
     if temperature == 0:
         return {"max_length": max_length, "do_sample": False}
     return {"max_length": max_length, "do_sample": True, "top_p": top_p, "temperature": temperature}
 
 
 def question(text: str) -> str:
-    """A text that can be asked.
+    """Return a text that can be asked.
 
     Raises:
         argparse.ArgumentTypeError: it is empty, or holds bytes that are no UTF-8.

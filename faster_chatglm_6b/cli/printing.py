@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 
-# A model can spell any byte: the ones that would steer the terminal are shown as what they are, nothing readable.
+# A model can spell any byte: those that would steer the terminal are shown as characters that cannot be read.
 _HARMLESS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def harmless(text: str) -> str:
-    """The text with every control character but line breaks and tabs made visible."""
+    """Return the text with every control character made visible, except line breaks and tabs."""
     return text.translate(_HARMLESS)
 
 
@@ -15,7 +15,7 @@ def print_growing(stream: Iterable[tuple[str, list]]) -> tuple[int, list | None]
     """Print what each step of ``stream_chat`` adds, then a line break. What was printed stays: no redrawing.
 
     Returns:
-        The number of steps, and the history with the last of them; None if there was no step.
+        the number of steps, and the history with the last of them; None if there was no step.
     """
     steps, shown, response, history = 0, 0, "", None
     try:
@@ -31,9 +31,9 @@ def print_growing(stream: Iterable[tuple[str, list]]) -> tuple[int, list | None]
 
 
 def _settled(response: str) -> int:
-    """How many characters can no longer change.
+    """Count the characters that can no longer change.
 
-    The last one can: a comma gets its Chinese form when a Chinese character follows. And "[[训练时间]]" turns into a
+    The last one can: a comma gets its Chinese form if a Chinese character follows. "[[训练时间]]" also turns into a
     year when it is complete.
     """
     tail = response[-len("[[训练时间]]") :]

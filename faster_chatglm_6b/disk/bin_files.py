@@ -1,4 +1,4 @@
-"""PyTorch's .bin files, looked at before they are opened: nothing in one may ask for more memory than the file has."""
+"""Look at PyTorch's .bin files before they are opened: nothing in one may ask for more memory than the file has."""
 
 import pickletools
 import struct
@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 _MOST_TABLE_BYTES = 16 << 20
 # Bytes that may follow a record of a zip archive: its checksum and sizes once more, short or long, marked or not.
 _DESCRIPTOR_SIZES = (0, 12, 16, 20, 24)
-# Where a pickle may be written to in between, with no effect on what stands before and after.
+# Operations that may stand between others and do not change what those mean.
 _MEMO = ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE", "FRAME")
 # Allowed by torch's reader, of no use in weights, and able to reserve any memory.
 _RESERVING = ("bytearray", "_rebuild_meta_tensor_no_storage", "_rebuild_wrapper_subclass")
@@ -23,14 +23,15 @@ def check_bin(path: str, size: int) -> bool:
     """Look at a .bin file's structure, without its tensors' content.
 
     Args:
+        path: of the file.
         size: of the file, in bytes.
 
     Returns:
-        whether it is an archive, which can be mapped into memory; files of torch before 1.6 are none.
+        whether it is an archive, which can be mapped into memory; files of torch before 1.6 are not.
 
     Raises:
-        zipfile.BadZipFile, ValueError: its structure is not as torch writes it. A pickle in it that is torn is left to
-        torch's reader.
+        zipfile.BadZipFile, ValueError: its structure is not as torch writes it. A torn pickle in it is left to torch's
+            reader.
     """
     with open(path, "rb") as file:
         is_archive = file.read(4) == b"PK\3\4"
@@ -48,8 +49,8 @@ def check_bin(path: str, size: int) -> bool:
 def _check_archive(path: str, file: BinaryIO, size: int) -> None:
     """Refuse archives whose table of tensors has changed or is compressed, or whose records do not lie end to end.
 
-    Mapped into memory, torch would take the bytes of others for a tensor's. The tensors' own checksums are not looked
-    at.
+    From memory that is mapped, torch would take the bytes of other records for a tensor's. The tensors' own checksums
+    are not looked at.
     """
     with zipfile.ZipFile(path) as archive:
         records = sorted(archive.infolist(), key=lambda record: record.header_offset)
@@ -66,8 +67,8 @@ def _check_archive(path: str, file: BinaryIO, size: int) -> None:
                     content.read()
             file.seek(record.header_offset + 26)
             name_and_padding = sum(struct.unpack("<HH", file.read(4)))
-            behind = end - (record.header_offset + 30 + name_and_padding + record.file_size)
-            if behind not in _DESCRIPTOR_SIZES:
+            rest = end - (record.header_offset + 30 + name_and_padding + record.file_size)
+            if rest not in _DESCRIPTOR_SIZES:
                 raise zipfile.BadZipFile(f"record {record.filename} is not where the archive's directory says")
             # torch's reader finds records whatever the case of their letters.
             if record.filename.lower().endswith("data.pkl"):
@@ -76,8 +77,10 @@ def _check_archive(path: str, file: BinaryIO, size: int) -> None:
 
 
 def _check_table(file: Any, size: int, has_numbers: bool, is_legacy: bool) -> None:
-    """Refuse a pickle with a number greater than the file (a size, stride or offset in tensors that cannot be in it),
-    or with storages that together need more than it."""
+    """Refuse a pickle of tensors that the file cannot hold.
+
+    Its numbers (sizes, strides, offsets) must not exceed the file's bytes, nor all its storages together.
+    """
     held, last = 0, []
     for name, argument in _operations(file):
         if name in ("GLOBAL", "STACK_GLOBAL", "INST") and str(argument).rsplit(" ", 1)[-1] in _RESERVING:
@@ -102,7 +105,11 @@ def _check_table(file: Any, size: int, has_numbers: bool, is_legacy: bool) -> No
 
 
 def _operations(file: Any) -> Iterator[tuple[str, Any]]:
-    """(operation, argument) of the next pickle, up to where it is torn or longer than any table."""
+    """Yield (operation, argument) of the next pickle, up to where it is torn.
+
+    Raises:
+        ValueError: it is longer than any table of tensors.
+    """
     start = file.tell()
     try:
         for operation, argument, _ in pickletools.genops(file):
@@ -112,7 +119,7 @@ def _operations(file: Any) -> Iterator[tuple[str, Any]]:
     except _TooLong:
         raise ValueError("its table of tensors is longer than any") from None
     except Exception:
-        # Torn or no pickle at all: torch's reader meets the same, and says it in its own words.
+        # Torn, or no pickle at all: torch's reader finds the same and says it in its own words.
         return
 
 

@@ -1,4 +1,4 @@
-"""Saving over a checkpoint: everything is written beside the old files first, so that none of them is lost or mixed."""
+"""Save over a checkpoint: everything is written beside the old files first, so that none of them is lost or mixed."""
 
 import os
 import re
@@ -18,15 +18,17 @@ _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)((?:\.[^.]+)?)(-\d{5}
 def saved_beside(directory: str, removes_old: bool = True) -> Iterator[str]:
     """Give a folder to save into, whose files take their places in ``directory`` at the end, all or none.
 
-    The folder lies in ``directory``, which is made where need be: on the same file system, a file is moved by its name
-    alone. Space is needed for the old files and the new ones at a time. Weight files that the new ones do not replace,
-    and that a loader would take for them or before them, are removed.
+    The folder lies in ``directory``, which is made if need be: on one file system, moving a file only renames it. Space
+    is needed for the old files and the new ones at once. Old weight files that a loader would read with the new ones,
+    or before them, are removed.
 
     Args:
-        directory: where the checkpoint goes. removes_old: this process may remove files of an earlier save.
+        directory: where the checkpoint goes.
+        removes_old: this process may remove files of an earlier save.
 
     Raises:
-        whatever the body or a move raises, KeyboardInterrupt included: ``directory`` is as it was then.
+        BaseException: whatever the body or a move raises, ``KeyboardInterrupt`` included; ``directory`` is then as it
+            was.
     """
     is_new = not os.path.isdir(directory)
     os.makedirs(directory, exist_ok=True)
@@ -81,7 +83,7 @@ def _move(beside: str, directory: str, removes_old: bool) -> None:
 
 
 def _stale(new: set[str], present: set[str]) -> list[str]:
-    """Weight files of earlier saves that would be loaded with the new ones, or in their place."""
+    """List the weight files of earlier saves that would be loaded with the new ones, or in their place."""
     stale = set()
     for what, variant, _, ending in {match.groups() for match in map(_WEIGHTS.fullmatch, new) if match}:
         families = [(what, ending)]
@@ -99,7 +101,7 @@ def _stale(new: set[str], present: set[str]) -> list[str]:
 
 @contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """Let Ctrl-C wait for the body; only the main thread is told of it."""
+    """Let Ctrl-C wait for the end of the body. Only the main thread ever gets it."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:
         yield

@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 
-from .. import backend, report
+from .. import report, versions
 from ..ops.caches import CACHE_NAMES, Cache
 
 # Arguments of transformers' loop that the captured loop follows or has no use for.
@@ -139,7 +139,7 @@ def check_searches(owner: type) -> None:
 
 
 def _release() -> str | None:
-    return backend.installed_version("transformers")
+    return versions.installed_version("transformers")
 
 
 @functools.cache

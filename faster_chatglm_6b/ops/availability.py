@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from ..backend import installed_version, is_too_old
+from ..versions import installed_version, is_too_old
 
 OLDEST_CAPABILITY = (8, 0)
 # Before it, the instructions by which a kernel starts the next one are missing or cannot be called.

@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 from tampering import edit_config
 from transformers import AutoModel
 
-from faster_chatglm_6b import model_size
-from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
+from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig, parameter_count
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 from faster_chatglm_6b.templates.chat_template import CHAT_TEMPLATE
 from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
@@ -158,8 +157,8 @@ def test_the_count_of_parameters(tiny_dir):
         with torch.device("meta"):
             model = ChatGLMForConditionalGeneration(config)
         held = sum(value.numel() for name, value in model.named_parameters() if name != "lm_head.weight")
-        assert model_size.parameter_count(config) == held
-    assert abs(model_size.parameter_count(ChatGLMConfig()) / 6.17e9 - 1) < 0.01
+        assert parameter_count(config) == held
+    assert abs(parameter_count(ChatGLMConfig()) / 6.17e9 - 1) < 0.01
 
 
 WRITTEN = {"config.json", "generation_config.json", "model.safetensors"}

@@ -142,11 +142,12 @@ def test_pipes_and_headers_that_lie(checkpoint, settings):
 def test_whole_files_are_read_once(tiny_dir, tmp_path, form, monkeypatch):
     """Looking into them reads no weights: only scales are taken out of a file."""
     from faster_chatglm_6b.checkpoint import files as checkpoint_files
+    from faster_chatglm_6b.checkpoint import source
 
     checkpoint = shutil.copytree(tiny_dir, tmp_path / "checkpoint")
     if form == "bin":
         as_bin(checkpoint)
-    files = checkpoint_files.weight_files(str(checkpoint), {})
+    files = source.weight_files(str(checkpoint), {})
     taken, mapped = [], []
     load = torch.load
     monkeypatch.setattr(torch, "isfinite", lambda tensor: taken.append(tensor))

@@ -20,7 +20,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import faster_chatglm_6b
-from faster_chatglm_6b import backend
+from faster_chatglm_6b import backend, versions
 from faster_chatglm_6b.generation import generate as generation
 from faster_chatglm_6b.generation import reading
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
@@ -388,7 +388,7 @@ def test_loading_and_saving(options, tmp_path, quiet):
     ],
 )
 def test_a_release_newer_than_the_newest_tested_is_named(version, note, monkeypatch):
-    monkeypatch.setattr(backend, "installed_version", {"transformers": version}.get)
+    monkeypatch.setattr(versions, "installed_version", {"transformers": version}.get)
     line = f"  transformers   {note.format(newest=backend.NEWEST_TESTED_TRANSFORMERS)}"
     assert line in str(faster_chatglm_6b.status()).splitlines()
 

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from faster_chatglm_6b import backend
+from faster_chatglm_6b import versions as installed_versions
 
 
 @pytest.fixture
@@ -12,7 +13,7 @@ def installed(monkeypatch):
     """Decide which packages seem to be installed."""
 
     def set_installed(*packages):
-        monkeypatch.setattr(backend, "_is_installed", packages.__contains__)
+        monkeypatch.setattr(installed_versions, "is_installed", packages.__contains__)
 
     return set_installed
 
@@ -22,7 +23,7 @@ def versions(monkeypatch):
     """Decide which versions seem to be installed."""
 
     def set_versions(**found):
-        monkeypatch.setattr(backend, "installed_version", found.get)
+        monkeypatch.setattr(installed_versions, "installed_version", found.get)
 
     return set_versions
 
@@ -164,7 +165,7 @@ def test_unknown_backend():
 )
 def test_transformers_floor(version, old, versions):
     versions(transformers=version)
-    assert backend.is_too_old(version, "4.45") is old
+    assert installed_versions.is_too_old(version, "4.45") is old
     if not old:
         return backend.require_transformers()
     with pytest.raises(ImportError, match=f"needs transformers 4.45 or newer .* found {version}; upgrade it with"):
@@ -174,7 +175,7 @@ def test_transformers_floor(version, old, versions):
 @pytest.mark.parametrize(("version", "old"), [("2.3.1+cpu", True), ("2.4.0a0+git12", False), ("2.13.0+cu128", False)])
 def test_torch_floor(version, old, versions):
     versions(torch=version)
-    assert backend.is_too_old(version, "2.4") is old
+    assert installed_versions.is_too_old(version, "2.4") is old
     if not old:
         return backend.require_torch()
     with pytest.raises(ImportError, match="needs torch 2.4 or newer"):
@@ -184,5 +185,5 @@ def test_torch_floor(version, old, versions):
 def test_installed_version_is_the_metadatas():
     import transformers
 
-    assert backend.installed_version("transformers") == transformers.__version__
-    assert backend.installed_version("no_such_package_as_this") is None
+    assert installed_versions.installed_version("transformers") == transformers.__version__
+    assert installed_versions.installed_version("no_such_package_as_this") is None

@@ -12,7 +12,7 @@ import json, logging, os, sys, traceback
 from pathlib import Path
 import faster_chatglm_6b
 import torch, transformers
-from faster_chatglm_6b import backend
+from faster_chatglm_6b import versions
 from transformers import (
     AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, pipeline,
 )
@@ -159,26 +159,26 @@ def trust_is_still_asked_for():
 
 @check
 def old_transformers():
-    real, backend.installed_version = backend.installed_version, {"transformers": "4.44.2"}.get
+    real, versions.installed_version = versions.installed_version, {"transformers": "4.44.2"}.get
     try:
         return [
             [error_of(load, auto, checkpoints / "no_code") for auto in (AutoTokenizer, AutoConfig, AutoModel)],
             load_everything(checkpoints / "chatglm2"),
         ]
     finally:
-        backend.installed_version = real
+        versions.installed_version = real
 
 @check
 def old_torch():
-    real = backend.installed_version
-    backend.installed_version = {"transformers": transformers.__version__, "torch": "2.3.1"}.get
+    real = versions.installed_version
+    versions.installed_version = {"transformers": transformers.__version__, "torch": "2.3.1"}.get
     try:
         return [
             error_of(load, AutoModel, checkpoints / "no_code"),
             load_everything(checkpoints / "chatglm2"),
         ]
     finally:
-        backend.installed_version = real
+        versions.installed_version = real
 
 @check
 def status():

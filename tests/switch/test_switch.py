@@ -9,7 +9,7 @@ import remote_code
 import torch
 
 import faster_chatglm_6b
-from faster_chatglm_6b import backend, report
+from faster_chatglm_6b import backend, report, versions
 from faster_chatglm_6b.ops import availability
 
 
@@ -168,7 +168,7 @@ def empty_records(monkeypatch):
 
 
 def test_report_of_everything(empty_records, monkeypatch):
-    monkeypatch.setattr(backend, "installed_version", {"transformers": "4.30.2", "torch": "2.13.0"}.get)
+    monkeypatch.setattr(versions, "installed_version", {"transformers": "4.30.2", "torch": "2.13.0"}.get)
     report.record_served("model", "some/where")
     report.record_served("model", "some/where")
     report.record_operators("cpu float32", {"fast_gelu": ("reference", "no CUDA device"), "x": ("reference", "why")})

@@ -6,7 +6,7 @@ import logging
 import torch
 import triton
 
-from ....backend import is_too_old
+from ....versions import is_too_old
 from .configs import Quantized, Row, Stream
 from .matmul import launch_quantized_matmul
 from .row import launch_quantized_row
