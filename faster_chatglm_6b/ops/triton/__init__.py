@@ -16,7 +16,7 @@ from .fused_linear_with_groupwise_quantized_weight import (
     layer_norm_quantized_linear,
 )
 from .fused_matmul_bias import fused_matmul_bias, layer_norm_matmul_bias
-from .fused_multi_head_attention_inference_v2 import decode_attention, fused_multi_head_attention_inference_v2
+from .fused_multi_head_attention_inference_v2 import decode_attention
 from .greedy_sampling import greedy_sample
 from .logits_processors import copy_scores, min_length, no_repeat_ngram, repetition_penalty
 from .skip_layer_norm import skip_layer_norm
@@ -36,7 +36,6 @@ __all__ = [
     "fused_fast_gelu_mul",
     "fused_linear_with_groupwise_quantized_weight",
     "fused_matmul_bias",
-    "fused_multi_head_attention_inference_v2",
     "greedy_sample",
     "layer_norm_matmul_bias",
     "layer_norm_quantized_linear",
