@@ -199,18 +199,7 @@ def full_sample_kernel(
     counters,  # int32 [B + 1], zero
     vocab,  # V
     batch,  # B
-    tokens,
-    finished,
-    ids,
-    ids_length,
-    cache_length,
-    step,
-    eos_ids,
-    ring,
-    pad_id,
-    ids_capacity,
-    ring_rows,
-    eos_count,
+    state,  # StateArguments
     last_slot,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
@@ -256,7 +245,7 @@ def full_sample_kernel(
             kept = kept & ((key > threshold) | ((key == threshold) & (rank < quota)))
         else:
             kept = kept & (key >= threshold)
-    noisy = scaled + gumbel(tl.load(seed), tl.load(step), row, index)
+    noisy = scaled + gumbel(tl.load(seed), tl.load(state.step), row, index)
     packed = tl.where(kept, pack_candidate(noisy, index), LOWEST)
     mine = candidates + row.to(tl.int64) * CHUNKS
     tl.store(mine + chunk, tl.max(packed, 0))
@@ -266,25 +255,7 @@ def full_sample_kernel(
         token = tl.minimum(candidate_index(best), vocab - 1)
         if INVALID_RULE:
             token = tl.where(highest_key >= INFINITE, INVALID_RULE, token)
-        advance_row(
-            token,
-            row,
-            batch,
-            counters + batch,
-            tokens,
-            finished,
-            ids,
-            ids_length,
-            cache_length,
-            step,
-            eos_ids,
-            ring,
-            pad_id,
-            ids_capacity,
-            ring_rows,
-            eos_count,
-            EOS_BLOCK,
-        )
+        advance_row(token, row, batch, counters + batch, state, EOS_BLOCK)
 
 
 def full_sample(
@@ -357,7 +328,7 @@ def full_sample(
         workspace.counters,
         vocab,
         batch,
-        *state.arguments(),
+        state.arguments(),
         last,
         TOP_K=top_k is not None,
         TOP_P=top_p is not None,

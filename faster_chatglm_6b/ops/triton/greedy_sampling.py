@@ -27,18 +27,7 @@ def greedy_sample_kernel(
     batch,  # B
     candidates,  # int64 [B, chunks]
     counters,  # int32 [B + 1], zero
-    tokens,
-    finished,
-    ids,
-    ids_length,
-    cache_length,
-    step,
-    eos_ids,
-    ring,
-    pad_id,
-    ids_capacity,
-    ring_rows,
-    eos_count,
+    state,  # StateArguments
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
     EOS_BLOCK: tl.constexpr,
@@ -57,25 +46,7 @@ def greedy_sample_kernel(
         token = candidate_index(best)
         if INVALID_RULE:
             token = tl.where(candidate_key(best) >= INFINITE, INVALID_RULE, token)
-        advance_row(
-            token,
-            row,
-            batch,
-            counters + batch,
-            tokens,
-            finished,
-            ids,
-            ids_length,
-            cache_length,
-            step,
-            eos_ids,
-            ring,
-            pad_id,
-            ids_capacity,
-            ring_rows,
-            eos_count,
-            EOS_BLOCK,
-        )
+        advance_row(token, row, batch, counters + batch, state, EOS_BLOCK)
 
 
 def check_sampling(scores: torch.Tensor, state: DecodeState, workspace: Workspace) -> None:
@@ -121,7 +92,7 @@ def greedy_sample(
         batch,
         workspace.candidates,
         workspace.counters,
-        *state.arguments(),
+        state.arguments(),
         BLOCK=SAMPLING_BLOCK,
         CHUNKS=triton.next_power_of_2(chunks),
         EOS_BLOCK=state.eos_block(),

@@ -43,18 +43,7 @@ def top_k_sample_kernel(
     seed,  # int64 [1]
     candidates,  # int64 [B, chunks, CAPACITY]
     counters,  # int32 [B + 1], zero
-    tokens,
-    finished,
-    ids,
-    ids_length,
-    cache_length,
-    step,
-    eos_ids,
-    ring,
-    pad_id,
-    ids_capacity,
-    ring_rows,
-    eos_count,
+    state,  # StateArguments
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
     CAPACITY: tl.constexpr,
@@ -90,32 +79,14 @@ def top_k_sample_kernel(
         before = (tl.cumsum(mass, 0) - mass) / tl.sum(mass, 0)
         nucleus = kept & ((before < limit) | (rank == 0))
         mass = tl.where(nucleus, mass, 0.0)
-        now = tl.load(step)
+        now = tl.load(state.step)
         target = uniform(tl.load(seed), now, row) * tl.sum(mass, 0)
         chosen = tl.sum((nucleus & (tl.cumsum(mass, 0) <= target)).to(tl.int32), 0)
         chosen = tl.minimum(chosen, tl.sum((mass > 0.0).to(tl.int32), 0) - 1)
         token = tl.sum(tl.where(rank == chosen, candidate_index(best), 0), 0)
         if INVALID_RULE:
             token = tl.where(tl.max(candidate_key(best), 0) >= INFINITE, INVALID_RULE, token)
-        advance_row(
-            token,
-            row,
-            batch,
-            counters + batch,
-            tokens,
-            finished,
-            ids,
-            ids_length,
-            cache_length,
-            step,
-            eos_ids,
-            ring,
-            pad_id,
-            ids_capacity,
-            ring_rows,
-            eos_count,
-            EOS_BLOCK,
-        )
+        advance_row(token, row, batch, counters + batch, state, EOS_BLOCK)
 
 
 def top_k_sample(
@@ -161,7 +132,7 @@ def top_k_sample(
         state.seed,
         workspace.candidates,
         workspace.counters,
-        *state.arguments(),
+        state.arguments(),
         BLOCK=block,
         CHUNKS=max(triton.next_power_of_2(chunks), 2),
         CAPACITY=capacity,
