@@ -12,7 +12,7 @@ from faster_chatglm_6b.ops.triton.dequantize import dequantize
 from faster_chatglm_6b.ops.triton.quantized_configs import Quantized, Row, Stream
 from faster_chatglm_6b.ops.triton.quantized_gemv import launch_quantized_gemv
 from faster_chatglm_6b.ops.triton.quantized_matmul import launch_quantized_matmul, serves
-from faster_chatglm_6b.ops.triton.quantized_norm import LayerNorm
+from faster_chatglm_6b.ops.triton.quantized_norm import NormArguments
 from faster_chatglm_6b.ops.triton.quantized_row import launch_quantized_row, normalises
 from faster_chatglm_6b.ops.triton.quantized_stream import launch_quantized_stream
 
@@ -118,7 +118,7 @@ def check_normalised_row(
     x = random(device, dtype, 1, k) * 3 + mean
     assert serves(x, w, bits, group_size) and normalises(bits, k, replace(config, normalises=True))
     out, normed = poison(device, dtype, 1, n), poison(device, dtype, 1, k)
-    norm = LayerNorm(gamma, beta, 1e-5, normed)
+    norm = NormArguments(gamma, beta, 1e-5, normed)
     launch_quantized_row(x, w, scale, bits, group_size, bias, None, 1.0, True, out, config, norm)
     assert_close(normed, layer_norm64(x, gamma, beta, 1e-5))
     assert_close(out, expected_product(normed, exact, bias, None, True))

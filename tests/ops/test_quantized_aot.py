@@ -29,7 +29,7 @@ from faster_chatglm_6b.ops.triton.quantized_matmul import (  # noqa: E402
     quantized_matmul_kernel,
     tiles_of,
 )
-from faster_chatglm_6b.ops.triton.quantized_norm import LayerNorm  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized_norm import NormArguments  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized_row import (  # noqa: E402
     launch_quantized_row,
     quantized_row_kernel,
@@ -48,7 +48,7 @@ def normalised_product(capability: int, bits: int, n: int, config: Row) -> Launc
     """The launch of a product with LayerNorm in it."""
 
     def call() -> None:
-        norm = LayerNorm(meta(HALF, HIDDEN), meta(HALF, HIDDEN), 1e-5, meta(HALF, 1, HIDDEN))
+        norm = NormArguments(meta(HALF, HIDDEN), meta(HALF, HIDDEN), 1e-5, meta(HALF, 1, HIDDEN))
         launch_quantized_row(
             meta(HALF, 1, HIDDEN), meta(torch.int8, n, HIDDEN * bits // 8), meta(HALF, n), bits, -1, meta(HALF, n),
             None, 1.0, n == INNER, meta(HALF, 1, n), config, norm,

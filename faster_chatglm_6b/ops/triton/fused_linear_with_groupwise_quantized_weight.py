@@ -9,7 +9,7 @@ from .quantized_configs import Row, quantized_config, row_config, rows_for, stre
 from .quantized_gemv import launch_quantized_gemv
 from .quantized_layout import STREAMS_KEEP_THEIR_LAYOUT, layout_holds
 from .quantized_matmul import launch_quantized_matmul, serves, tiles_of
-from .quantized_norm import LayerNorm
+from .quantized_norm import NormArguments
 from .quantized_row import launch_quantized_row, normalises
 from .quantized_stream import MOST_ROWS as MOST_STREAM_ROWS
 from .quantized_stream import launch_quantized_stream
@@ -147,7 +147,7 @@ def layer_norm_quantized_linear(
         out [..., N] and normed_out [..., K].
     """
     normed_out = torch.empty_like(x) if normed_out is None else normed_out
-    norm = LayerNorm(gamma, beta, epsilon, normed_out)
+    norm = NormArguments(gamma, beta, epsilon, normed_out)
     config = _config_of_one_launch(x, norm, w, w_scale, num_bits, group_size)
     if config is not None:
         (n, k), shape = (w.shape[0], x.shape[-1]), x.shape[:-1]
@@ -163,7 +163,7 @@ def layer_norm_quantized_linear(
 
 
 def _config_of_one_launch(
-    x: torch.Tensor, norm: LayerNorm, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group_size: int
+    x: torch.Tensor, norm: NormArguments, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group_size: int
 ) -> Row | None:
     """For LayerNorm within the product, or None; what does not fit together is left to two launches, which say so."""
     (n, k), groups = (w.shape[0], w.shape[1] * 8 // bits), 1 if group_size < 0 else x.shape[-1] // group_size

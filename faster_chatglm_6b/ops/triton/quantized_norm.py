@@ -15,7 +15,7 @@ import triton.language as tl
 from .quantized_mma import join_lines, low_half, mma
 
 
-class LayerNorm(NamedTuple):
+class NormArguments(NamedTuple):
     """LayerNorm of a row of x and where to put it; gamma, beta [K], out [1, K], contiguous and of x' dtype."""
 
     gamma: torch.Tensor
@@ -25,7 +25,7 @@ class LayerNorm(NamedTuple):
 
 
 @functools.cache
-def statistics(words: int, warps: int, bfloat: bool) -> str:
+def ptx_statistics(words: int, warps: int, bfloat: bool) -> str:
     """PTX of the sum and the sum of squares of a program's ``words`` words per thread. Operands: both; the words."""
     dtype, ones = ("bf16", "0x3F803F80") if bfloat else ("f16", "0x3C003C00")
     sums = [f"{chain}{i}" for chain in "cd" for i in range(4)]

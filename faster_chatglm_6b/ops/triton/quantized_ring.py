@@ -24,12 +24,12 @@ _READ = join_lines(
 )
 
 
-def wait(ahead: int) -> str:
+def ptx_wait(ahead: int) -> str:
     """PTX that waits until at most ``ahead`` - 1 of this thread's copies are under way."""
     return f"cp.async.wait_group {ahead - 1};\nmov.b32 $0, 0;"
 
 
-def ring(size: int) -> str:
+def ptx_ring(size: int) -> str:
     """PTX that allocates ``size`` bytes of shared memory, at most 48 KiB, and gives their address."""
     return f"{{\n.shared .align 16 .b8 ring[{size}];\nmov.u32 $0, ring;\n}}"
 
@@ -161,14 +161,13 @@ _STEP8_OPERANDS = tl.constexpr(",".join(["=&f"] * 2 + ["r"] * 16))
 _OFFSET4, _OFFSET8 = _offset(4), _offset(8)
 _OFFSET4_OPERANDS = tl.constexpr(",".join(["=f"] * 2 + ["r"] * 16))
 _OFFSET8_OPERANDS = tl.constexpr(",".join(["=f"] * 2 + ["r"] * 8))
-_I4 = tl.constexpr((tl.int32,) * 4)
 _I8 = tl.constexpr((tl.int32,) * 8)
 _I16 = tl.constexpr((tl.int32,) * 16)
 
 
 @triton.jit
 def allocate(RING: tl.constexpr):
-    """Address of the shared memory that the PTX of ``ring`` allocates."""
+    """Address of the shared memory that the PTX of ``ptx_ring`` allocates."""
     return tl.inline_asm_elementwise(RING, "=r", [], tl.int32, False, 1)
 
 
@@ -187,7 +186,7 @@ def copy_step(target, other_target, above, below, size):
 
 @triton.jit
 def wait_for_copy(WAIT: tl.constexpr):
-    """Wait as the PTX of ``wait`` does."""
+    """Wait as the PTX of ``ptx_wait`` does."""
     tl.inline_asm_elementwise(WAIT, "=r", [], tl.int32, False, 1)
 
 
