@@ -1,4 +1,4 @@
-"""What a decode step knows and changes, all in device memory, and the bookkeeping at the end of a step."""
+"""The state of a decode step, all in device memory, and the bookkeeping at the end of a step."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class StateArguments(NamedTuple):
 
 @dataclass
 class DecodeState:
-    """Buffers of one batch that is being generated; samplers read and advance them.
+    """The buffers of one batch in generation; samplers read and advance them.
 
     Attributes:
         tokens: int64 [B], the token fed in this step, then the next one.
@@ -70,7 +70,7 @@ class DecodeState:
         )
 
     def eos_block(self) -> int:
-        """Block size that holds all end tokens."""
+        """Return a block size that holds all end tokens."""
         return triton.next_power_of_2(self.eos_ids.shape[0])
 
 

@@ -50,7 +50,7 @@ def load_packed(packed, columns, valid, K: tl.constexpr, WIDTH: tl.constexpr):
 def prefetch_first_block(key_cache, value_cache, cache, start, stop, stride_t, K: tl.constexpr, BLOCK_T: tl.constexpr):
     """Ask the L2 cache for a split's first block of keys and values.
 
-    No more than that: what many programs ask for at once would crowd itself out of the cache.
+    It asks for no more, as larger requests of many programs at once would crowd each other out of the cache.
     """
     rows = tl.minimum(stop - start, BLOCK_T)
     if K % 16 == 0 and rows > 0:
@@ -187,7 +187,7 @@ def decode_attention_kernel(
 
 
 def choose_splits(pairs: int, max_length: int, block_t: int, programs: int) -> int:
-    """Splits that give about ``programs`` programs for ``pairs`` sequences times heads, none smaller than a block."""
+    """Choose splits, none below a block, for about ``programs`` programs with ``pairs`` sequences times heads."""
     return max(min(programs // pairs, triton.cdiv(max_length, block_t), MAX_SPLITS), 1)
 
 
@@ -208,7 +208,7 @@ def decode_attention(
     workspace: Workspace | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rotary positions, append to the cache and attention of one decode step, in one launch.
+    """Rotate query and key, append to the cache and attend for one decode step, in one launch.
 
     The new key and value go to slot ``length``. With tables [P, K / 4] the first half of a head turns by
     ``position[b]`` and the second by ``length - sop_index[b] + 1``, clamped to the tables; with [P, K / 2]
@@ -221,9 +221,9 @@ def decode_attention(
         cos, sin: [P, K / 4] or [P, K / 2].
         splits: parts that the keys are cut into, 1 to 64, fixed when a graph is captured and right for every length;
             None chooses for ``max_length`` keys (default T).
-        stable_state: the caller promises that no launch that may still run writes anything but ``qkv``: ``length``,
-            ``first_key``, ``position``, ``sop_index``, the tables and the filled slots are complete, as in a CUDA graph
-            that holds one step and advances the length at its end. Then they are read before the wait.
+        stable_state: read all but ``qkv`` before the wait. The caller promises that no launch that may still run writes
+            ``length``, ``first_key``, ``position``, ``sop_index``, the tables or the filled slots, as in a CUDA graph
+            that holds one step and advances the length at its end.
         out: [B, H * K].
 
     Raises:

@@ -16,7 +16,7 @@ LOWEST = tl.constexpr(-(2**63))
 
 @triton.jit
 def load_scores(scores, row, index, vocab):
-    """float32 scores of one row, -inf past the end."""
+    """Load one row's scores as float32, -inf past the end."""
     return tl.load(scores + row.to(tl.int64) * vocab + index, mask=index < vocab, other=float("-inf")).to(tl.float32)
 
 
@@ -76,7 +76,7 @@ def greedy_sample(
 
     Args:
         scores: [B, V], float16, bfloat16 or float32.
-        invalid_rule: a row that holds NaN or +inf gives ``invalid_token``, which is not 0.
+        invalid_rule: choose ``invalid_token``, which is not 0, for a row that holds NaN or +inf.
 
     Raises:
         ValueError: a shape does not fit.

@@ -28,9 +28,9 @@ from .quantized_ring import (
 )
 from .quantized_row_x import arrange_blocks, choose, exists, load_block, load_blocks, load_norm, normalise_blocks
 
-# With what Triton adds, more than 48 KiB would need to be asked for.
+# KiB of shared memory for the ring: with Triton's own share it stays below the 48 KiB that need no request.
 MOST_KIB = 47
-# Words per thread of x that stay in registers; where there are more, each is read again for every tile.
+# Words per thread of x that stay in registers; if there are more, each is read again for every tile.
 MOST_WORDS_KEPT = tl.constexpr(16)
 
 
@@ -112,16 +112,16 @@ def take_words(
 
 @triton.jit
 def scale_groups(
-    part, part_below, surplus, scale, start, step, thread, N, KW: tl.constexpr, GROUP_CHUNKS: tl.constexpr,
+    part, part_below, less, scale, start, step, thread, N, KW: tl.constexpr, GROUP_CHUNKS: tl.constexpr,
     PER_WARP: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """Multiply a step's products with the scales of its group, after the counts' surplus has been added."""
+    """Multiply a step's products with the scales of its group; ``less`` is the counts' negated surplus."""
     GROUPS: tl.constexpr = KW // 16 // GROUP_CHUNKS
     row = start + thread // 4 % 8
     group = tl.minimum((thread // 32 * PER_WARP + step) // GROUP_CHUNKS, GROUPS - 1)
     if COUNTS:
-        part += surplus
-        part_below += surplus
+        part += less
+        part_below += less
     part *= tl.load(scale + tl.minimum(row, N - 1) * GROUPS + group).to(tl.float32)
     part_below *= tl.load(scale + tl.minimum(row + 8, N - 1) * GROUPS + group).to(tl.float32)
     return part, part_below
@@ -294,9 +294,10 @@ def launch_quantized_row(
     config: Row,
     norm: NormArguments | None = None,
 ) -> None:
-    """out [1, N] = epilogue(x [1, K] W^T), ``weight`` int8 [N, K * bits / 8]; contiguous, ``serves`` is true.
+    """Compute out [1, N] = epilogue(x [1, K] W^T), ``weight`` int8 [N, K * bits / 8].
 
-    With ``norm``, for which ``normalises`` is true, x is normalised first.
+    All tensors are contiguous, and ``serves`` is true. With ``norm``, for which ``normalises`` is true, x is normalised
+    first.
     """
     (n, k), bfloat = (weight.shape[0], x.shape[1]), x.dtype == torch.bfloat16
     pdl = uses_pdl(x.device)
@@ -340,17 +341,17 @@ def launch_quantized_row(
 
 
 def words_kept(bits: int, k: int, warps: int) -> int:
-    """Words per thread that a row of ``k`` numbers takes."""
+    """Return the words per thread that a row of ``k`` numbers takes."""
     per_warp = -(-(k * bits // 8 // CHUNK_BYTES) // warps)
     return -(-per_warp // 8) * (64 // bits)
 
 
 def normalises(bits: int, k: int, config: Row) -> bool:
-    """Whether a LayerNorm of x, of 16 bits a number, is part of the product."""
+    """Tell whether a LayerNorm of x, of 16 bits a number, is part of the product."""
     return config.normalises and words_kept(bits, k, config.warps) in (8, 16)
 
 
 def turns_under_way(config: Row) -> tuple[int, int]:
-    """Steps of a turn and how many turns are under way, in what shared memory there is."""
+    """Return the steps of a turn and the turns under way, as far as shared memory goes."""
     span = config.span if config.warps * config.span <= MOST_KIB else 2
     return span, min(config.lead, MOST_KIB // (config.warps * span))

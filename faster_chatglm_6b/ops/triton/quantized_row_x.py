@@ -94,7 +94,7 @@ def normalise_blocks(
 
 @triton.jit
 def arrange_blocks(blocks, less, SURPLUS: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Arrange all blocks; with SURPLUS, ``less`` grows by what their counts add to the products."""
+    """Arrange all blocks; with SURPLUS, also add their negated surplus to ``less``."""
     arranged = ()
     for block in tl.static_range(len(blocks)):
         arranged = arranged + (arrange(blocks[block], BITS, INTERPRETED),)
