@@ -9,13 +9,13 @@ from .table import Operators, reference_operators
 
 # With more rows the kernel is slower than dequantising once and calling the float product (EPYC, two cores).
 _MOST_ROWS = 4
-# It reads past the end of weights that are no multiple of its blocks.
+# The kernel reads past the end of weights that are no multiple of its blocks.
 _BLOCK = 32
 _OPERATOR = "fused_linear_with_groupwise_quantized_weight"
 
 
 def choose() -> Operators:
-    """The table for models on a CPU."""
+    """Return the table for models on a CPU."""
     table = reference_operators("PyTorch's own kernels serve the CPU")
     if not hasattr(torch, "_weight_int8pack_mm"):
         return table
@@ -39,7 +39,7 @@ def fused_linear_with_groupwise_quantized_weight(
     _add_to_output: torch.Tensor | None = None,
     beta: float = 1.0,
 ) -> torch.Tensor:
-    """As ``ops.reference`` defines it."""
+    """Compute the operator as ``ops.reference`` defines it."""
     rows = x.numel() // x.shape[-1]
     if num_bits != 8 or group_size >= 0 or rows > _MOST_ROWS or w.shape[0] % _BLOCK or w.shape[1] % _BLOCK:
         return reference.fused_linear_with_groupwise_quantized_weight(

@@ -1,8 +1,8 @@
-"""The operators on OneFlow's fused kernels (``oneflow._C``), each behind a table of what the installed OneFlow can.
+"""The operators on OneFlow's fused kernels (``oneflow._C``), as far as the installed OneFlow can be trusted with them.
 
 OneFlow 0.9.0 has three of the eight, builds from 2023-04-09 on and 1.0 have all; their kernels run on CUDA only. Two
-guards stand before a kernel: the table of its contract (presence, device, dtype, and for attention the GPU, because it
-ends the process on others), and one small trial against the definition, when a model's table is made.
+guards stand before a kernel. The table of its contract covers presence, device, dtype, and for attention the GPU,
+because it ends the process on others. One small trial against the definition is made with a model's table.
 """
 
 import functools
@@ -19,7 +19,7 @@ from .oneflow_trials import failure_of
 from .table import OPERATOR_NAMES, Operators
 
 _HALF, _BFLOAT16, _FLOAT, _DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
-# What the kernels are compiled for, by the registrations in OneFlow 1.0.0's sources.
+# The dtypes that the kernels are compiled for, by the registrations in OneFlow 1.0.0's sources.
 DTYPES = {
     "fast_gelu": (_HALF, _BFLOAT16, _FLOAT, _DOUBLE),
     "fused_apply_rotary_emb": (_HALF, _BFLOAT16, _FLOAT),
@@ -34,7 +34,7 @@ ATTENTION = "fused_multi_head_attention_inference_v2"
 
 
 class Capabilities(NamedTuple):
-    """What the installed OneFlow has: names of fused operators, and whether fused_matmul_bias takes ``beta``."""
+    """The fused operators that the installed OneFlow has; ``has_beta``: fused_matmul_bias takes ``beta``."""
 
     version: str
     names: frozenset[str]
@@ -43,7 +43,7 @@ class Capabilities(NamedTuple):
 
 @functools.cache
 def capabilities() -> Capabilities:
-    """Read off the real module once; a lazy mock of torch would claim to have everything."""
+    """Read the capabilities of the real module once; a lazy mock of torch would claim to have everything."""
     import oneflow
 
     native = oneflow._C
@@ -72,7 +72,7 @@ def refusal(
     head_size: int,
     compute_capability: tuple[int, int] | None,
 ) -> str | None:
-    """Why OneFlow's kernel of operator ``name`` must not be called, from its contract alone; None where it may."""
+    """Say why OneFlow's kernel of operator ``name`` must not be called, from its contract alone; None if it may."""
     if name not in found.names:
         return f"OneFlow {found.version} has no such operator; 1.0 and builds since April 2023 have"
     if device_type != "cuda":
@@ -89,7 +89,7 @@ def refusal(
 
 
 def choose(device: torch.device, dtype: torch.dtype, head_size: int) -> Operators:
-    """The table for models on ``device`` in ``dtype``.
+    """Return the table for models on ``device`` in ``dtype``.
 
     Raises:
         ValueError: half precision on a CPU, which OneFlow has no kernels for.
@@ -112,7 +112,7 @@ def build(
     head_size: int,
     compute_capability: tuple[int, int] | None,
 ) -> Operators:
-    """A table of ``fused`` where a kernel's contract allows it and its trial succeeds, else of the definitions."""
+    """Build a table of ``fused`` if a kernel's contract allows it and its trial succeeds, else of the definitions."""
     served, choices = {}, {}
     for name in OPERATOR_NAMES:
         reason = refusal(name, capabilities(), device.type, dtype, head_size, compute_capability)
@@ -126,7 +126,7 @@ def build(
 
 
 class _Last:
-    """Remembers the result for the last argument: all layers of a step pass the same table or bias."""
+    """Remember the result for the last argument: all layers of a step pass the same table or bias."""
 
     def __init__(self, function: Any):
         self._function, self._last = function, (None, None)
@@ -144,7 +144,7 @@ class NativeOperators:
 
     Args:
         native: holds OneFlow's functions.
-        has_beta: whether its fused_matmul_bias takes ``alpha`` and ``beta``.
+        has_beta: its fused_matmul_bias takes ``alpha`` and ``beta``.
     """
 
     def __init__(self, native: Any, has_beta: bool):
@@ -167,7 +167,7 @@ class NativeOperators:
         tensor_index: int,
         k_size: int,
     ) -> torch.Tensor:
-        """The tables are passed, because OneFlow's own angles lack the rounding that the weights were trained with."""
+        """Pass the tables, because OneFlow's own angles lack the rounding that the weights were trained with."""
         if position_ids.dim() == 2:
             position_ids = position_ids.unsqueeze(1)
         axes = position_ids.shape[1]
@@ -235,7 +235,7 @@ class NativeOperators:
         _add_to_output: torch.Tensor | None = None,
         beta: float = 1.0,
     ) -> torch.Tensor:
-        """OneFlow's kernel needs a bias; without one (the head) its plain product serves."""
+        """Use OneFlow's kernel, which needs a bias; without one (the head) its plain product serves."""
         if bias is None:
             return reference.fused_matmul_bias(x, weight, bias, _add_to_output, beta)
         if _add_to_output is None:
@@ -254,7 +254,7 @@ class NativeOperators:
         epsilon: float = 1e-5,
         alpha: float = 1.0,
     ) -> torch.Tensor:
-        """``alpha`` is always passed: OneFlow's default is 10."""
+        """Pass ``alpha`` always: OneFlow's default is 10."""
         return self._native.skip_layer_norm(x, gamma=gamma, beta=beta, skip=skip, epsilon=epsilon, alpha=alpha)
 
     def fused_linear_with_groupwise_quantized_weight(
@@ -269,7 +269,7 @@ class NativeOperators:
         _add_to_output: torch.Tensor | None = None,
         beta: float = 1.0,
     ) -> torch.Tensor:
-        """OneFlow asks for scales with two axes in the dtype of x, and adds no residual."""
+        """Give the scales two axes and the dtype of x, as OneFlow asks; add the residual here, as it adds none."""
         out = self._native.fused_linear_with_groupwise_quantized_weight(
             x,
             w,
@@ -284,7 +284,7 @@ class NativeOperators:
 
 
 def _plane_table(table: torch.Tensor, axes: int) -> torch.Tensor:
-    """cos or sin [P, D / 2] as OneFlow's kernel reads it: [axes * P, D] with position p in row axes * p.
+    """Lay cos or sin [P, D / 2] out as OneFlow's kernel reads it: [axes * P, D] with position p in row axes * p.
 
     Both halves of D turn by the same angles. The kernel steps through the table by the head's width K = axes * D, so
     with two axes only every other row is read.
@@ -297,6 +297,6 @@ def _plane_table(table: torch.Tensor, axes: int) -> torch.Tensor:
 
 
 def _padded(attn_bias: torch.Tensor) -> torch.Tensor:
-    """attn_bias with its last axis at a multiple of 8, which OneFlow asks for; the padding belongs to no key."""
+    """Pad the last axis of attn_bias to a multiple of 8, as OneFlow asks; the padding belongs to no key."""
     missing = -attn_bias.shape[-1] % 8
     return (functional.pad(attn_bias, (0, missing)) if missing else attn_bias).contiguous()

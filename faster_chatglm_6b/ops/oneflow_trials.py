@@ -12,7 +12,7 @@ _BATCH, _ROWS, _HEADS = 2, 3, 2
 
 
 def failure_of(name: str, fused: Callable, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-    """Why operator ``name`` of the installed OneFlow cannot be trusted on this device; None where it agrees.
+    """Say why operator ``name`` of the installed OneFlow cannot be trusted on this device; None if it agrees.
 
     Args:
         fused: the operator, with the arguments of ``ops.reference``.
@@ -35,7 +35,7 @@ def failure_of(name: str, fused: Callable, device: torch.device, dtype: torch.dt
 
 
 class _Random:
-    """Tensors of small random values that leave the caller's random numbers alone."""
+    """Maker of tensors of small mixed values that leaves the caller's random numbers alone."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype, self._next = device, dtype, 0
@@ -54,7 +54,7 @@ def _as_tuple(result: Any) -> tuple:
 
 
 def _fresh(arguments: tuple) -> tuple:
-    """The arguments with a cache of their own, which the operator changes."""
+    """Return the arguments with a cache of their own, which the operator changes."""
     return tuple(_copy(argument) if isinstance(argument, ListCache) else argument for argument in arguments)
 
 

@@ -1,4 +1,4 @@
-"""Every operator in plain framework calls: the definition of its meaning, and the fallback where nothing faster serves.
+"""Every operator in plain framework calls: the definition of its meaning, and the fallback if nothing faster serves.
 
 B is the batch, M the query rows, T the key rows, H the heads, K the head size. Names and meaning are OneFlow's; a
 packed projection "BM(H3K)" holds, head by head, the K values of the query, of the key and of the value.
@@ -11,7 +11,9 @@ from torch.nn import functional
 
 
 def fast_gelu(x: torch.Tensor) -> torch.Tensor:
-    """tanh GELU, 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) (Hendrycks and Gimpel 2016; stock's ``gelu_impl``).
+    """Return tanh GELU, 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
+
+    By Hendrycks and Gimpel 2016; stock's ``gelu_impl``.
 
     Args:
         x: any shape and floating dtype.
@@ -20,7 +22,7 @@ def fast_gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 def fused_fast_gelu_mul(x: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
-    """``fast_gelu(x) * multiplier``; both of one shape and dtype."""
+    """Return ``fast_gelu(x) * multiplier``; both have one shape and dtype."""
     return fast_gelu(x) * multiplier
 
 
@@ -40,7 +42,7 @@ def fused_apply_rotary_emb(
     tensor_index: int,
     k_size: int,
 ) -> torch.Tensor:
-    """Rotary positions for the query (0) or key (1) straight from the packed projection (RoFormer, in 2-D).
+    """Rotate the query (0) or key (1) straight from the packed projection (RoFormer, in 2-D).
 
     With [B, 2, M] positions the first half of each head turns by position and the second by block position; with
     [B, M] positions the whole head turns by position.
@@ -87,7 +89,7 @@ def fused_attention_concat_past_key_value(
 def attention_probabilities(
     query: torch.Tensor, key: torch.Tensor, attn_bias: torch.Tensor | None, scale: float | None = None
 ) -> torch.Tensor:
-    """softmax(scale * query key^T + attn_bias) in float32, [B, H, M, T]; arguments as in the operator below."""
+    """Return softmax(scale * query key^T + attn_bias) in float32, [B, H, M, T]; arguments as in the operator below."""
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = torch.matmul(query * scale, key.transpose(-1, -2)).float()
     if attn_bias is not None:
@@ -104,15 +106,15 @@ def fused_multi_head_attention_inference_v2(
     prefix_length: int | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """softmax(scale * query key^T + attn_bias) value.
+    """Return softmax(scale * query key^T + attn_bias) value.
 
     Args:
         query: [B, H, M, K].
         key, value: [B, H, T, K].
-        attn_bias: floating [B or 1, 1, M, T], added to the scaled scores; None: every key is seen.
-        prefix_length: for implementations that need no bias: when given, the rows are those of the last M keys, and
-            ``attn_bias`` says no more than this: each of the first ``prefix_length`` keys is seen by every row, every
-            other key by its own row and the later ones.
+        attn_bias: floating [B or 1, 1, M, T], added to the scaled scores; None lets every row see every key.
+        prefix_length: for implementations that need no bias. If given, the rows belong to the last M keys, and
+            ``attn_bias`` says no more than this: every row sees the first ``prefix_length`` keys, and any other key is
+            seen by its own row and the later ones.
         scale: default 1 / sqrt(K).
 
     Returns:
@@ -130,7 +132,7 @@ def fused_matmul_bias(
     _add_to_output: torch.Tensor | None = None,
     beta: float = 1.0,
 ) -> torch.Tensor:
-    """x weight^T + bias + beta * _add_to_output.
+    """Return x weight^T + bias + beta * _add_to_output.
 
     Args:
         x: [..., in]. weight: [out, in]. bias: [out] or None. _add_to_output: [..., out] or None.
@@ -148,7 +150,7 @@ def skip_layer_norm(
     epsilon: float = 1e-5,
     alpha: float = 1.0,
 ) -> torch.Tensor:
-    """LayerNorm(x + alpha * skip) over the last axis (Ba et al. 2016).
+    """Return LayerNorm(x + alpha * skip) over the last axis (Ba et al. 2016).
 
     Args:
         x, skip: [..., hidden]. gamma, beta: [hidden].
@@ -169,7 +171,7 @@ def fused_linear_with_groupwise_quantized_weight(
     _add_to_output: torch.Tensor | None = None,
     beta: float = 1.0,
 ) -> torch.Tensor:
-    """x times a symmetric int8 or int4 weight, + b + beta * _add_to_output.
+    """Return x times a symmetric int8 or int4 weight, + b + beta * _add_to_output.
 
     An int4 byte holds the even column in its high nibble and the odd column in its low one, two's complement (stock's
     ``compress_int4_weight``).
@@ -188,5 +190,5 @@ def fused_linear_with_groupwise_quantized_weight(
 
 
 def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
-    """int8 [..., 2 n] in -8..7 of packed int8 [..., n]: the high nibble is the even column, the low one the odd."""
+    """Unpack int8 [..., n] to int8 [..., 2 n] in -8..7: the high nibble is the even column, the low one the odd."""
     return torch.stack((packed >> 4, (packed << 4) >> 4), dim=-1).flatten(-2)

@@ -12,7 +12,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, KernelParam
 
 from faster_chatglm_6b.ops.triton import configs
 
@@ -33,13 +33,13 @@ class Launch:
     """One kernel with everything that decides its machine code."""
 
     kernel: JITFunction
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, object], ...]
-    aligned: tuple[int, ...]
+    signature: tuple[tuple[str, str | tuple], ...]
+    constants: tuple[tuple[tuple[int, ...], object], ...]
+    aligned: tuple[tuple[int, ...], ...]
     options: tuple[tuple[str, object], ...]
 
     def __str__(self) -> str:
-        constants = {k: v for k, v in self.constants if isinstance(k, str)}
+        constants = {self.kernel.arg_names[path[0]]: value for path, value in self.constants if len(path) == 1}
         return f"{self.kernel.__name__} {dict(self.signature)} {constants} {dict(self.options)}"
 
 
@@ -58,23 +58,26 @@ def _describe(kernel: JITFunction, arguments: tuple, keywords: dict) -> Launch:
     options = {}
     for key, value in keywords.items():
         (given if key in names else options)[key] = value
-    signature, constants, aligned = [], [], []
-    for index, parameter in enumerate(kernel.params):
-        value = given[parameter.name]
+    constants, aligned = [], []
+
+    def kind(value: object, path: tuple[int, ...], parameter: KernelParam) -> str | tuple:
         specialised = not parameter.do_not_specialize
         if parameter.is_constexpr or (specialised and isinstance(value, int) and value == 1):
-            signature.append((parameter.name, "constexpr"))
-            constants.append((parameter.name, value))
-        elif isinstance(value, torch.Tensor):
-            signature.append((parameter.name, _TYPES[value.dtype]))
-            aligned.append(index)
-        elif isinstance(value, float):
-            signature.append((parameter.name, "fp32"))
-        else:
-            signature.append((parameter.name, "i32" if -(2**31) <= value < 2**31 else "i64"))
-            if specialised and value % 16 == 0:
-                aligned.append(index)
-    return Launch(kernel, tuple(signature), tuple(constants), tuple(aligned), tuple(sorted(options.items())))
+            constants.append((path, value))
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            aligned.append(path)
+            return _TYPES[value.dtype]
+        if isinstance(value, tuple):
+            return type(value)(*(kind(part, (*path, i), parameter) for i, part in enumerate(value)))
+        if isinstance(value, float):
+            return "fp32"
+        if specialised and value % 16 == 0:
+            aligned.append(path)
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    signature = tuple((p.name, kind(given[p.name], (index,), p)) for index, p in enumerate(kernel.params))
+    return Launch(kernel, signature, tuple(constants), tuple(aligned), tuple(sorted(options.items())))
 
 
 @contextmanager
@@ -107,7 +110,7 @@ def compiled(launch: Launch, capability: int) -> CompiledKernel:
         fn=launch.kernel,
         signature=dict(launch.signature),
         constexprs=dict(launch.constants),
-        attrs={(index,): [["tt.divisibility", 16]] for index in launch.aligned},
+        attrs={path: [["tt.divisibility", 16]] for path in launch.aligned},
     )
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
 

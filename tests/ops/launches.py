@@ -21,10 +21,12 @@ def int32(*shape: int) -> torch.Tensor:
     return meta(torch.int32, *shape)
 
 
-def decode_attention_launch(dtype: torch.dtype, batch: int, splits: int, keys: int) -> Callable[[], object]:
-    """Decode attention of ``batch`` sequences."""
+def decode_attention_launch(
+    dtype: torch.dtype, batch: int, splits: int, keys: int, two: bool = True
+) -> Callable[[], object]:
+    """Decode attention of ``batch`` sequences, with positions of two parts or of one."""
     packed, counts = meta(dtype, batch, 3 * HIDDEN), [int32(1)] + 3 * [int32(batch)]
-    cache, table = meta(dtype, batch, HEADS, CAPACITY, SIZE), meta(dtype, POSITIONS, SIZE // 4)
+    cache, table = meta(dtype, batch, HEADS, CAPACITY, SIZE), meta(dtype, POSITIONS, SIZE // (4 if two else 2))
     options = {"splits": splits, "max_length": keys, "stable_state": keys <= 256}
     options["workspace"] = kernels.Workspace("meta", batch)
     return lambda: kernels.decode_attention(packed, cache, cache, *counts, table, table, **options)
@@ -38,7 +40,6 @@ def operator_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
     cache = meta(dtype, batch, HEADS, CAPACITY, SIZE)
     table = meta(dtype, POSITIONS, SIZE // 4)
     packed = meta(dtype, batch, 3 * HIDDEN)
-    workspace = kernels.Workspace("meta", batch)
     row = meta(dtype, batch, HEADS, 1, SIZE)
 
     def rotary() -> None:
@@ -58,10 +59,8 @@ def operator_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
         lambda: kernels.skip_layer_norm(hidden, vector, vector, skip=hidden, alpha=7.5),
         rotary,
         lambda: kernels.fused_attention_concat_past_key_value(row, row, cache, cache, int32(1)),
-        lambda: kernels.fused_multi_head_attention_inference_v2(
-            row, cache, cache, int32(1), int32(batch), splits=8, workspace=workspace
-        ),
         *(decode_attention_launch(dtype, *sizes) for sizes in ((2, 1, 2048), (2, 64, 2048), (2, 8, 256), (1, 2, 256))),
+        decode_attention_launch(dtype, 2, 8, 2048, two=False),
         lambda: kernels.embedding(meta(torch.int64, batch), meta(dtype, VOCAB, HIDDEN)),
     ]
 

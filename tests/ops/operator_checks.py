@@ -132,6 +132,7 @@ def attention64(
 def check_attention(
     device: str, dtype: torch.dtype, batch: int, heads: int, size: int, length: int, splits: int | None
 ) -> None:
+    """Attention alone: angles of zero leave query and key unturned, so the newest key is stored as it came."""
     capacity = length + 6
     query = random(device, dtype, batch, heads, 1, size)
     key_cache, value_cache = (poison(device, dtype, batch, heads, capacity, size) for _ in range(2))
@@ -142,14 +143,23 @@ def check_attention(
         for cache in (key_cache, value_cache):
             visible = cache[row, :, first_key[row] : length + 1]
             visible.copy_(random(device, dtype, *visible.shape))
+    newest = [cache[:, :, length].clone() for cache in (key_cache, value_cache)]
+    qkv = torch.stack((query[:, :, 0], *newest), 2).view(batch, 3 * heads * size)
+    for cache in (key_cache, value_cache):
+        cache[:, :, length] = float("nan")
+    cos = torch.ones(length + 2, size // 4, dtype=dtype, device=device)
     workspace = kernels.Workspace(device, batch, heads, size, 1024)
     workspace.partial.fill_(float("nan"))
     slot = torch.tensor([length], dtype=torch.int32, device=device)
-    out = poison(device, dtype, batch, 1, heads * size)
+    nothing = torch.zeros_like(first_key)
+    out = poison(device, dtype, batch, heads * size)
     for _ in range(2):
-        kernels.fused_multi_head_attention_inference_v2(
-            query, key_cache, value_cache, slot, first_key, splits=splits, workspace=workspace, out=out
-        )
+        kernels.decode_attention(
+            qkv, key_cache, value_cache, slot, first_key, nothing, nothing, cos, torch.zeros_like(cos),
+            splits=splits, workspace=workspace, out=out,
+        )  # fmt: skip
+    for cache, stored in zip((key_cache, value_cache), newest, strict=True):
+        assert torch.equal(cache[:, :, length], stored)
     expected = attention64(query[:, :, 0], key_cache.nan_to_num(), value_cache.nan_to_num(), first_key, length)
     assert_close(out.view(batch, heads, size), expected)
     assert not workspace.counters.any()

@@ -12,8 +12,8 @@ from faster_chatglm_6b.ops.triton.quantized.configs import Quantized, Row, Strea
 from faster_chatglm_6b.ops.triton.quantized.dequantize import dequantize
 from faster_chatglm_6b.ops.triton.quantized.gemv import launch_quantized_gemv
 from faster_chatglm_6b.ops.triton.quantized.matmul import launch_quantized_matmul, serves
-from faster_chatglm_6b.ops.triton.quantized.row import launch_quantized_row, normalises
-from faster_chatglm_6b.ops.triton.quantized.row_norm import LayerNorm
+from faster_chatglm_6b.ops.triton.quantized.one_row.norm import NormArguments
+from faster_chatglm_6b.ops.triton.quantized.one_row.row import launch_quantized_row, normalises
 from faster_chatglm_6b.ops.triton.quantized.stream import launch_quantized_stream
 
 LAUNCHES = {Quantized: launch_quantized_matmul, Stream: launch_quantized_stream, Row: launch_quantized_row}
@@ -118,7 +118,7 @@ def check_normalised_row(
     x = random(device, dtype, 1, k) * 3 + mean
     assert serves(x, w, bits, group_size) and normalises(bits, k, replace(config, normalises=True))
     out, normed = poison(device, dtype, 1, n), poison(device, dtype, 1, k)
-    norm = LayerNorm(gamma, beta, 1e-5, normed)
+    norm = NormArguments(gamma, beta, 1e-5, normed)
     launch_quantized_row(x, w, scale, bits, group_size, bias, None, 1.0, True, out, config, norm)
     assert_close(normed, layer_norm64(x, gamma, beta, 1e-5))
     assert_close(out, expected_product(normed, exact, bias, None, True))

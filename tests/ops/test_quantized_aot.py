@@ -24,8 +24,8 @@ from faster_chatglm_6b.ops.triton.quantized.configs import (  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.dequantize import dequantize  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.gemv import launch_quantized_gemv  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.matmul import launch_quantized_matmul, quantized_matmul_kernel, tiles_of  # noqa: E402
-from faster_chatglm_6b.ops.triton.quantized.row import launch_quantized_row, quantized_row_kernel, words_kept  # noqa: E402
-from faster_chatglm_6b.ops.triton.quantized.row_norm import LayerNorm  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized.one_row.norm import NormArguments  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized.one_row.row import launch_quantized_row, quantized_row_kernel, words_kept  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.stream import launch_quantized_stream, quantized_stream_kernel  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.trial import STREAMS_KEEP_THEIR_LAYOUT  # noqa: E402
 
@@ -37,7 +37,7 @@ def normalised_product(capability: int, bits: int, n: int, config: Row) -> Launc
     """The launch of a product with LayerNorm in it."""
 
     def call() -> None:
-        norm = LayerNorm(meta(HALF, HIDDEN), meta(HALF, HIDDEN), 1e-5, meta(HALF, 1, HIDDEN))
+        norm = NormArguments(meta(HALF, HIDDEN), meta(HALF, HIDDEN), 1e-5, meta(HALF, 1, HIDDEN))
         launch_quantized_row(
             meta(HALF, 1, HIDDEN), meta(torch.int8, n, HIDDEN * bits // 8), meta(HALF, n), bits, -1, meta(HALF, n),
             None, 1.0, n == INNER, meta(HALF, 1, n), config, norm,

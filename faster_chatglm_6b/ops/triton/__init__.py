@@ -1,10 +1,10 @@
 """Triton kernels for NVIDIA GPUs and the functions that launch them. Importing this package needs Triton.
 
-Every function can be captured in a CUDA graph: no synchronisation, and no allocation where ``out`` and ``workspace``
-are given. On compute capability 9.0 and later kernels are launched before their predecessor ends and wait inside.
+Every function can be captured in a CUDA graph: it never synchronises, and allocates nothing if it is given ``out`` and
+``workspace``. On compute capability 9.0 and later kernels are launched before their predecessor ends and wait inside.
 """
 
-from .decode_attention import decode_attention, fused_multi_head_attention_inference_v2
+from .decode_attention import decode_attention
 from .embedding import embedding
 from .fast_gelu import fast_gelu
 from .fused_apply_rotary_emb import fused_apply_rotary_emb
@@ -36,7 +36,6 @@ __all__ = [
     "fused_fast_gelu_mul",
     "fused_linear_with_groupwise_quantized_weight",
     "fused_matmul_bias",
-    "fused_multi_head_attention_inference_v2",
     "greedy_sample",
     "layer_norm_matmul_bias",
     "layer_norm_quantized_linear",

@@ -10,9 +10,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def start_successor(PDL: tl.constexpr, HOLDS_BACK: tl.constexpr = False):
-    """Let the next kernel start once all programs of this one run: the first statement where work precedes the wait.
+    """Let the next kernel start once all programs of this one run; call it first if work precedes the wait.
 
-    HOLDS_BACK: not yet, but in ``wait_for_predecessor``.
+    HOLDS_BACK: leave that to ``wait_for_predecessor``.
     """
     if PDL and not HOLDS_BACK:
         gdc_launch_dependents()
@@ -22,11 +22,11 @@ def start_successor(PDL: tl.constexpr, HOLDS_BACK: tl.constexpr = False):
 def wait_for_predecessor(PDL: tl.constexpr, HOLDS_BACK: tl.constexpr = False):
     """Let the next kernel start, then wait until every earlier kernel is done and its writes are visible.
 
-    HOLDS_BACK: the other way round, so that of all later kernels only the next one can be waiting.
+    HOLDS_BACK: wait first, so that of all later kernels only the next one can be waiting.
 
-    Under programmatic dependent launch a kernel starts while its predecessor still runs; what the predecessors may
-    write must be read after this call only. Every kernel calls it, so that waiting for the predecessor means waiting
-    for all before it.
+    Under programmatic dependent launch a kernel starts while its predecessor still runs. Read what the predecessors
+    may write after this call only. Every kernel calls it, so waiting for the predecessor means waiting for all before
+    it.
     """
     if PDL:
         if not HOLDS_BACK:
@@ -48,10 +48,10 @@ mov.u32 $0, 0;
 
 @triton.jit
 def prefetch_to_l2(pointer, stride, count, bytes):
-    """Ask the L2 cache for ``bytes`` bytes at ``pointer`` + i * ``stride`` bytes, 0 <= i < ``count``; nothing waits.
+    """Ask the L2 cache for ``bytes`` bytes at ``pointer`` + i * ``stride`` bytes, 0 <= i < ``count``, without waiting.
 
-    Thread i asks for piece i, so ``count`` may not exceed the threads of a program; ``bytes`` and ``stride`` must be
-    multiples of 16. Compute capability 9.0 and later.
+    Thread i asks for piece i, so ``count`` may not exceed the threads of a program. ``bytes`` and ``stride`` must be
+    multiples of 16. Needs compute capability 9.0 or later.
     """
     # The instruction takes 16-byte aligned addresses only.
     address = pointer.to(tl.int64) & -16
@@ -61,14 +61,14 @@ def prefetch_to_l2(pointer, stride, count, bytes):
 
 @triton.jit
 def gelu(x):
-    """tanh GELU of float32 x, written as x * sigmoid(2 y) because 0.5 * (1 + tanh(y)) = sigmoid(2 y)."""
+    """Return tanh GELU of float32 x, written as x * sigmoid(2 y) because 0.5 * (1 + tanh(y)) = sigmoid(2 y)."""
     y = 0.7978845608028654 * (x + 0.044715 * x * x * x)
     return x / (1.0 + tl.exp(-2.0 * y))
 
 
 @triton.jit
 def order_key(x):
-    """int32 that orders float32 values: larger value, larger key; -0 equals +0; NaN is above +inf."""
+    """Map float32 values to int32 keys of the same order; -0 equals +0, NaN is above +inf."""
     x = tl.where(x == 0.0, 0.0, x)
     bits = x.to(tl.int32, bitcast=True)
     bits = tl.where(x != x, 0x7FC00000, bits)
@@ -77,34 +77,33 @@ def order_key(x):
 
 @triton.jit
 def value_of_key(key):
-    """The float32 value that ``order_key`` maps to ``key``."""
+    """Return the float32 value that ``order_key`` maps to ``key``."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def pack_candidate(x, index):
-    """int64 that orders (value, then lower index first); ``index`` is int32 and not negative."""
+    """Pack x and its index (int32, not negative) into an int64 that orders by value, then lower index first."""
     return (order_key(x).to(tl.int64) << 32) | (0xFFFFFFFF - index.to(tl.int64))
 
 
 @triton.jit
 def candidate_key(packed):
-    """``order_key`` of the value in a packed candidate."""
+    """Return ``order_key`` of the value in a packed candidate."""
     return (packed >> 32).to(tl.int32)
 
 
 @triton.jit
 def candidate_index(packed):
-    """The index in a packed candidate, as int64."""
+    """Return the index in a packed candidate, as int64."""
     return 0xFFFFFFFF - (packed & 0xFFFFFFFF)
 
 
 @triton.jit
 def arrive(counter, expected):
-    """Count this program in; True for the one that comes last, which also resets the counter for the next launch.
+    """Count this program in; return True to the last one, which also resets the counter for the next launch.
 
-    What the programs of the group stored before is visible to the last one, if it reads past L1
-    (``cache_modifier=".cg"``).
+    The last program sees everything that the group stored before, if it reads past L1 (``cache_modifier=".cg"``).
     """
     # The barrier puts all threads' stores before the one thread's release.
     tl.debug_barrier()
@@ -120,14 +119,14 @@ def _multiprocessors(index: int) -> int:
 
 
 def multiprocessor_count(device: torch.device) -> int:
-    """Multiprocessors of ``device``; 132 where there is no GPU (interpreter)."""
+    """Return the multiprocessors of ``device``; 132 without a GPU (interpreter)."""
     if device.type != "cuda":
         return 132
     return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def pdl_options(pdl: bool) -> dict:
-    """Launch options of a kernel that may start before its predecessor ends."""
+    """Return the launch options of a kernel that may start before its predecessor ends."""
     return {"launch_pdl": True} if pdl else {}
 
 

@@ -13,10 +13,10 @@ import triton
 
 @dataclass(frozen=True)
 class Gemv:
-    """One program takes ``block_n`` rows, ``block_k`` columns at a time.
+    """GEMV: a program takes ``block_n`` rows, ``block_k`` columns at a time.
 
-    ``waves`` 0: one program per row block. Otherwise the programs loop over row blocks, and the grid is ``waves`` times
-    the number of multiprocessors.
+    With ``waves`` 0 there is one program per row block. Otherwise the programs loop over row blocks, and the grid is
+    ``waves`` times the number of multiprocessors.
     """
 
     block_n: int
@@ -40,7 +40,7 @@ class Dot:
 class Attention:
     """Decode attention: keys per block, warps, and the number of programs per multiprocessor that splitting aims at.
 
-    ``holds_back``: with one sequence, the next kernel starts only once the kernel before is done, as in ``Row``.
+    ``holds_back``: with one sequence, let the next kernel start only once the kernel before is done, as in ``Row``.
     """
 
     block_t: int
@@ -55,8 +55,8 @@ class Family:
 
     ``gemv`` serves up to ``gemv_rows`` rows of x. ``layer_norm_gemv`` lists the weights whose GEMV normalises its input
     itself; for the others LayerNorm is a launch of its own. ``dot`` maps the padded number of rows (16, 32, 64) to a
-    configuration per weight shape. ``attention_short`` serves up to 256 keys and fewer than
-    256 sequences times heads, ``attention`` the rest.
+    configuration per weight shape. ``attention_short`` serves up to 256 keys and fewer than 256 sequences times heads,
+    ``attention`` the rest.
     """
 
     gemv_default: Gemv
@@ -117,7 +117,7 @@ FAMILIES = {(8, 0): _AMPERE, (8, 6): _CONSUMER, (8, 9): _CONSUMER, (9, 0): _HOPP
 
 
 def interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter."""
+    """Tell whether the kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -127,19 +127,19 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of ``device``; (0, 0) where it is not a CUDA device."""
+    """Return the compute capability of ``device``; (0, 0) if it is not a CUDA device."""
     if device.type != "cuda":
         return 0, 0
     return _capability(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def family(device: torch.device) -> Family:
-    """The tables for ``device``; a GPU that is not listed gets those of the 8.6/8.9 family, which fit everywhere."""
+    """Return the tables for ``device``; an unlisted GPU gets the 8.6/8.9 family's, which fit everywhere."""
     return FAMILIES.get(capability(device), _CONSUMER)
 
 
 def uses_pdl(device: torch.device) -> bool:
-    """Whether kernels on ``device`` are launched before their predecessor ends (compute capability 9.0 and later)."""
+    """Tell whether kernels on ``device`` are launched before their predecessor ends: from compute capability 9.0 on."""
     return capability(device) >= (9, 0) and not interpreted()
 
 
@@ -153,24 +153,24 @@ def _fit(config: Gemv, k: int, element_size: int) -> Gemv:
 
 
 def gemv_config(tables: Family, n: int, k: int, element_size: int) -> Gemv:
-    """Configuration of the GEMV with a weight [n, k] of ``element_size`` bytes per value."""
+    """Choose the GEMV for a weight [n, k] of ``element_size`` bytes per value."""
     return _fit(tables.gemv.get((n, k), tables.gemv_default), k, element_size)
 
 
 def layer_norm_gemv_config(tables: Family, n: int, k: int, element_size: int) -> Gemv | None:
-    """Configuration of the GEMV that normalises its input, or None where two launches are faster or K is too long."""
+    """Choose the GEMV that normalises its input, or None if two launches are faster or K is too long."""
     config = tables.layer_norm_gemv.get((n, k))
     return None if config is None or element_size != 2 else config
 
 
 def attention_config(tables: Family, pairs: int, max_length: int, element_size: int) -> Attention:
-    """Configuration of decode attention for ``pairs`` sequences times heads and up to ``max_length`` keys."""
+    """Choose decode attention for ``pairs`` sequences times heads and up to ``max_length`` keys."""
     config = tables.attention_short if pairs < 256 and max_length <= 256 else tables.attention
     return replace(config, block_t=config.block_t * 2 // element_size)
 
 
 def dot_config(tables: Family, rows: int, n: int, k: int) -> Dot:
-    """Configuration of the tensor-core product for ``rows`` (padded to 16, 32 or 64) and a weight [n, k]."""
+    """Choose the tensor-core product for ``rows`` (padded to 16, 32 or 64) and a weight [n, k]."""
     config = tables.dot.get(rows, {}).get((n, k), tables.dot_default[rows])
     block_k = min(config.block_k, max(triton.next_power_of_2(k), 16))
     splits = max(min(config.splits, k // block_k), 1)

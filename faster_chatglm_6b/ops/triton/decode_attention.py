@@ -22,7 +22,7 @@ from .workspace import MAX_SPLITS, Workspace, default_workspace
 
 @triton.jit
 def key_range(first, end, split, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr):
-    """The keys [start, stop) of this split and the number of splits that have any (at least 1)."""
+    """Return the keys [start, stop) of this split and the number of splits that have any (at least 1)."""
     count = tl.maximum(end - first, 0)
     chunk = tl.maximum(tl.cdiv(tl.cdiv(count, SPLITS), BLOCK_T) * BLOCK_T, BLOCK_T)
     start = first + split * chunk
@@ -31,7 +31,7 @@ def key_range(first, end, split, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def load_block(key, value, first, stop, slots, columns, valid, stride_t):
-    """Keys and values of the slots from ``first`` on below ``stop``, 0 elsewhere."""
+    """Load keys and values of the slots from ``first`` on below ``stop``, 0 elsewhere."""
     slot = (first + slots).to(tl.int64)
     source = slot[:, None] * stride_t + columns[None, :]
     inside = (slot < stop)[:, None] & valid[None, :]
@@ -40,15 +40,46 @@ def load_block(key, value, first, stop, slots, columns, valid, stride_t):
 
 @triton.jit
 def load_packed(packed, columns, valid, K: tl.constexpr, WIDTH: tl.constexpr):
-    """Query and key of one head, each with what it turns with, and the value."""
+    """Load query and key of one head, each with the columns it turns with, and the value."""
     q_own, q_partner = load_head(packed, columns, valid, WIDTH)
     k_own, k_partner = load_head(packed + K, columns, valid, WIDTH)
     return q_own, q_partner, k_own, k_partner, tl.load(packed + 2 * K + columns, mask=valid, other=0.0)
 
 
 @triton.jit
+def prefetch_first_block(key_cache, value_cache, cache, start, stop, stride_t, K: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Ask the L2 cache for a split's first block of keys and values.
+
+    It asks for no more, as larger requests of many programs at once would crowd each other out of the cache.
+    """
+    rows = tl.minimum(stop - start, BLOCK_T)
+    if K % 16 == 0 and rows > 0:
+        SIZE: tl.constexpr = key_cache.dtype.element_ty.primitive_bitwidth // 8
+        offset = cache + start.to(tl.int64) * stride_t
+        prefetch_to_l2(key_cache + offset, 0, 1, ((rows - 1) * stride_t + K) * SIZE)
+        prefetch_to_l2(value_cache + offset, 0, 1, ((rows - 1) * stride_t + K) * SIZE)
+
+
+@triton.jit
+def combine_splits(base, active, columns, BLOCK_K: tl.constexpr, SPLITS_POWER: tl.constexpr):
+    """Return the attention over all keys from the ``active`` parts stored from ``base`` on.
+
+    Each part holds the weighted sum of its values, its highest score and its sum of weights.
+    """
+    part = tl.arange(0, SPLITS_POWER)
+    there = part < active
+    # Past L1, which may hold older values of what other programs stored.
+    highs = tl.load(base + part * (BLOCK_K + 2) + BLOCK_K, mask=there, other=float("-inf"), cache_modifier=".cg")
+    totals = tl.load(base + part * (BLOCK_K + 2) + BLOCK_K + 1, mask=there, other=0.0, cache_modifier=".cg")
+    source = base + part[:, None] * (BLOCK_K + 2) + columns[None, :]
+    accs = tl.load(source, mask=there[:, None], other=0.0, cache_modifier=".cg")
+    share = tl.exp(highs - tl.max(highs, 0))
+    return tl.sum(accs * share[:, None], 0) / tl.sum(totals * share, 0)
+
+
+@triton.jit
 def decode_attention_kernel(
-    query,  # APPEND: packed projection [B, H, 3, K]; else [B, H, K]
+    qkv,  # packed projection [B, H, 3, K]
     key_cache,  # [B, H, T, K]
     value_cache,  # [B, H, T, K]
     length,  # int32 [1]
@@ -73,16 +104,15 @@ def decode_attention_kernel(
     SPLITS: tl.constexpr,
     SPLITS_POWER: tl.constexpr,
     WIDTH: tl.constexpr,
-    APPEND: tl.constexpr,
     EARLY: tl.constexpr,
     HOLDS_BACK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program per (sequence and head, split).
+    """Attend with one program per (sequence and head, split).
 
-    APPEND: rotates query and key of the packed projection, writes key and value to slot ``length`` and sees the keys up
-    to it. Otherwise the query comes rotated and slot ``length`` is filled already.
-    EARLY (with APPEND): all but the projection is read before the wait; no kernel that may still run writes it.
+    Each program rotates query and key of the projection; the first split writes key and value to slot ``length``.
+
+    EARLY: read all but the projection before the wait, because no kernel that may still run writes it.
     """
     start_successor(PDL, HOLDS_BACK)
     pair = tl.program_id(0)
@@ -93,59 +123,43 @@ def decode_attention_kernel(
     valid = columns < K
     slots = tl.arange(0, BLOCK_T)
     cache = batch * stride_b + head * stride_h
-    packed = query + (batch * heads + head) * 3 * K
+    packed = qkv + (batch * heads + head) * 3 * K
     if not EARLY:
         if PDL:
             # Before the wait these may be the values of the step before: good enough for a hint.
             hint_end = tl.minimum(tl.load(length), capacity)
             start, stop, active = key_range(tl.load(first_key + batch), hint_end, split, SPLITS, BLOCK_T)
-            # The first block only: what many programs ask for at once must not crowd itself out of the cache.
-            rows = tl.minimum(stop - start, BLOCK_T)
-            if K % 16 == 0 and rows > 0:
-                SIZE: tl.constexpr = key_cache.dtype.element_ty.primitive_bitwidth // 8
-                offset = cache + start.to(tl.int64) * stride_t
-                prefetch_to_l2(key_cache + offset, 0, 1, ((rows - 1) * stride_t + K) * SIZE)
-                prefetch_to_l2(value_cache + offset, 0, 1, ((rows - 1) * stride_t + K) * SIZE)
+            prefetch_first_block(key_cache, value_cache, cache, start, stop, stride_t, K, BLOCK_T)
         wait_for_predecessor(PDL, HOLDS_BACK)
         # Loads that do not depend on the length come first, so that their latencies overlap.
-        if APPEND:
-            q_own, q_partner, k_own, k_partner, v_new = load_packed(packed, columns, valid, K, WIDTH)
-        else:
-            q = tl.load(query + (batch * heads + head) * K + columns, mask=valid, other=0.0).to(tl.float32) * scale
-    slot_new = tl.load(length, volatile=True)
-    first = tl.load(first_key + batch)
-    end = slot_new
-    if not APPEND:
-        end = slot_new + 1
-    start, stop, active = key_range(first, end, split, SPLITS, BLOCK_T)
+        q_own, q_partner, k_own, k_partner, v_new = load_packed(packed, columns, valid, K, WIDTH)
+    end = tl.load(length, volatile=True)
+    start, stop, active = key_range(tl.load(first_key + batch), end, split, SPLITS, BLOCK_T)
     k, v = load_block(key_cache + cache, value_cache + cache, start, stop, slots, columns, valid, stride_t)
-    if APPEND:
-        first_position = tl.minimum(tl.load(position + batch), positions - 1)
-        second_position = first_position
-        if WIDTH < K:
-            second_position = slot_new - tl.load(sop_index + batch) + 1
-            second_position = tl.minimum(tl.maximum(second_position, 0), positions - 1)
-        c, s = load_angles(cos, sin, first_position, second_position, columns, valid, WIDTH)
+    first_position = tl.minimum(tl.load(position + batch), positions - 1)
+    second_position = first_position
+    if WIDTH < K:
+        second_position = end - tl.load(sop_index + batch) + 1
+        second_position = tl.minimum(tl.maximum(second_position, 0), positions - 1)
+    c, s = load_angles(cos, sin, first_position, second_position, columns, valid, WIDTH)
     if EARLY:
         wait_for_predecessor(PDL, HOLDS_BACK)
         q_own, q_partner, k_own, k_partner, v_new = load_packed(packed, columns, valid, K, WIDTH)
     if split < active:
-        if APPEND:
-            q = (q_own * c + q_partner * s).to(out.dtype.element_ty).to(tl.float32) * scale
+        q = (q_own * c + q_partner * s).to(out.dtype.element_ty).to(tl.float32) * scale
         highest = tl.full([], float("-inf"), tl.float32)
         total = tl.full([], 0.0, tl.float32)
         acc = tl.zeros([BLOCK_K], tl.float32)
-        if APPEND:
-            if split == 0:
-                k_new = (k_own * c + k_partner * s).to(out.dtype.element_ty)
-                target = cache + slot_new.to(tl.int64) * stride_t + columns
-                # To Triton 3.9's interpreter a broadcast scalar is an integer: the comparison makes the mask one again.
-                fits = (valid & (slot_new < capacity)) != 0
-                tl.store(key_cache + target, k_new, mask=fits)
-                tl.store(value_cache + target, v_new, mask=fits)
-                highest = tl.sum(q * k_new.to(tl.float32), 0)
-                total = tl.full([], 1.0, tl.float32)
-                acc = v_new.to(tl.float32)
+        if split == 0:
+            k_new = (k_own * c + k_partner * s).to(out.dtype.element_ty)
+            target = cache + end.to(tl.int64) * stride_t + columns
+            # To Triton 3.9's interpreter a broadcast scalar is an integer: the comparison makes the mask one again.
+            fits = (valid & (end < capacity)) != 0
+            tl.store(key_cache + target, k_new, mask=fits)
+            tl.store(value_cache + target, v_new, mask=fits)
+            highest = tl.sum(q * k_new.to(tl.float32), 0)
+            total = tl.full([], 1.0, tl.float32)
+            acc = v_new.to(tl.float32)
         for t in range(start, stop, BLOCK_T):
             score = tl.where(t + slots < stop, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
             new_highest = tl.maximum(highest, tl.max(score, 0))
@@ -160,55 +174,70 @@ def decode_attention_kernel(
         target_out = out + (batch * heads + head) * K + columns
         if SPLITS == 1:
             tl.store(target_out, acc / total, mask=valid)
+        elif active == 1:
+            tl.store(target_out, acc / total, mask=valid)
         else:
-            if active == 1:
-                tl.store(target_out, acc / total, mask=valid)
-            else:
-                base = partial + pair.to(tl.int64) * SPLITS * (BLOCK_K + 2)
-                mine = base + split * (BLOCK_K + 2)
-                tl.store(mine + columns, acc)
-                tl.store(mine + BLOCK_K, highest)
-                tl.store(mine + BLOCK_K + 1, total)
-                if arrive(counters + pair, active):
-                    part = tl.arange(0, SPLITS_POWER)
-                    there = part < active
-                    highs = tl.load(
-                        base + part * (BLOCK_K + 2) + BLOCK_K, mask=there, other=float("-inf"), cache_modifier=".cg"
-                    )
-                    totals = tl.load(
-                        base + part * (BLOCK_K + 2) + BLOCK_K + 1, mask=there, other=0.0, cache_modifier=".cg"
-                    )
-                    accs = tl.load(
-                        base + part[:, None] * (BLOCK_K + 2) + columns[None, :],
-                        mask=there[:, None],
-                        other=0.0,
-                        cache_modifier=".cg",
-                    )
-                    share = tl.exp(highs - tl.max(highs, 0))
-                    mixed = tl.sum(accs * share[:, None], 0) / tl.sum(totals * share, 0)
-                    tl.store(target_out, mixed, mask=valid)
+            base = partial + pair.to(tl.int64) * SPLITS * (BLOCK_K + 2)
+            mine = base + split * (BLOCK_K + 2)
+            tl.store(mine + columns, acc)
+            tl.store(mine + BLOCK_K, highest)
+            tl.store(mine + BLOCK_K + 1, total)
+            if arrive(counters + pair, active):
+                tl.store(target_out, combine_splits(base, active, columns, BLOCK_K, SPLITS_POWER), mask=valid)
 
 
 def choose_splits(pairs: int, max_length: int, block_t: int, programs: int) -> int:
-    """Splits that give about ``programs`` programs for ``pairs`` sequences times heads, none smaller than a block."""
+    """Choose splits, none below a block, for about ``programs`` programs with ``pairs`` sequences times heads."""
     return max(min(programs // pairs, triton.cdiv(max_length, block_t), MAX_SPLITS), 1)
 
 
-def _launch(
-    query: torch.Tensor,
+def decode_attention(
+    qkv: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     length: torch.Tensor,
     first_key: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None,
-    splits: int | None,
-    max_length: int | None,
-    workspace: Workspace | None,
-    out: torch.Tensor,
-    early: bool = False,
-) -> None:
-    """``rotary``: position, sop_index, cos, sin of the appending kernel, or None."""
+    position: torch.Tensor,
+    sop_index: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    splits: int | None = None,
+    max_length: int | None = None,
+    stable_state: bool = False,
+    workspace: Workspace | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rotate query and key, append to the cache and attend for one decode step, in one launch.
+
+    The new key and value go to slot ``length``. With tables [P, K / 4] the first half of a head turns by
+    ``position[b]`` and the second by ``length - sop_index[b] + 1``, clamped to the tables; with [P, K / 2]
+    the whole head turns by ``position[b]``.
+
+    Args:
+        qkv: [B, 3 * H * K], per head [q k v].
+        key_cache, value_cache: [B, H, T, K] of equal strides, last axis contiguous.
+        length: int32 [1], slots filled, below T. first_key, position, sop_index: int32 [B].
+        cos, sin: [P, K / 4] or [P, K / 2].
+        splits: parts that the keys are cut into, 1 to 64, fixed when a graph is captured and right for every length;
+            None chooses for ``max_length`` keys (default T).
+        stable_state: read all but ``qkv`` before the wait. The caller promises that no launch that may still run writes
+            ``length``, ``first_key``, ``position``, ``sop_index``, the tables or the filled slots, as in a CUDA graph
+            that holds one step and advances the length at its end.
+        out: [B, H * K].
+
+    Raises:
+        ValueError: a shape does not fit, or ``splits`` is out of range.
+    """
     batch, heads, capacity, size = key_cache.shape
+    require(
+        qkv.numel() == batch * 3 * heads * size and qkv.is_contiguous(),
+        f"qkv is {tuple(qkv.shape)}: for the cache {tuple(key_cache.shape)} pass [{batch}, {3 * heads * size}]",
+    )
+    require(
+        cos.shape == sin.shape and cos.shape[1] in (size // 4, size // 2),
+        f"cos is {tuple(cos.shape)} and sin {tuple(sin.shape)}: both must be [P, {size // 4}] or [P, {size // 2}]",
+    )
     require(
         value_cache.shape == key_cache.shape and value_cache.stride() == key_cache.stride(),
         f"key_cache is {tuple(key_cache.shape)} and value_cache {tuple(value_cache.shape)}: pass equal ones",
@@ -227,10 +256,10 @@ def _launch(
         and workspace.partial.numel() >= batch * heads * splits * (block_k + 2),
         f"the workspace was made for fewer than {batch} sequences of {heads} heads; make a larger one",
     )
-    position, sop_index, cos, sin = rotary or (first_key, first_key, query, query)
+    out = qkv.new_empty(batch, heads * size) if out is None else out
     pdl = uses_pdl(key_cache.device)
     decode_attention_kernel[(batch * heads, splits)](
-        query,
+        qkv,
         key_cache,
         value_cache,
         length,
@@ -252,98 +281,11 @@ def _launch(
         BLOCK_T=config.block_t,
         SPLITS=splits,
         SPLITS_POWER=triton.next_power_of_2(splits),
-        WIDTH=2 * cos.shape[1] if rotary else size,
-        APPEND=rotary is not None,
-        EARLY=early and pdl,
+        WIDTH=2 * cos.shape[1],
+        EARLY=stable_state and pdl,
         HOLDS_BACK=config.holds_back and batch == 1,
         PDL=pdl,
         num_warps=config.num_warps,
         **pdl_options(pdl),
     )
-
-
-def fused_multi_head_attention_inference_v2(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    length: torch.Tensor,
-    first_key: torch.Tensor,
-    splits: int | None = None,
-    workspace: Workspace | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """softmax(query key^T / sqrt(K)) value for one query row per sequence, softmax in float32.
-
-    Args:
-        query: [B, H, 1, K], rotated.
-        key_cache, value_cache: [B, H, T, K] of equal strides.
-        length: int32 [1], slot of the newest key. first_key: int32 [B]; keys first_key[b] <= j <= length are seen.
-        splits: parts that the keys are cut into, 1 to 64; None chooses for the whole capacity T.
-
-    Returns:
-        [B, 1, H * K].
-
-    Raises:
-        ValueError: a shape does not fit, or ``splits`` is out of range.
-    """
-    batch, heads, _, size = key_cache.shape
-    require(
-        query.shape == (batch, heads, 1, size),
-        f"query is {tuple(query.shape)} but the cache {tuple(key_cache.shape)}: pass [B, H, 1, K] and [B, H, T, K]",
-    )
-    out = query.new_empty(batch, 1, heads * size) if out is None else out
-    _launch(query.contiguous(), key_cache, value_cache, length, first_key, None, splits, None, workspace, out)
-    return out
-
-
-def decode_attention(
-    qkv: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    length: torch.Tensor,
-    first_key: torch.Tensor,
-    position: torch.Tensor,
-    sop_index: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    *,
-    splits: int | None = None,
-    max_length: int | None = None,
-    stable_state: bool = False,
-    workspace: Workspace | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Rotary positions, append to the cache and attention of one decode step, in one launch.
-
-    The new key and value go to slot ``length``. With tables [P, K / 4] the first half of a head turns by
-    ``position[b]`` and the second by ``length - sop_index[b] + 1``, clamped to the tables; with [P, K / 2]
-    the whole head turns by ``position[b]``.
-
-    Args:
-        qkv: [B, 3 * H * K], per head [q k v].
-        key_cache, value_cache: [B, H, T, K] of equal strides, last axis contiguous.
-        length: int32 [1], slots filled, below T. first_key, position, sop_index: int32 [B].
-        cos, sin: [P, K / 4] or [P, K / 2].
-        splits: parts that the keys are cut into, 1 to 64, fixed when a graph is captured and right for every length;
-            None chooses for ``max_length`` keys (default T).
-        stable_state: the caller promises that no launch that may still run writes anything but ``qkv``: ``length``,
-            ``first_key``, ``position``, ``sop_index``, the tables and the filled slots are complete, as in a CUDA graph
-            that holds one step and advances the length at its end. Then they are read before the wait.
-        out: [B, H * K].
-
-    Raises:
-        ValueError: a shape does not fit, or ``splits`` is out of range.
-    """
-    batch, heads, _, size = key_cache.shape
-    require(
-        qkv.numel() == batch * 3 * heads * size and qkv.is_contiguous(),
-        f"qkv is {tuple(qkv.shape)}: for the cache {tuple(key_cache.shape)} pass [{batch}, {3 * heads * size}]",
-    )
-    require(
-        cos.shape == sin.shape and cos.shape[1] in (size // 4, size // 2),
-        f"cos is {tuple(cos.shape)} and sin {tuple(sin.shape)}: both must be [P, {size // 4}] or [P, {size // 2}]",
-    )
-    out = qkv.new_empty(batch, heads * size) if out is None else out
-    rotary = (position, sop_index, cos, sin)
-    _launch(qkv, key_cache, value_cache, length, first_key, rotary, splits, max_length, workspace, out, stable_state)
     return out

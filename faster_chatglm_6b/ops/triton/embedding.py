@@ -28,7 +28,7 @@ def embedding_kernel(
 
 
 def embedding(tokens: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """``weight[tokens]``.
+    """Look up ``weight[tokens]``.
 
     Args:
         tokens: int64 [B], each in [0, V); not checked. weight: [V, D]. out: [B, D].

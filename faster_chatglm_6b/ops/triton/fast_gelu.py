@@ -25,7 +25,7 @@ def fast_gelu_kernel(
 
 
 def fast_gelu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """tanh GELU of x (any shape; float16, bfloat16 or float32), computed in float32."""
+    """Return tanh GELU of x (any shape; float16, bfloat16 or float32), computed in float32."""
     x = x.contiguous()
     out = torch.empty_like(x) if out is None else out
     pdl = uses_pdl(x.device)

@@ -1,4 +1,4 @@
-"""Rotary positions for query or key straight from the packed per-head [q k v] projection (RoFormer, Su et al. 2021)."""
+"""Rotary positions of query or key, straight from the packed per-head [q k v] projection (RoFormer, Su et al. 2021)."""
 
 import torch
 import triton
@@ -10,8 +10,9 @@ from .configs import uses_pdl
 
 @triton.jit
 def load_head(source, columns, valid, WIDTH: tl.constexpr):
-    """One head from ``source`` (pointer to its K values), and beside each value the one that it turns with, negated
-    for the first half: column i goes with column i + WIDTH / 2 of its block of WIDTH columns. float32.
+    """Load one head as float32 from ``source`` (pointer to its K values), and for each value its partner.
+
+    Column i turns with column i + WIDTH / 2 of its block of WIDTH columns; the partners of the first half are negated.
     """
     HALF: tl.constexpr = WIDTH // 2
     leading = columns % WIDTH < HALF
@@ -22,7 +23,7 @@ def load_head(source, columns, valid, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_angles(cos, sin, first_position, second_position, columns, valid, WIDTH: tl.constexpr):
-    """cos and sin per column: the first WIDTH columns by ``first_position``, later ones by ``second_position``.
+    """Load cos and sin per column: the first WIDTH columns by ``first_position``, later ones by ``second_position``.
 
     The tables are [P, WIDTH / 2].
     """

@@ -81,7 +81,7 @@ def fused_attention_concat_past_key_value(
     on_device = isinstance(length, torch.Tensor)
     require(
         on_device or 0 <= length <= capacity - rows,
-        f"{rows} rows do not fit behind {length} of {capacity} slots; allocate a longer cache",
+        f"{rows} rows do not fit after {length} of {capacity} slots; allocate a longer cache",
     )
     pdl = uses_pdl(key.device)
     block_m = min(triton.next_power_of_2(max(rows, 1)), 16)

@@ -27,7 +27,7 @@ def fused_fast_gelu_mul_kernel(
 
 
 def fused_fast_gelu_mul(x: torch.Tensor, multiplier: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """``fast_gelu(x) * multiplier``; both of one shape and dtype, computed in float32.
+    """Return ``fast_gelu(x) * multiplier``, computed in float32; both have one shape and dtype.
 
     Raises:
         ValueError: the shapes differ.

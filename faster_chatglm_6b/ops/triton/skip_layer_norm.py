@@ -10,7 +10,7 @@ from .configs import uses_pdl
 
 @triton.jit
 def normalise_row(x, gamma, beta, columns, size, epsilon):
-    """(x - mean) / sqrt(variance + epsilon) * gamma + beta in float32 over the ``size`` valid columns of one row."""
+    """Return (x - mean) / sqrt(variance + epsilon) * gamma + beta in float32 over one row's ``size`` valid columns."""
     valid = columns < size
     mean = tl.sum(tl.where(valid, x, 0.0), axis=0) / size
     centred = tl.where(valid, x - mean, 0.0)
@@ -54,7 +54,7 @@ def skip_layer_norm(
     alpha: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """LayerNorm(x + alpha * skip) over the last axis, sum and statistics in float32.
+    """Return LayerNorm(x + alpha * skip) over the last axis, sum and statistics in float32.
 
     Args:
         x, skip: [..., size]. gamma, beta: [size].

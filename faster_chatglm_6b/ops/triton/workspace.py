@@ -48,7 +48,7 @@ _default: dict[tuple[torch.device, int], Workspace] = {}
 
 
 def default_workspace(device: torch.device, batch: int) -> Workspace:
-    """The workspace that calls on the current stream share when they are given none; grows, never shrinks."""
+    """Return the workspace that calls on the current stream share if they are given none; it grows, never shrinks."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     held = _default.get((device, stream))
     if held is None or held.batch < batch:

@@ -24,7 +24,7 @@ def fused_matmul_bias(
     out: torch.Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> torch.Tensor:
-    """x weight^T + bias, then ``fast_gelu`` or + beta * residual; summed in float32 and rounded once.
+    """Return x weight^T + bias, then ``fast_gelu`` or + beta * residual; summed in float32 and rounded once.
 
     Args:
         x: [..., K]. weight: [N, K], contiguous. bias: [N] or None. residual: [..., N] or None. out: [..., N].
@@ -70,7 +70,7 @@ def _library(
     gelu: bool,
     out: torch.Tensor,
 ) -> None:
-    """The same through cuBLAS; x [M, K], out [M, N]."""
+    """Compute the same through cuBLAS; x [M, K], out [M, N]."""
     if residual is not None and bias is None:
         torch.addmm(residual.view(out.shape), x, weight.t(), beta=beta, out=out)
         return
@@ -93,9 +93,9 @@ def layer_norm_matmul_bias(
     out: torch.Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``fused_matmul_bias(skip_layer_norm(x, gamma, beta), weight, bias, gelu=gelu)`` and the normalised x.
+    """Return ``fused_matmul_bias(skip_layer_norm(x, gamma, beta), weight, bias, gelu=gelu)`` and the normalised x.
 
-    One launch where the tables say that normalising inside the GEMV pays, else two.
+    It takes one launch if the tables say that normalising inside the GEMV pays, else two.
 
     Args:
         x: [..., K]. gamma, beta: [K]. weight: [N, K]. bias: [N] or None.

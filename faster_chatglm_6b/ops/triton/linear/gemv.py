@@ -1,4 +1,4 @@
-"""x W^T for one to four rows of x: the weight is read once, in large blocks, and nothing else costs time."""
+"""x W^T for one to four rows of x: reading the weight once, in large blocks, is all that costs time."""
 
 import torch
 import triton
@@ -11,7 +11,7 @@ from ..skip_layer_norm import normalise_row
 
 @triton.jit
 def load_weight(weight, row, column, N, K: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr):
-    """A block of the weight [N, K]; every value is used once per token, so it leaves the cache first."""
+    """Load a block of the weight [N, K]; every value is used once per token, so it leaves the cache first."""
     pointers = weight + row[:, None].to(tl.int64) * K + column[None, :]
     if EVEN_N and EVEN_K:
         block = tl.load(pointers, eviction_policy="evict_first")
@@ -32,7 +32,7 @@ def load_x(x, column, K: tl.constexpr, EVEN_K: tl.constexpr):
 
 @triton.jit
 def load_residual(residual, m, row, N, beta, HAS_RESIDUAL: tl.constexpr):
-    """beta * residual, or 0. Read beside x, so that the loads overlap."""
+    """Load beta * residual, or 0 without one; call it along with the loads of x, so that they overlap."""
     if HAS_RESIDUAL:
         addend = beta * tl.load(residual + m * N + row, mask=row < N, other=0.0).to(tl.float32)
     else:
@@ -42,7 +42,7 @@ def load_residual(residual, m, row, N, beta, HAS_RESIDUAL: tl.constexpr):
 
 @triton.jit
 def finish_row(total, m, row, bias_value, addend, out, N, GELU: tl.constexpr):
-    """Epilogue: + bias, then GELU, + addend, then store."""
+    """Add the bias, apply GELU, add ``addend`` and store."""
     total += bias_value
     if GELU:
         total = gelu(total)
@@ -131,7 +131,7 @@ def persistent_gemv_kernel(
     GELU: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A GEMV whose programs own many row blocks, so that x (BLOCK_K >= K) is read, and normalised, once per program."""
+    """Compute a GEMV whose programs own many row blocks: x (BLOCK_K >= K) is read, and normalised, once per program."""
     start_successor(PDL)
     EVEN_K: tl.constexpr = K == BLOCK_K
     column = tl.arange(0, BLOCK_K)
@@ -170,7 +170,10 @@ def launch_gemv(
     out: torch.Tensor,
     config: Gemv,
 ) -> None:
-    """out [M, N] = epilogue(x [M, K] weight [N, K]^T), 1 <= M <= 4; all contiguous. Looping grids serve M = 1 only."""
+    """Compute out [M, N] = epilogue(x [M, K] weight [N, K]^T), 1 <= M <= 4; all contiguous.
+
+    Looping grids serve M = 1 only.
+    """
     rows, k = x.shape
     n = weight.shape[0]
     if rows == 1 and config.waves and config.block_k >= k:
@@ -213,7 +216,7 @@ def launch_persistent_gemv(
     out: torch.Tensor,
     config: Gemv,
 ) -> None:
-    """out [1, N] = epilogue(LayerNorm(x [1, K]) weight [N, K]^T); without gamma x is taken as it is."""
+    """Compute out [1, N] = epilogue(LayerNorm(x [1, K]) weight [N, K]^T); without gamma x is not normalised."""
     k = x.shape[-1]
     n = weight.shape[0]
     pdl = uses_pdl(x.device)

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..common import arrive, gelu, pdl_options, prefetch_to_l2, start_successor, wait_for_predecessor
 from ..configs import Dot, uses_pdl
 
-# Columns that the L2 cache is asked for before the wait.
+# Columns to ask the L2 cache for before the wait.
 PREFETCH = 128
 
 
@@ -77,7 +77,7 @@ def small_batch_matmul_kernel(
         last = arrive(counters + tile, SPLITS)
     if last:
         if SPLITS > 1:
-            # Summed in the order of the splits, whichever came last, so that the result does not vary.
+            # Add in the order of the splits, whichever came last, so that the result does not vary.
             acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             for split in range(SPLITS):
                 other = partial + tl.cast(split, tl.int64) * N * BLOCK_M
@@ -94,7 +94,7 @@ def small_batch_matmul_kernel(
 
 
 def padded_rows(rows: int) -> int:
-    """``rows`` rounded up to 16, 32 or 64. At 8 Triton 3.6 leaves Hopper's own matrix instruction unused."""
+    """Round ``rows`` up to 16, 32 or 64: at 8 Triton 3.6 leaves Hopper's own matrix instruction unused."""
     return max(triton.next_power_of_2(rows), 16)
 
 
@@ -110,10 +110,10 @@ def launch_small_batch_matmul(
     partial: torch.Tensor,
     counters: torch.Tensor,
 ) -> None:
-    """out [M, N] = epilogue(x [M, K] weight [N, K]^T), M <= 64, float16 or bfloat16; all contiguous.
+    """Compute out [M, N] = epilogue(x [M, K] weight [N, K]^T), M <= 64, float16 or bfloat16; all contiguous.
 
-    ``partial`` (float32) needs splits * N * padded rows values and ``counters`` (int32, zero) one per row block, where
-    the configuration splits the columns.
+    If the configuration splits the columns, ``partial`` (float32) needs splits * N * padded rows values, and
+    ``counters`` (int32, zero) one per row block.
     """
     rows, k = x.shape
     n = weight.shape[0]

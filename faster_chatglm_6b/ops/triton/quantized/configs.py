@@ -13,9 +13,9 @@ from .. import configs
 
 @dataclass(frozen=True)
 class Quantized:
-    """A program takes 16 * ``row_warps`` weight rows; ``column_warps`` warps share the columns of a row between them.
+    """For more than eight rows of x: a program takes 16 * ``row_warps`` weight rows.
 
-    Each warp has ``depth`` steps of 64 bytes per row under way.
+    ``column_warps`` warps share the columns of a row. Each warp has ``depth`` steps of 64 bytes per row under way.
     """
 
     row_warps: int
@@ -25,10 +25,10 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Stream:
-    """A program takes 16 * ``tiles`` weight rows at a time; its ``warps`` share their columns.
+    """For a few rows of x: a program takes 16 * ``tiles`` weight rows at a time; its ``warps`` share their columns.
 
-    A round is ``depth`` steps of 64 bytes per warp and row, and ``stages`` - 1 rounds are under way. ``programs``: how
-    many there are at most per multiprocessor; more than fit at once start when others end.
+    A round is ``depth`` steps of 64 bytes per warp and row, and ``stages`` - 1 rounds are under way. There are at most
+    ``programs`` per multiprocessor; those that do not fit at once start when others end.
     """
 
     tiles: int
@@ -43,10 +43,12 @@ class Row:
     """For one row of x: a program takes 16 weight rows at a time; its ``warps``, up to 16, share their columns.
 
     ``lead`` turns of ``span`` (2 or 4) steps of 64 bytes per warp and row are under way, as far as 47 KiB of shared
-    memory go: a step takes ``warps`` KiB. ``programs`` as in ``Stream``. ``normalises``: a LayerNorm before the product
-    is part of it, where x fits into registers, and no launch of its own. ``holds_back``: the next kernel starts only
-    once the kernel before is done. Otherwise a small kernel lets its successors' programs in at once, also those that
-    are not next, and they take up room so unevenly that some multiprocessors are left with twice the work of others.
+    memory go: a step takes ``warps`` KiB. ``programs`` is as in ``Stream``.
+
+    ``normalises``: if x fits into registers, a LayerNorm before the product is part of it and no launch of its own.
+
+    ``holds_back``: the next kernel starts only once the kernel before is done. Otherwise several later kernels start at
+    once and occupy multiprocessors unevenly: some are left with twice the work of others.
     """
 
     warps: int
@@ -57,7 +59,7 @@ class Row:
     holds_back: bool = False
 
 
-# Of one GPU family: bits, then the weight's shape.
+# The tables of one GPU family: by bits, then by the weight's shape.
 Streams = dict[int, dict[tuple[int, int], Stream]]
 Rows = dict[int, dict[tuple[int, int], Row]]
 
@@ -102,38 +104,38 @@ CHUNK_BYTES = 64
 
 
 def streams_for(device: torch.device) -> Streams:
-    """The table for ``device``."""
+    """Return the table of a few rows of x for ``device``."""
     return _HOPPER if configs.capability(device) >= (9, 0) else _OTHER
 
 
 def rows_for(device: torch.device) -> Rows:
-    """The table of one row of x for ``device``."""
+    """Return the table of one row of x for ``device``."""
     return _HOPPER_ROWS if configs.capability(device) >= (9, 0) else _OTHER_ROWS
 
 
 def row_config(rows: Rows, bits: int, n: int, k: int) -> Row:
-    """Configuration of the product with an integer weight [n, k] and one row of x."""
+    """Choose the product with an integer weight [n, k] and one row of x."""
     config = rows.get(bits, {}).get((n, k), _DEFAULT_ROW)
     warps, _ = _fitted(bits, k, config.warps, 1)
     return replace(config, warps=warps)
 
 
 def quantized_config(bits: int, tiles: int, k: int) -> Quantized:
-    """Configuration of the product with an integer weight [N, k] and 8 * ``tiles`` rows of x, more than eight."""
+    """Choose the product with an integer weight [N, k] and 8 * ``tiles`` rows of x, more than eight."""
     config = _DEFAULT[tiles]
     columns, depth = _fitted(bits, k, config.column_warps, config.depth)
     return Quantized(config.row_warps, columns, depth)
 
 
 def stream_config(streams: Streams, bits: int, n: int, k: int) -> Stream:
-    """Configuration of the product with an integer weight [n, k] and up to eight rows of x."""
+    """Choose the product with an integer weight [n, k] and up to eight rows of x."""
     config = streams.get(bits, {}).get((n, k), _DEFAULT_STREAM)
     warps, depth = _fitted(bits, k, config.warps, config.depth)
     return replace(config, warps=warps, depth=depth)
 
 
 def _fitted(bits: int, k: int, warps: int, depth: int) -> tuple[int, int]:
-    """No more warps to a row of ``k`` columns, and no more steps ahead, than it has chunks for."""
+    """Limit the warps of a row of ``k`` columns, and the steps ahead, to its number of chunks."""
     chunks = k * bits // 8 // CHUNK_BYTES
     warps = min(warps, 1 << int(math.log2(max(chunks, 1))))
     return warps, min(depth, -(-chunks // warps))

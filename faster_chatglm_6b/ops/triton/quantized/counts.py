@@ -1,9 +1,9 @@
 """Integers as subnormal halves on the tensor cores, in inline PTX: the cheapest way from a stored word to a product.
 
 With its sign bit flipped, an integer of four bits counts from 0 to 15 (its value plus 8), one of eight bits from 0 to
-255 (plus 128). As the low bits of a half that is a subnormal number, the count times 2^-24, and its product with x is
-exact. What is too much, 8 or 128 times the sum of x, is the same for every weight row: ``offset`` takes it off, once
-for all rows that a warp has under way. Lanes and rows are those of ``quantized_mma``; bfloat16 has no room for this.
+255 (plus 128). As the low bits of a half it is a subnormal number, the count times 2^-24, and its product with x is
+exact. The surplus, 8 or 128 times the sum of x, is the same for every weight row: ``offset`` subtracts it once for all
+rows that a warp has under way. Lanes and rows are the same as in ``mma``; bfloat16 has no room for this.
 """
 
 import triton
@@ -17,11 +17,11 @@ def _move(pairs: list[tuple[str, str]]) -> list[str]:
 
 
 def _multiply(bits: int) -> tl.constexpr:
-    """PTX of one step for 16 weight rows.
+    """Return the PTX of one step for 16 weight rows.
 
     Operands: four chains of sums, 4 words each; the words of row g, then of row g + 8; x as ``arrange`` leaves it, 4
-    words per piece; the chains as they were. Four chains, so that no product waits for the one before. In four bits the
-    odd chains are 16 times as large as the even ones, as the high nibbles stay where they are.
+    words per piece; the chains as they were. With four chains no product waits for the one before. In four bits the
+    odd chains are 16 times as large as the even ones, because the high nibbles are not shifted down.
     """
     pieces = 16 // bits
     before = 24 + 4 * pieces
@@ -63,7 +63,7 @@ def _multiply(bits: int) -> tl.constexpr:
 
 
 def _offset(bits: int) -> tl.constexpr:
-    """PTX that adds -8 or -128 times the sum of x to two chains of sums.
+    """Return the PTX that adds -8 or -128 times the sum of x to two chains of sums.
 
     Operands: both chains, 4 words each; x as above; the chains as they were.
     """
@@ -96,7 +96,7 @@ _OFFSET8_OPERANDS = tl.constexpr(",".join(["=f"] * 8 + ["r"] * 8 + ["f"] * 8))
 
 @triton.jit
 def arrange(piece, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """A piece of x (int32 block, pairs of halves) as ``multiply_counts`` and ``offset`` take it."""
+    """Arrange a piece of x (int32 block, pairs of halves) as ``multiply_counts`` and ``offset`` take it."""
     if BITS == 4 and not INTERPRETED:
         piece = tl.inline_asm_elementwise(_ARRANGE, _ARRANGED, [piece], tl.int32, True, 4)
     return piece
@@ -104,11 +104,11 @@ def arrange(piece, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def multiply_counts(a, b, x, sums, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The four chains ``sums`` with the counts in the words ``a`` and ``b`` (rows g and g + 8) times x added.
+    """Add the counts in the words ``a`` and ``b`` (rows g and g + 8) times x to the four chains ``sums``.
 
     Args:
         x: tuple of arranged pieces, four for four bits and two for eight. sums: float32 blocks, laid out as in
-            ``quantized_mma.multiply``; ``total`` makes one of them.
+            ``mma.multiply``; ``total`` adds them up.
     """
     if INTERPRETED:
         sums = (sums[0] + interpreted_product(a, b, x, BITS, False), sums[1], sums[2], sums[3])
@@ -135,7 +135,7 @@ def multiply_counts(a, b, x, sums, BITS: tl.constexpr, INTERPRETED: tl.constexpr
 
 @triton.jit
 def offset(x, c, d, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The two chains c and d with what the counts of a step are too much taken off."""
+    """Return chains c and d, less the surplus of a step."""
     if not INTERPRETED:
         if BITS == 4:
             c, d = tl.inline_asm_elementwise(
@@ -150,7 +150,7 @@ def offset(x, c, d, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def total(sums, less, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """W x^T of the counts' chains ``sums`` and the two chains ``less`` of what they are too much."""
+    """Return W x^T from the counts' chains ``sums`` and the two chains ``less`` of their surplus."""
     HIGH: tl.constexpr = 0.0625 if BITS == 4 else 1.0
     UNIT: tl.constexpr = 1.0 if INTERPRETED else 16777216.0
     return (sums[0] + sums[2] + (sums[1] + sums[3]) * HIGH + (less[0] + less[1])) * UNIT

@@ -1,4 +1,4 @@
-"""The floats of an int8 or int4 weight, for products with so many rows that a library's is the fastest."""
+"""Turn an int8 or int4 weight into floats, for products with so many rows that a library's is the fastest."""
 
 import torch
 import triton
@@ -37,7 +37,7 @@ def dequantize_kernel(
 def dequantize(
     weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """integers * scale, each product rounded once to ``dtype``.
+    """Return integers * scale, each product rounded once to ``dtype``.
 
     Args:
         weight: int8 [N, K * bits / 8], contiguous, in the stored format. scale: [N] or [N, groups], contiguous.

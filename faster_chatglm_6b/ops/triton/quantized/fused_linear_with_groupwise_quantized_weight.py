@@ -10,15 +10,15 @@ from .configs import Row, quantized_config, row_config, rows_for, stream_config,
 from .dequantize import dequantize
 from .gemv import launch_quantized_gemv
 from .matmul import launch_quantized_matmul, serves, tiles_of
-from .row import launch_quantized_row, normalises
-from .row_norm import LayerNorm
+from .one_row.norm import NormArguments
+from .one_row.row import launch_quantized_row, normalises
 from .stream import MOST_ROWS as MOST_STREAM_ROWS
 from .stream import launch_quantized_stream
 from .trial import STREAMS_KEEP_THEIR_LAYOUT, layout_holds
 
-# More rows than this dequantise the weight for the library where the tensor-core kernel does not serve.
+# If the tensor-core kernel does not serve, more rows than this dequantise the weight for the library.
 MOST_GEMV_ROWS = 8
-# Weight rows dequantised at a time hold no more values than this (256 MiB of halves).
+# Most values of weight rows dequantised at a time (256 MiB of halves).
 _DEQUANTISED_VALUES = 1 << 27
 
 
@@ -35,14 +35,14 @@ def fused_linear_with_groupwise_quantized_weight(
     out: torch.Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> torch.Tensor:
-    """x weight^T + bias, then ``fast_gelu`` or + beta * residual; summed in float32 and rounded once.
+    """Return x weight^T + bias, then ``fast_gelu`` or + beta * residual; summed in float32 and rounded once.
 
-    Up to 64 rows of x read the integers as they are stored; for more the weight is dequantised for cuBLAS.
+    Up to 64 rows of x read the stored integers; for more the weight is dequantised for cuBLAS.
 
     Args:
         x: [..., K]. w: int8 [N, K * num_bits / 8] in the stored format, contiguous. w_scale: [N], or
             [N, K / group_size] with groups, any floating dtype. bias: [N] or None. residual: [..., N] or None.
-        num_bits: 8 or 4. group_size: columns per scale, even, or -1. out: [..., N]. workspace: for cuBLAS' neighbours.
+        num_bits: 8 or 4. group_size: columns per scale, even, or -1. out: [..., N]. workspace: for the float kernels.
 
     Raises:
         ValueError: a shape does not fit, or both ``gelu`` and ``residual`` are given.
@@ -85,7 +85,7 @@ def fused_linear_with_groupwise_quantized_weight(
 
 
 def _serves(x: torch.Tensor, w: torch.Tensor, bits: int, group_size: int) -> bool:
-    """Whether the kernels on tensor cores take x [M, K]."""
+    """Tell whether the kernels on tensor cores take x [M, K]."""
     return serves(x, w, bits, group_size) and layout_holds(x.device, x.dtype, bits)
 
 
@@ -101,7 +101,7 @@ def _library(
     out: torch.Tensor,
     workspace: Workspace | None,
 ) -> None:
-    """The same through the float product, as many weight rows at a time as memory allows; x [M, K], out [M, N]."""
+    """Compute the same with float products, as many weight rows at a time as memory allows; x [M, K], out [M, N]."""
     n, k = out.shape[1], x.shape[1]
     step = max(_DEQUANTISED_VALUES // k, 1)
     if n <= step:
@@ -135,9 +135,9 @@ def layer_norm_quantized_linear(
     out: torch.Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The product above of ``skip_layer_norm(x, gamma, beta)``, and the normalised x.
+    """Return the product above of ``skip_layer_norm(x, gamma, beta)``, and the normalised x.
 
-    Two launches, or one where the tables say that it is faster (``Row.normalises``). Of two, under programmatic
+    It takes two launches, or one if the tables say that it is faster (``Row.normalises``). With two, under programmatic
     dependent launch, the product's weights are on their way while LayerNorm runs.
 
     Args:
@@ -147,7 +147,7 @@ def layer_norm_quantized_linear(
         out [..., N] and normed_out [..., K].
     """
     normed_out = torch.empty_like(x) if normed_out is None else normed_out
-    norm = LayerNorm(gamma, beta, epsilon, normed_out)
+    norm = NormArguments(gamma, beta, epsilon, normed_out)
     config = _config_of_one_launch(x, norm, w, w_scale, num_bits, group_size)
     if config is not None:
         (n, k), shape = (w.shape[0], x.shape[-1]), x.shape[:-1]
@@ -163,9 +163,9 @@ def layer_norm_quantized_linear(
 
 
 def _config_of_one_launch(
-    x: torch.Tensor, norm: LayerNorm, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group_size: int
+    x: torch.Tensor, norm: NormArguments, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group_size: int
 ) -> Row | None:
-    """For LayerNorm within the product, or None; what does not fit together is left to two launches, which say so."""
+    """Choose the product that includes LayerNorm, or None; two launches report what does not fit together."""
     (n, k), groups = (w.shape[0], w.shape[1] * 8 // bits), 1 if group_size < 0 else x.shape[-1] // group_size
     vectors = (norm.gamma, norm.beta, norm.out.view(-1))
     config = row_config(rows_for(x.device), bits, n, k)

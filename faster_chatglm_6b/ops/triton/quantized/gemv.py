@@ -1,4 +1,4 @@
-"""x W^T for an int8 or int4 weight of any shape, any groups and any dtype of x: exact in float32, one row at a time."""
+"""x W^T for an int8 or int4 weight of any shape, any groups, any dtype of x: exact in float32, one row at a time."""
 
 import torch
 import triton
@@ -76,7 +76,7 @@ def launch_quantized_gemv(
     gelu_epilogue: bool,
     out: torch.Tensor,
 ) -> None:
-    """out [M, N] = epilogue(x [M, K] W^T), ``weight`` int8 [N, K * bits / 8], ``scale`` [N] or [N, groups]."""
+    """Compute out [M, N] = epilogue(x [M, K] W^T), ``weight`` int8 [N, K * bits / 8], ``scale`` [N] or [N, groups]."""
     rows, k = x.shape
     n = weight.shape[0]
     pdl = uses_pdl(x.device)

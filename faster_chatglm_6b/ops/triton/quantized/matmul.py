@@ -1,4 +1,4 @@
-"""x W^T for 9 to 64 rows of x and an int8 or int4 weight, read once and as it is stored."""
+"""x W^T for 9 to 64 rows of x and an int8 or int4 weight, which is read once, in its stored form."""
 
 import torch
 import triton
@@ -14,7 +14,7 @@ MOST_ROWS = 64
 
 @triton.jit
 def load_words(weight, row, chunk, lane_word, KW: tl.constexpr, EVEN: tl.constexpr):
-    """Four words per lane of a weight row; every word is used once per token, so it leaves the cache first."""
+    """Load four words per lane of a weight row; every word is used once per token, so it leaves the cache first."""
     pointers = weight + row.to(tl.int64) * KW + (chunk * 16 + lane_word)
     if EVEN:
         words = tl.load(pointers, eviction_policy="evict_first")
@@ -50,7 +50,7 @@ def add_step(
     EVEN: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """The sums (one block per eight rows of x) with the products of one chunk of columns per warp added."""
+    """Add the products of one chunk of columns per warp to the sums (one block per eight rows of x)."""
     PIECES: tl.constexpr = 16 // BITS
     X_WORDS: tl.constexpr = KW * PIECES
     pairs_a = unpack(words_a, BITS, BFLOAT, INTERPRETED)
@@ -108,7 +108,7 @@ def quantized_matmul_kernel(
     part = index // 128 % COLUMN_WARPS
     row_a = first_row + index // (128 * COLUMN_WARPS) * 16 + index // 16 % 8
     row_b = row_a + 8
-    # Of the sums: lane 4 g + t has the rows g and g + 8.
+    # Lane 4 g + t of the sums has the rows g and g + 8.
     sum_row = row_a + index % 4 // 2 * 8
     if not EVEN_N:
         # Rows past the end read row N - 1 again; their results are not stored.
@@ -119,7 +119,7 @@ def quantized_matmul_kernel(
     for step in tl.static_range(DEPTH):
         words_a = words_a + (load_words(weight, row_a, step * COLUMN_WARPS + part, lane_word, KW, EVEN),)
         words_b = words_b + (load_words(weight, row_b, step * COLUMN_WARPS + part, lane_word, KW, EVEN),)
-    # Rows and columns of the sums after those of the column warps are added.
+    # Rows and columns of the sums, once the column warps' sums are added.
     warp = tl.arange(0, ROW_WARPS)[:, None, None]
     lane = tl.arange(0, 32)[None, :, None]
     place = tl.arange(0, 4)[None, None, :]
@@ -158,7 +158,7 @@ def quantized_matmul_kernel(
 
 
 def serves(x: torch.Tensor, weight: torch.Tensor, bits: int, group_size: int) -> bool:
-    """Whether shapes and dtype fit this kernel: rows of whole 64-byte chunks, groups of whole chunks."""
+    """Tell whether shapes and dtype fit this kernel: rows of whole 64-byte chunks, groups of whole chunks."""
     chunk = CHUNK_BYTES * 8 // bits
     return (
         x.dtype in (torch.float16, torch.bfloat16)
@@ -170,7 +170,7 @@ def serves(x: torch.Tensor, weight: torch.Tensor, bits: int, group_size: int) ->
 
 
 def tiles_of(rows: int) -> int:
-    """Tiles of eight rows of x that a program takes for ``rows`` rows: 2, 4 or 8."""
+    """Return the tiles of eight rows of x that a program takes for ``rows`` rows: 2, 4 or 8."""
     return triton.next_power_of_2(triton.cdiv(max(rows, 9), 8))
 
 
@@ -187,7 +187,10 @@ def launch_quantized_matmul(
     out: torch.Tensor,
     config: Quantized,
 ) -> None:
-    """out [M, N] = epilogue(x [M, K] W^T), ``weight`` int8 [N, K * bits / 8]; all contiguous, ``serves`` is true."""
+    """Compute out [M, N] = epilogue(x [M, K] W^T), ``weight`` int8 [N, K * bits / 8].
+
+    All tensors are contiguous, and ``serves`` is true.
+    """
     n = weight.shape[0]
     pdl = uses_pdl(x.device)
     quantized_matmul_kernel[(triton.cdiv(n, 16 * config.row_warps),)](

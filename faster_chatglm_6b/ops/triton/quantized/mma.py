@@ -1,12 +1,12 @@
-"""Integers of a weight to pairs of halves in registers, and their product on the tensor cores, in inline PTX.
+"""Turn a weight's integers into pairs of halves in registers and multiply them on the tensor cores, in inline PTX.
 
-Triton's own ``dot`` would take the unpacked weight through shared memory. Here each thread multiplies what it has
-loaded. In ``mma.m16n8k16`` the lane 4 g + t holds the rows g and g + 8 of the weight and row g of x, at the columns of
-t; which columns those are is free, as long as weight and x agree. So every lane loads 16 contiguous bytes of each of
-its two weight rows, and the x that belongs to them.
+Triton's own ``dot`` would take the unpacked weight through shared memory. Here each thread multiplies the words it has
+loaded. In ``mma.m16n8k16`` lane 4 g + t holds the rows g and g + 8 of the weight and row g of x, at the columns of t.
+Any columns will do, as long as weight and x agree. So every lane loads 16 contiguous bytes of each of its two weight
+rows, and the x that belongs to them.
 
-The functions take one-dimensional int32 blocks of 128 values per warp, of which lane 4 g + t holds 16 g + 4 t + (0..3):
-that is Triton's layout of a block that is loaded in vectors of four, and ``layout_holds`` in ``quantized_layout`` makes
+The functions take one-dimensional int32 blocks of 128 values per warp, of which lane 4 g + t holds 16 g + 4 t + (0..3).
+Triton lays a block out like this if it is loaded in vectors of four; ``layout_holds`` in ``trial`` makes
 sure of it.
 """
 
@@ -15,15 +15,15 @@ import triton.language as tl
 
 
 def join_lines(*lines: str) -> tl.constexpr:
-    """PTX of these lines in a scope of their own."""
+    """Return the PTX of these lines in a scope of their own."""
     return tl.constexpr("{\n" + "\n".join(lines) + "\n}")
 
 
 # Four bits, stored with the even column in the high nibble: a word holds the columns 1 0 3 2 5 4 7 6 from its lowest
 # nibble up. Each LOP3 takes two nibbles and flips their sign bit, so that they count from 0 to 15 in the mantissas of a
 # pair of numbers; (a & b) ^ c is table 0x6A. Pairs: (1, 5), (0, 4), (3, 7), (2, 6).
-# Half precision keeps (integer + 8) 2^-24 as it is, a subnormal number, and 16 times that from the upper nibbles: the
-# product with x is exact, and ``_multiply`` takes the 8 off again.
+# Half precision holds (integer + 8) 2^-24 as a subnormal number, and 16 times that from the upper nibbles: the product
+# with x is exact, and ``_multiply`` subtracts the 8 again.
 _INT4_HALF = join_lines(
     ".reg .b32 s;",
     "lop3.b32 $0, $4, 0x000F000F, 0x00080008, 0x6A;",
@@ -74,7 +74,7 @@ _INT8_BFLOAT = join_lines(
 
 
 def mma(dtype: str, chain: str, a: list, b: tuple[str, str]) -> str:
-    """chain += a b; operands of the fragment ``a`` by number."""
+    """Return the PTX of chain += a b; ``a`` may name its operands by number."""
     sums = "{" + ", ".join(f"{chain}{i}" for i in range(4)) + "}"
     fragment = ", ".join(f"${i}" if isinstance(i, int) else i for i in a)
     return (
@@ -83,7 +83,7 @@ def mma(dtype: str, chain: str, a: list, b: tuple[str, str]) -> str:
 
 
 def _multiply(bits: int, dtype: str) -> tl.constexpr:
-    """PTX of acc + W x^T for the four words of a lane's two rows.
+    """Return the PTX of acc + W x^T for the four words of a lane's two rows.
 
     Operands: 4 results; the pairs of row g, then of row g + 8 (4 words each); the pieces of x (4 words each); 4 sums.
     """
@@ -93,8 +93,8 @@ def _multiply(bits: int, dtype: str) -> tl.constexpr:
     lines += [f"mov.f32 c{i}, ${x + 4 * pieces + i};" for i in range(4)] + [
         f"mov.f32 d{i}, 0f00000000;" for i in range(4)
     ]
-    # Two chains of sums, c and d, so that one product need not wait for the one before. Those of subnormals differ
-    # by a factor of 16, and e takes 8 of their unit off each.
+    # Two chains of sums, c and d, so that one product need not wait for the one before. The chains of subnormals
+    # differ by a factor of 16, and e subtracts 8 of their units from each.
     subnormal = bits == 4 and dtype == "f16"
     if subnormal:
         lines += [".reg .f32 e0, e1, e2, e3;", ".reg .b32 less;", "mov.b32 less, 0x80088008;"]
@@ -134,13 +134,13 @@ _INT8_SUMS = tl.constexpr(",".join(["=f"] * 4 + ["r"] * 24 + ["f"] * 4))
 
 @triton.jit
 def unit(BITS: tl.constexpr, BFLOAT: tl.constexpr, INTERPRETED: tl.constexpr):
-    """What one of the sums that ``multiply`` makes stands for."""
+    """Return the factor from the sums that ``multiply`` makes to the products."""
     return 16777216.0 if BITS == 4 and not BFLOAT and not INTERPRETED else 1.0
 
 
 @triton.jit
 def unpack(words, BITS: tl.constexpr, BFLOAT: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Pairs of halves of the integers in ``words``, as a tuple of int32 blocks; in the interpreter the words."""
+    """Unpack the integers in ``words`` to pairs of halves, a tuple of int32 blocks; the interpreter keeps the words."""
     if INTERPRETED:
         pairs = (words,)
     elif BITS == 4:
@@ -161,11 +161,11 @@ def unpack(words, BITS: tl.constexpr, BFLOAT: tl.constexpr, INTERPRETED: tl.cons
 
 @triton.jit
 def multiply(a, b, x, sums, BITS: tl.constexpr, BFLOAT: tl.constexpr, INTERPRETED: tl.constexpr):
-    """sums + W x^T / ``unit`` for 16 weight rows per warp, 8 rows of x.
+    """Return sums + W x^T / ``unit`` for 16 weight rows per warp, 8 rows of x.
 
     Args:
         a, b: the unpacked words of rows g and g + 8. x: tuple of int32 blocks (pairs of halves), four for four bits
-            and two for eight; piece q holds the 16 bytes q of those that belong to the lane's weights.
+            and two for eight; piece q holds bytes 16 q to 16 q + 15 of the x for the lane's weights.
         sums: float32 block; lane 4 g + t holds, at 0..3, (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1).
     """
     if INTERPRETED:
@@ -193,13 +193,13 @@ def multiply(a, b, x, sums, BITS: tl.constexpr, BFLOAT: tl.constexpr, INTERPRETE
 
 @triton.jit
 def low_half(word, BFLOAT: tl.constexpr):
-    """float32 of the 16-bit number in the low half of each word."""
+    """Return the 16-bit number in the low half of each word as float32."""
     return (word & 0xFFFF).to(tl.int16).to(tl.bfloat16 if BFLOAT else tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def interpreted_product(a, b, x, BITS: tl.constexpr, BFLOAT: tl.constexpr):
-    """What ``multiply`` adds, without PTX, for Triton's interpreter: it checks the arithmetic of rows and columns."""
+    """Compute what ``multiply`` adds without PTX, so that the interpreter checks the arithmetic of rows and columns."""
     WARPS: tl.constexpr = a.shape[0] // 128
     PER_WORD: tl.constexpr = 32 // BITS
     word = tl.arange(0, 4)[None, None, None, :]

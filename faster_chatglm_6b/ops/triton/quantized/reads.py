@@ -1,8 +1,8 @@
-"""What the products with integer weights read behind the wait for the kernel before: x and the residual.
+"""Reads of x and the residual after the wait for the kernel before, for the products with integer weights.
 
-By PTX: Triton would copy what ``tl.load`` reads in a pipelined loop some rounds ahead, together with the weight, that
-is before the predecessor has written it. The compiler is free to move the wait itself behind whatever does not depend
-on it, so every address here must contain ``zero_after_wait``, which the branch with the wait produces.
+They are PTX. In a pipelined loop Triton would copy what ``tl.load`` reads some rounds ahead, together with the weight:
+before the predecessor has written it. The compiler may also move the wait after anything that does not depend on it. So
+every address here must contain ``zero_after_wait``, which the branch with the wait produces.
 """
 
 import triton
@@ -13,7 +13,7 @@ from .mma import join_lines
 
 
 def _read(pieces: int) -> tl.constexpr:
-    """PTX that reads ``pieces`` times 16 bytes where the last operand is not 0, and gives 0 elsewhere."""
+    """Return the PTX that reads ``pieces`` times 16 bytes if the last operand is not 0, and gives 0 otherwise."""
     lines = [".reg .pred p;", f"setp.ne.b32 p, ${4 * pieces + 4}, 0;"]
     lines += [f"mov.b32 ${i}, 0;" for i in range(4 * pieces)]
     for piece in range(pieces):
@@ -31,13 +31,13 @@ _NOTHING = tl.constexpr("mov.b32 $0, 0;")
 
 @triton.jit
 def zero_after_wait():
-    """An int32 zero that the compiler does not know, and that is there once what stands before has been done."""
+    """Return an int32 zero that the compiler cannot foresee, so that its users stay after everything before it."""
     return tl.inline_asm_elementwise(_NOTHING, "=r", [], tl.int32, False, 1)
 
 
 @triton.jit
 def load_x(x, chunk, index, M, KW: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The x that belongs to the words of a chunk: 16 / BITS pieces of four words per lane each.
+    """Read the x that belongs to the words of a chunk: 16 / BITS pieces of four words per lane each.
 
     Lanes whose row of x does not exist hold 0.
     """
@@ -77,7 +77,7 @@ def load_round(
     DEPTH: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """``load_x`` of each step of a round."""
+    """Read the x of each step of a round with ``load_x``."""
     steps = ()
     for step in tl.static_range(DEPTH):
         steps = steps + (load_x(x, chunk + step * WARPS, index, M, KW, BITS, INTERPRETED),)
@@ -86,7 +86,7 @@ def load_round(
 
 @triton.jit
 def arrange_round(steps, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """``arrange`` of every piece of a round."""
+    """Arrange every piece of a round."""
     new = ()
     for step in tl.static_range(len(steps)):
         pieces = ()
@@ -98,7 +98,7 @@ def arrange_round(steps, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def offset_round(steps, less, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """``offset`` by every step of a round."""
+    """Subtract the surplus of every step of a round from the chains ``less``."""
     for step in tl.static_range(len(steps)):
         less = offset(steps[step], less[0], less[1], BITS, INTERPRETED)
     return less
@@ -109,7 +109,7 @@ _READ_HALF = tl.constexpr("ld.global.b16 $0, [$1];")
 
 @triton.jit
 def read_half(pointers, INTERPRETED: tl.constexpr):
-    """float32 of the 16-bit numbers at ``pointers``, read where it stands, as ``load_x`` does."""
+    """Read the 16-bit numbers at ``pointers`` as float32, by PTX as ``load_x`` does."""
     if INTERPRETED:
         values = tl.load(pointers)
     else:
@@ -120,7 +120,7 @@ def read_half(pointers, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def read_residual(residual, row, m, M, N, TILES: tl.constexpr, INTERPRETED: tl.constexpr):
-    """What is added to the results of each tile; the first number where there is no result."""
+    """Read the addends to the results of each tile; the first number stands in if there is no result."""
     added = ()
     for _ in tl.static_range(TILES):
         target = tl.where((row < N) & (m < M), m.to(tl.int64) * N + row, 0)
@@ -131,7 +131,7 @@ def read_residual(residual, row, m, M, N, TILES: tl.constexpr, INTERPRETED: tl.c
 
 @triton.jit
 def no_residual(row, TILES: tl.constexpr):
-    """``read_residual`` of nothing."""
+    """Return zeros in the shape of ``read_residual``."""
     added = ()
     for _ in tl.static_range(TILES):
         added = added + (tl.zeros(row.shape, tl.float32),)

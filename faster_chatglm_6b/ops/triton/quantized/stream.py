@@ -1,6 +1,6 @@
 """x W^T for 2 to 8 rows of x and an int8 or int4 weight: programs that stream weight rows through shared memory.
 
-The weight does not depend on the kernel before, so its first rounds are under way before the wait for that kernel;
+The weight does not depend on the kernel before, so its first rounds are under way before the wait for that kernel.
 Triton's software pipelining puts their copies before the loop, and the wait stands in the first round of the loop.
 """
 
@@ -32,9 +32,9 @@ def load_words(
     EVEN_N: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """A round's words: per step and tile four words per lane of row g and of row g + 8.
+    """Load a round's words: per step and tile four words per lane of row g and of row g + 8.
 
-    Steps and tiles are constant distances from one address, which the instructions hold. Rows past the end read row
+    Steps and tiles are constant distances from one address, so the instructions hold them. Rows past the end read row
     N - 1; their results are not stored.
     """
     row = start + index // 16 % 8
@@ -65,9 +65,9 @@ def add_chunk(
     GROUPED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """The sums (chains of each tile of 16 rows) with one chunk's products added.
+    """Add one chunk's products to the sums (chains of each tile of 16 rows).
 
-    ``scales``: with groups, one block per tile; then there is one chain, of finished sums.
+    With groups, ``scales`` has one block per tile, and there is one chain, of finished sums.
     """
     new = ()
     if BFLOAT:
@@ -95,7 +95,7 @@ def add_chunk(
 
 @triton.jit
 def no_sums(zeros, TILES: tl.constexpr, CHAINS: tl.constexpr):
-    """The chains of each tile before the first product."""
+    """Return the chains of each tile before the first product."""
     sums = ()
     for _ in tl.static_range(TILES):
         chains = ()
@@ -107,7 +107,7 @@ def no_sums(zeros, TILES: tl.constexpr, CHAINS: tl.constexpr):
 
 @triton.jit
 def load_parameters(scale, bias, row, N, TILES: tl.constexpr, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """Scale (1 with groups) and bias (0 without one) of the rows of each tile."""
+    """Load scale (1 with groups) and bias (0 without one) of the rows of each tile."""
     scales, biases = (), ()
     for _ in tl.static_range(TILES):
         if GROUPED:
@@ -148,7 +148,7 @@ def quantized_stream_kernel(
     PDL: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """A program takes 16 * TILES weight rows at a time, every so many rows, until there are no more.
+    """Multiply 16 * TILES weight rows at a time, every so many rows, until there are no more.
 
     The warps share the columns of a row. A round is DEPTH chunks of 64 bytes per warp and row; STAGES - 1 rounds are
     under way.
@@ -162,14 +162,14 @@ def quantized_stream_kernel(
     GROUPS: tl.constexpr = CHUNKS // GROUP_CHUNKS if GROUPED else 1
     index = tl.arange(0, 128 * WARPS)
     part = index // 128
-    # The sums after those of the warps are added: lane 4 g + t has the rows g and g + 8.
+    # After the warps' sums are added, lane 4 g + t has the rows g and g + 8.
     entry = tl.arange(0, 128)
     block_row = entry % 32 // 4 + entry // 64 * 8
     m = entry % 4 * 2 + entry // 32 % 2
     first = tl.program_id(0) * ROWS
     stride = tl.num_programs(0) * ROWS
     zeros = tl.zeros([128 * WARPS], tl.float32)
-    # Halves are multiplied with counts (see quantized_offset), bfloat16 with the integers themselves.
+    # Halves are multiplied with counts (see ``counts``), bfloat16 with the integers themselves.
     COUNTS: tl.constexpr = not BFLOAT
     CHAINS: tl.constexpr = 1 if BFLOAT or GROUPED else 4
     sums, less = no_sums(zeros, TILES, CHAINS), (zeros, zeros)
@@ -237,7 +237,7 @@ def quantized_stream_kernel(
 
 @triton.jit
 def finish(sums, less, BITS: tl.constexpr, BFLOAT: tl.constexpr, GROUPED: tl.constexpr, INTERPRETED: tl.constexpr):
-    """One block of sums of a tile's chains."""
+    """Add a tile's chains up to one block of sums."""
     if GROUPED or BFLOAT:
         result = sums[0]
     else:
@@ -258,7 +258,10 @@ def launch_quantized_stream(
     out: torch.Tensor,
     config: Stream,
 ) -> None:
-    """out [M, N] = epilogue(x [M, K] W^T), 2 <= M <= 8; ``weight`` int8 [N, K * bits / 8]; contiguous, ``serves``."""
+    """Compute out [M, N] = epilogue(x [M, K] W^T), 2 <= M <= 8, ``weight`` int8 [N, K * bits / 8].
+
+    All tensors are contiguous, and ``serves`` is true.
+    """
     n = weight.shape[0]
     pdl = uses_pdl(x.device)
     programs = multiprocessor_count(x.device) * config.programs

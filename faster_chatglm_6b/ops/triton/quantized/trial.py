@@ -1,4 +1,4 @@
-"""A small trial of the tensor-core kernels: their PTX assumes how Triton lays registers out."""
+"""A small trial of the tensor-core kernels, whose PTX assumes how Triton lays registers out."""
 
 import functools
 import logging
@@ -9,18 +9,18 @@ import triton
 from ....versions import is_too_old
 from .configs import Quantized, Row, Stream
 from .matmul import launch_quantized_matmul
-from .row import launch_quantized_row
+from .one_row.row import launch_quantized_row
 from .stream import launch_quantized_stream
 
 _logger = logging.getLogger(__name__)
-# Whether this Triton lays blocks of ``quantized_stream`` out as assumed in all shapes. The compiled code shows that 3.9
+# True if this Triton lays blocks of ``stream`` out as assumed in all shapes. The compiled code shows that 3.9
 # does not for 4-bit weights of 4096 columns, though it does for the small ones of the trial.
 STREAMS_KEEP_THEIR_LAYOUT = is_too_old(triton.__version__, "3.9")
 
 
 @functools.cache
 def layout_holds(device: torch.device, dtype: torch.dtype, bits: int) -> bool:
-    """Whether this Triton lays blocks out as ``quantized_mma`` assumes: small products of integers must be exact."""
+    """Tell whether Triton lays blocks out as ``mma`` assumes: small products of integers must be exact."""
     if device.type != "cuda":
         return True
     generator = torch.Generator().manual_seed(0)

@@ -1,8 +1,8 @@
 """Temperature, any top-k and any top-p over the whole vocabulary, exact and without a sort.
 
-The k-th largest value, and the smallest value of the top-p set, are found digit by digit: scores become ordered 32-bit
-keys, and each launch adds up, per 5-bit digit below the part that is known, how many scores (top-k) or how much
-probability (top-p) lies there (radix select). The draw is a Gumbel-max: the largest score plus noise among those kept.
+The k-th largest value, and the smallest value of the top-p set, are found digit by digit (radix select). Scores become
+ordered 32-bit keys. Each launch adds up, per 5-bit digit below the known part, how many scores (top-k) or how much
+probability (top-p) lies there. The draw is a Gumbel-max: the largest score plus noise among those kept.
 """
 
 import torch
@@ -26,13 +26,13 @@ SLOTS = tl.constexpr(16)
 
 @triton.jit
 def unsigned_key(x):
-    """uint32 in the order of the float32 values x."""
+    """Map float32 values to uint32 keys of the same order."""
     return (order_key(x) ^ -0x80000000).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def row_maximum(maxima, row, chunks, CHUNKS: tl.constexpr):
-    """``order_key`` of the row's largest score."""
+    """Return ``order_key`` of the row's largest score."""
     chunk = tl.arange(0, CHUNKS)
     keys = tl.load(maxima + row.to(tl.int64) * CHUNKS + chunk, mask=chunk < chunks, other=LOWEST)
     return tl.max(keys, 0).to(tl.int32)
@@ -40,7 +40,7 @@ def row_maximum(maxima, row, chunks, CHUNKS: tl.constexpr):
 
 @triton.jit
 def weigh(value, temperature, highest_key):
-    """exp((value - largest) / temperature), the scores' unnormalised probabilities, and value / temperature."""
+    """Return the unnormalised probabilities exp((value - largest) / temperature), and value / temperature."""
     scaled = value / temperature
     highest = value_of_key(highest_key) / temperature
     return tl.where(scaled == highest, 1.0, tl.exp(scaled - highest)), scaled
@@ -48,9 +48,9 @@ def weigh(value, temperature, highest_key):
 
 @triton.jit
 def choose_digit(histogram, row, chunks, prefix, above, target, share, width, relative, CHUNKS: tl.constexpr):
-    """The digit of ``width`` bits below ``prefix`` that holds the threshold.
+    """Find the digit of ``width`` bits below ``prefix`` that holds the threshold.
 
-    Returns the longer prefix, the weight strictly above it, and the target (``share`` of the total if ``relative``).
+    Return the longer prefix, the weight strictly above it, and the target (``share`` of the total if ``relative``).
     """
     chunk = tl.arange(0, CHUNKS)
     digit = tl.arange(0, DIGITS)
@@ -61,7 +61,7 @@ def choose_digit(histogram, row, chunks, prefix, above, target, share, width, re
     target = tl.where(relative, share * tl.sum(weight, 0), target)
     at_least = above + tl.cumsum(weight, 0, reverse=True)
     chosen = tl.max(tl.where(at_least >= target, digit, -1), 0)
-    # Rounding can leave the total of the finer digits just below the target: then it is the lowest digit in use.
+    # Rounding can leave the total of the finer digits just below the target: then take the lowest digit in use.
     lowest = tl.min(tl.where(weight > 0.0, digit, DIGITS - 1), 0)
     chosen = tl.maximum(chosen, lowest)
     above += tl.sum(tl.where(digit > chosen, weight, 0.0), 0)
@@ -70,7 +70,7 @@ def choose_digit(histogram, row, chunks, prefix, above, target, share, width, re
 
 @triton.jit
 def load_state(thresholds, row, slot):
-    """prefix, above, target, floor of one row after one pass."""
+    """Load prefix, above, target and floor of one row after one pass."""
     base = thresholds + row.to(tl.int64) * SLOTS * FIELDS + slot * FIELDS
     prefix = tl.load(base).to(tl.uint32, bitcast=True)
     floor = tl.load(base + 3).to(tl.uint32, bitcast=True)
@@ -112,7 +112,7 @@ def narrow_kernel(
     CHUNKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Pass ``number`` (0 to 6) of the search for the top-k (MASS False) or top-p threshold; ``slot`` counts both."""
+    """Make pass ``number`` (0 to 6) towards the top-k (MASS False) or top-p threshold; ``slot`` counts both."""
     row = tl.program_id(1)
     chunk = tl.program_id(0)
     chunks = tl.num_programs(0)
@@ -125,7 +125,7 @@ def narrow_kernel(
         prefix, above, target, floor = load_state(thresholds, row, slot - 1)
         if not MASS or number == 0:
             target = tl.minimum(tl.maximum(tl.load(top_k), 1), vocab).to(tl.float32)
-        # Pass 0 of top-p behind top-k first completes the top-k threshold, of which two bits are missing.
+        # Pass 0 of top-p after top-k first completes the top-k threshold, which lacks two bits.
         width = tl.where(number == 0, 2, 5)
         prefix, above, target = choose_digit(
             histogram_in, row, chunks, prefix, above, target, tl.load(top_p), width, MASS and number == 1, CHUNKS
@@ -166,7 +166,7 @@ def narrow_kernel(
 
 @triton.jit
 def gumbel(seed, step, row, index):
-    """Standard Gumbel noise, -log(-log(u)), one value per score (Philox 4x32-10)."""
+    """Draw standard Gumbel noise, -log(-log(u)), one value per score (Philox 4x32-10)."""
     zero = index * 0
     number, _, _, _ = tl.philox(
         seed, index.to(tl.uint32), (zero + row).to(tl.uint32), (zero + step).to(tl.uint32), zero.to(tl.uint32)
@@ -191,18 +191,7 @@ def full_sample_kernel(
     counters,  # int32 [B + 1], zero
     vocab,  # V
     batch,  # B
-    tokens,
-    finished,
-    ids,
-    ids_length,
-    cache_length,
-    step,
-    eos_ids,
-    ring,
-    pad_id,
-    ids_capacity,
-    ring_rows,
-    eos_count,
+    state,  # StateArguments
     last_slot,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
@@ -248,7 +237,7 @@ def full_sample_kernel(
             kept = kept & ((key > threshold) | ((key == threshold) & (rank < quota)))
         else:
             kept = kept & (key >= threshold)
-    noisy = scaled + gumbel(tl.load(seed), tl.load(step), row, index)
+    noisy = scaled + gumbel(tl.load(seed), tl.load(state.step), row, index)
     packed = tl.where(kept, pack_candidate(noisy, index), LOWEST)
     mine = candidates + row.to(tl.int64) * CHUNKS
     tl.store(mine + chunk, tl.max(packed, 0))
@@ -258,25 +247,7 @@ def full_sample_kernel(
         token = tl.minimum(candidate_index(best), vocab - 1)
         if INVALID_RULE:
             token = tl.where(highest_key >= INFINITE, INVALID_RULE, token)
-        advance_row(
-            token,
-            row,
-            batch,
-            counters + batch,
-            tokens,
-            finished,
-            ids,
-            ids_length,
-            cache_length,
-            step,
-            eos_ids,
-            ring,
-            pad_id,
-            ids_capacity,
-            ring_rows,
-            eos_count,
-            EOS_BLOCK,
-        )
+        advance_row(token, row, batch, counters + batch, state, EOS_BLOCK)
 
 
 def full_sample(
@@ -292,14 +263,14 @@ def full_sample(
 ) -> None:
     """Draw each row's next token after temperature, top-k and top-p (transformers' warpers in that order), and advance.
 
-    2 launches, and 7 more for each of top-k and top-p. Where k is at most 64 or 128, ``top_k_sample`` needs one.
+    It takes 2 launches, and 7 more for each of top-k and top-p. If k is at most 64 or 128, ``top_k_sample`` needs one.
 
     Args:
         scores: [B, V], float16, bfloat16 or float32; NaN is an error of the caller unless ``invalid_rule``.
         temperature: float32 [1], above 0.
         top_k: int32 [1], at least 1, or None: not applied. Every score equal to the k-th stays.
         top_p: float32 [1], or None: not applied. 1.0 keeps all.
-        invalid_rule: a row that holds NaN or +inf gives ``invalid_token``, which is not 0.
+        invalid_rule: choose ``invalid_token``, which is not 0, for a row that holds NaN or +inf.
 
     Raises:
         ValueError: a shape does not fit.
@@ -349,7 +320,7 @@ def full_sample(
         workspace.counters,
         vocab,
         batch,
-        *state.arguments(),
+        state.arguments(),
         last,
         TOP_K=top_k is not None,
         TOP_P=top_p is not None,

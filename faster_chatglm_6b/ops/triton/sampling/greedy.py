@@ -16,7 +16,7 @@ LOWEST = tl.constexpr(-(2**63))
 
 @triton.jit
 def load_scores(scores, row, index, vocab):
-    """float32 scores of one row, -inf past the end."""
+    """Load one row's scores as float32, -inf past the end."""
     return tl.load(scores + row.to(tl.int64) * vocab + index, mask=index < vocab, other=float("-inf")).to(tl.float32)
 
 
@@ -27,18 +27,7 @@ def greedy_sample_kernel(
     batch,  # B
     candidates,  # int64 [B, chunks]
     counters,  # int32 [B + 1], zero
-    tokens,
-    finished,
-    ids,
-    ids_length,
-    cache_length,
-    step,
-    eos_ids,
-    ring,
-    pad_id,
-    ids_capacity,
-    ring_rows,
-    eos_count,
+    state,  # StateArguments
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
     EOS_BLOCK: tl.constexpr,
@@ -57,25 +46,7 @@ def greedy_sample_kernel(
         token = candidate_index(best)
         if INVALID_RULE:
             token = tl.where(candidate_key(best) >= INFINITE, INVALID_RULE, token)
-        advance_row(
-            token,
-            row,
-            batch,
-            counters + batch,
-            tokens,
-            finished,
-            ids,
-            ids_length,
-            cache_length,
-            step,
-            eos_ids,
-            ring,
-            pad_id,
-            ids_capacity,
-            ring_rows,
-            eos_count,
-            EOS_BLOCK,
-        )
+        advance_row(token, row, batch, counters + batch, state, EOS_BLOCK)
 
 
 def check_sampling(scores: torch.Tensor, state: DecodeState, workspace: Workspace) -> None:
@@ -105,7 +76,7 @@ def greedy_sample(
 
     Args:
         scores: [B, V], float16, bfloat16 or float32.
-        invalid_rule: a row that holds NaN or +inf gives ``invalid_token``, which is not 0.
+        invalid_rule: choose ``invalid_token``, which is not 0, for a row that holds NaN or +inf.
 
     Raises:
         ValueError: a shape does not fit.
@@ -121,7 +92,7 @@ def greedy_sample(
         batch,
         workspace.candidates,
         workspace.counters,
-        *state.arguments(),
+        state.arguments(),
         BLOCK=SAMPLING_BLOCK,
         CHUNKS=triton.next_power_of_2(chunks),
         EOS_BLOCK=state.eos_block(),

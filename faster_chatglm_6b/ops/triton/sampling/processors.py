@@ -93,7 +93,7 @@ def min_length_kernel(
 
 
 def copy_scores(logits: torch.Tensor, scores: torch.Tensor) -> None:
-    """scores = logits as float32; both [B, V]. What the processors below change is this copy."""
+    """Copy logits to scores as float32, both [B, V]; the processors below change this copy."""
     require(
         scores.shape == logits.shape and scores.dtype == torch.float32,
         f"scores is {scores.dtype} {tuple(scores.shape)}; it must be float32 {tuple(logits.shape)}",
@@ -137,7 +137,7 @@ def repetition_penalty(
 def no_repeat_ngram(
     scores: torch.Tensor, ids: torch.Tensor, ids_length: torch.Tensor, ngram_size: torch.Tensor
 ) -> None:
-    """-inf for every token that would complete an n-gram already in ids (NoRepeatNGramLogitsProcessor).
+    """Write -inf for every token that would complete an n-gram already in ids (NoRepeatNGramLogitsProcessor).
 
     Args:
         scores: float32 [B, V]. ids: int64 [B, T]. ids_length: int32 [1]. ngram_size: int32 [1], at least 1.
@@ -158,7 +158,7 @@ def no_repeat_ngram(
 
 
 def min_length(scores: torch.Tensor, ids_length: torch.Tensor, minimum: torch.Tensor, eos_ids: torch.Tensor) -> None:
-    """-inf at the end tokens while fewer than ``minimum`` ids exist (MinLength and MinNewTokensLength processors).
+    """Write -inf at the end tokens while fewer than ``minimum`` ids exist (MinLength, MinNewTokensLength processors).
 
     Args:
         scores: float32 [B, V]. ids_length, minimum: int32 [1]. eos_ids: int64 [E], -1 entries match nothing.

@@ -1,15 +1,33 @@
-"""What a decode step knows and changes, all in device memory, and the bookkeeping at the end of a step."""
+"""The state of a decode step, all in device memory, and the bookkeeping at the end of a step."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 
+class StateArguments(NamedTuple):
+    """The tensors and sizes of a ``DecodeState`` as one argument of a kernel; names as there."""
+
+    tokens: torch.Tensor
+    finished: torch.Tensor
+    ids: torch.Tensor
+    ids_length: torch.Tensor
+    cache_length: torch.Tensor
+    step: torch.Tensor
+    eos_ids: torch.Tensor
+    ring: torch.Tensor
+    pad_id: int
+    ids_capacity: int
+    ring_rows: int
+    eos_count: int
+
+
 @dataclass
 class DecodeState:
-    """Buffers of one batch that is being generated; samplers read and advance them.
+    """The buffers of one batch in generation; samplers read and advance them.
 
     Attributes:
         tokens: int64 [B], the token fed in this step, then the next one.
@@ -34,9 +52,9 @@ class DecodeState:
     ring: torch.Tensor
     pad_id: int
 
-    def arguments(self) -> tuple:
-        """The arguments of ``advance_row``, in its order."""
-        return (
+    def arguments(self) -> StateArguments:
+        """Return the state as kernels take it."""
+        return StateArguments(
             self.tokens,
             self.finished,
             self.ids,
@@ -52,46 +70,34 @@ class DecodeState:
         )
 
     def eos_block(self) -> int:
-        """Block size that holds all end tokens."""
+        """Return a block size that holds all end tokens."""
         return triton.next_power_of_2(self.eos_ids.shape[0])
 
 
 @triton.jit
-def advance_row(
-    token,  # int64, chosen for sequence ``row``
-    row,
-    batch,
-    counter,  # int32 [1], zero: sequences of this step that are done
-    tokens,  # int64 [B]
-    finished,  # int32 [B]
-    ids,  # int64 [B, ids_capacity]
-    ids_length,  # int32 [1]
-    cache_length,  # int32 [1]
-    step,  # int32 [1]
-    eos_ids,  # int64 [eos_count]
-    ring,  # int64 [ring_rows, B]
-    pad_id,
-    ids_capacity,
-    ring_rows,
-    eos_count,
-    EOS_BLOCK: tl.constexpr,
-):
-    """Record the next token of one sequence; the last sequence of the batch advances the counters."""
-    done = tl.load(finished + row)
-    token = tl.where(done != 0, pad_id, token).to(tl.int64)
+def advance_row(token, row, batch, counter, state, EOS_BLOCK: tl.constexpr):
+    """Record the next token of one sequence; the last sequence of the batch advances the counters.
+
+    Args:
+        token: int64, chosen for sequence ``row``.
+        counter: int32 [1], zero: sequences of this step that are done.
+        state: ``StateArguments``.
+    """
+    done = tl.load(state.finished + row)
+    token = tl.where(done != 0, state.pad_id, token).to(tl.int64)
     entry = tl.arange(0, EOS_BLOCK)
-    ends = tl.load(eos_ids + entry, mask=entry < eos_count, other=-1)
+    ends = tl.load(state.eos_ids + entry, mask=entry < state.eos_count, other=-1)
     hit = tl.sum((ends == token).to(tl.int32), 0) > 0
-    count = tl.load(ids_length)
-    now = tl.load(step)
-    tl.store(finished + row, tl.where(hit, 1, done))
-    tl.store(tokens + row, token)
-    tl.store(ids + row.to(tl.int64) * ids_capacity + count, token, mask=count < ids_capacity)
-    tl.store(ring + (now % ring_rows).to(tl.int64) * batch + row, token)
+    count = tl.load(state.ids_length)
+    now = tl.load(state.step)
+    tl.store(state.finished + row, tl.where(hit, 1, done))
+    tl.store(state.tokens + row, token)
+    tl.store(state.ids + row.to(tl.int64) * state.ids_capacity + count, token, mask=count < state.ids_capacity)
+    tl.store(state.ring + (now % state.ring_rows).to(tl.int64) * batch + row, token)
     # All threads must have read the counters before the last sequence changes them.
     tl.debug_barrier()
     if tl.atomic_add(counter, 1, sem="acq_rel") == batch - 1:
         tl.store(counter, 0)
-        tl.store(ids_length, count + 1)
-        tl.store(cache_length, tl.load(cache_length) + 1)
-        tl.store(step, now + 1)
+        tl.store(state.ids_length, count + 1)
+        tl.store(state.cache_length, tl.load(state.cache_length) + 1)
+        tl.store(state.step, now + 1)

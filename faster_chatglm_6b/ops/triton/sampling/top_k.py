@@ -25,7 +25,7 @@ CAPACITIES = (64, 128)
 
 @triton.jit
 def uniform(seed, step, row):
-    """A number in (0, 1) for one row of one step (Philox 4x32-10, Salmon et al. 2011)."""
+    """Draw a number in (0, 1) for one row of one step (Philox 4x32-10, Salmon et al. 2011)."""
     number, _, _, _ = tl.philox(
         seed, (step * 0).to(tl.uint32), row.to(tl.uint32), step.to(tl.uint32), (step * 0 + 1).to(tl.uint32)
     )
@@ -43,18 +43,7 @@ def top_k_sample_kernel(
     seed,  # int64 [1]
     candidates,  # int64 [B, chunks, CAPACITY]
     counters,  # int32 [B + 1], zero
-    tokens,
-    finished,
-    ids,
-    ids_length,
-    cache_length,
-    step,
-    eos_ids,
-    ring,
-    pad_id,
-    ids_capacity,
-    ring_rows,
-    eos_count,
+    state,  # StateArguments
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
     CAPACITY: tl.constexpr,
@@ -62,7 +51,7 @@ def top_k_sample_kernel(
     INVALID_RULE: tl.constexpr,  # the token of invalid rows, or 0 for no rule
     PDL: tl.constexpr,
 ):
-    """Each program keeps the best CAPACITY candidates of its chunk; the last one to finish sorts those and draws."""
+    """Keep the best CAPACITY candidates of each program's chunk; the last program to finish sorts those and draws."""
     row = tl.program_id(1)
     chunks = tl.num_programs(0)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -84,38 +73,20 @@ def top_k_sample_kernel(
         scaled = value / tl.load(temperature)
         highest = tl.max(tl.where(kept, scaled, float("-inf")), 0)
         mass = tl.where(kept, tl.where(scaled == highest, 1.0, tl.exp(scaled - highest)), 0.0)
-        # Kept while the candidates before it hold less than top_p: the smallest set that reaches top_p, at least one.
+        # Keep candidates while those before them hold less than top_p: the smallest set that reaches it, at least one.
         limit = tl.load(top_p)
         limit = tl.where(limit >= 1.0, float("inf"), limit)
         before = (tl.cumsum(mass, 0) - mass) / tl.sum(mass, 0)
         nucleus = kept & ((before < limit) | (rank == 0))
         mass = tl.where(nucleus, mass, 0.0)
-        now = tl.load(step)
+        now = tl.load(state.step)
         target = uniform(tl.load(seed), now, row) * tl.sum(mass, 0)
         chosen = tl.sum((nucleus & (tl.cumsum(mass, 0) <= target)).to(tl.int32), 0)
         chosen = tl.minimum(chosen, tl.sum((mass > 0.0).to(tl.int32), 0) - 1)
         token = tl.sum(tl.where(rank == chosen, candidate_index(best), 0), 0)
         if INVALID_RULE:
             token = tl.where(tl.max(candidate_key(best), 0) >= INFINITE, INVALID_RULE, token)
-        advance_row(
-            token,
-            row,
-            batch,
-            counters + batch,
-            tokens,
-            finished,
-            ids,
-            ids_length,
-            cache_length,
-            step,
-            eos_ids,
-            ring,
-            pad_id,
-            ids_capacity,
-            ring_rows,
-            eos_count,
-            EOS_BLOCK,
-        )
+        advance_row(token, row, batch, counters + batch, state, EOS_BLOCK)
 
 
 def top_k_sample(
@@ -139,7 +110,7 @@ def top_k_sample(
         scores: [B, V], float16, bfloat16 or float32; NaN is an error of the caller unless ``invalid_rule``.
         temperature: float32 [1], above 0. top_k: int32 [1], 1 to ``capacity``. top_p: float32 [1]; 1.0 keeps all.
         capacity: 64 or 128.
-        invalid_rule: a row that holds NaN or +inf gives ``invalid_token``, which is not 0.
+        invalid_rule: choose ``invalid_token``, which is not 0, for a row that holds NaN or +inf.
 
     Raises:
         ValueError: a shape does not fit, or ``capacity`` is not one of those.
@@ -161,7 +132,7 @@ def top_k_sample(
         state.seed,
         workspace.candidates,
         workspace.counters,
-        *state.arguments(),
+        state.arguments(),
         BLOCK=block,
         CHUNKS=max(triton.next_power_of_2(chunks), 2),
         CAPACITY=capacity,

@@ -2,45 +2,43 @@
 
 The weight does not depend on the kernel before, so the first steps are under way before the wait for that kernel.
 
-One row of x would leave seven of the eight columns of ``mma.m16n8k16`` empty. Instead each column holds another part of
-the row: of eight steps, a warp's products with the weights of step n are right in column n only, and that column is
-added to the sums. So a warp keeps eight steps' x in the registers of one, for all weight rows that it takes.
+How the warps hold x is told in ``x``, how they copy and multiply in ``ptx``.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..common import gelu, multiprocessor_count, pdl_options, start_successor, wait_for_predecessor
-from ..configs import interpreted, uses_pdl
-from .configs import CHUNK_BYTES, Row
-from .reads import read_half, zero_after_wait
-from .row_norm import LayerNorm, normalise, statistics, store_words
-from .row_ptx import (
+from ...common import gelu, multiprocessor_count, pdl_options, start_successor, wait_for_predecessor
+from ...configs import interpreted, uses_pdl
+from ..configs import CHUNK_BYTES, Row
+from ..reads import read_half, zero_after_wait
+from .norm import NormArguments, ptx_statistics
+from .ptx import (
     allocate,
     arrange,
     copy_step,
-    load_x,
     multiply_step,
     offset,
+    ptx_ring,
+    ptx_wait,
     read_step,
-    ring,
     row_sums,
-    wait,
     wait_for_copy,
 )
+from .x import arrange_blocks, choose, exists, load_block, load_blocks, load_norm, normalise_blocks
 
-# With what Triton adds, more than 48 KiB would need to be asked for.
+# KiB of shared memory for the ring: with Triton's own share it stays below the 48 KiB that need no request.
 MOST_KIB = 47
-# Words per thread of x that stay in registers; where there are more, each is read again for every tile.
+# Words per thread of x that stay in registers; if there are more, each is read again for every tile.
 MOST_WORDS_KEPT = tl.constexpr(16)
 
 
 @triton.jit
 def weight_pointers(weight, start, step, thread, N, KW: tl.constexpr, PER_WARP: tl.constexpr, EVEN_N: tl.constexpr):
-    """Where a thread's weights of a step are, in row g and in row g + 8 of the tile from ``start`` on.
+    """Return where a thread's weights of a step are, in row g and in row g + 8 of the tile from ``start`` on.
 
-    Past the end they are those of the last rows; their results are not stored.
+    Rows past the end take the place of the last ones; their results are not stored.
     """
     column = (thread // 32 * PER_WARP + step) * 16 + thread % 4 * 4
     if EVEN_N:
@@ -55,69 +53,36 @@ def weight_pointers(weight, start, step, thread, N, KW: tl.constexpr, PER_WARP: 
 
 
 @triton.jit
-def exists(step, thread, CHUNKS: tl.constexpr, PER_WARP: tl.constexpr):
-    """Whether a thread's warp has that step."""
-    return (step < PER_WARP) & (thread // 32 * PER_WARP + step < CHUNKS)
-
-
-@triton.jit
-def block_pointers(x, after, block, thread, CHUNKS: tl.constexpr, BITS: tl.constexpr, PER_WARP: tl.constexpr):
-    """Where x of eight steps begins for each thread, and whether it is there: lane 4 g + t holds that of step g."""
-    WORDS: tl.constexpr = 64 // BITS
-    step = block * 8 + thread // 4 % 8
-    pointers = x + ((thread // 32 * PER_WARP + step) * (4 * WORDS) + thread % 4 * WORDS + after)
-    return pointers, exists(step, thread, CHUNKS, PER_WARP)
-
-
-@triton.jit
-def load_block(
-    x, after, block, thread, CHUNKS: tl.constexpr, BITS: tl.constexpr, PER_WARP: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """x of eight steps."""
-    pointers, here = block_pointers(x, after, block, thread, CHUNKS, BITS, PER_WARP)
-    return load_x(pointers, here, BITS, INTERPRETED)
-
-
-@triton.jit
-def only_existing(blocks, thread, CHUNKS: tl.constexpr, PER_WARP: tl.constexpr):
-    """The blocks with 0 for the steps that a warp does not have."""
-    new = ()
-    for block in tl.static_range(len(blocks)):
-        here = exists(block * 8 + thread // 4 % 8, thread, CHUNKS, PER_WARP)
-        words = ()
-        for i in tl.static_range(len(blocks[block])):
-            words = words + (tl.where(here, blocks[block][i], 0),)
-        new = new + (words,)
-    return new
-
-
-@triton.jit
-def choose(blocks, wanted):
-    """Block number ``wanted`` of ``blocks``."""
-    chosen = blocks[0]
-    for block in tl.static_range(1, len(blocks)):
-        words = ()
-        for i in tl.static_range(len(chosen)):
-            words = words + (tl.where(wanted == block, blocks[block][i], chosen[i]),)
-        chosen = words
-    return chosen
-
-
-@triton.jit
 def copy_weights(
     place, above, below, step, wanted, thread, CHUNKS: tl.constexpr, PER_WARP: tl.constexpr, SLOT: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Start copying a step's weights, zeros where not ``wanted``."""
+    """Start copying a step's weights, or zeros if not ``wanted``."""
     if not EVEN:
         wanted = wanted & exists(step, thread, CHUNKS, PER_WARP)
     copy_step(place, place + SLOT // 2, above, below, tl.zeros_like(thread) + tl.where(wanted, 16, 0))
 
 
 @triton.jit
+def copy_first_turns(
+    slot, weight, first, stride, turns, thread, N, KW: tl.constexpr, PER_WARP: tl.constexpr, TURNS: tl.constexpr,
+    SPAN: tl.constexpr, LEAD: tl.constexpr, SLOT: tl.constexpr, EVEN: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """Start copying the weights of the first LEAD turns."""
+    for turn in tl.static_range(LEAD):
+        above, below = weight_pointers(
+            weight, first + turn // TURNS * stride, turn % TURNS * SPAN, thread, N, KW, PER_WARP, EVEN_N
+        )
+        for n in tl.static_range(SPAN):
+            copy_weights(
+                slot + (turn * SPAN + n) * SLOT, above + n * 16, below + n * 16, turn % TURNS * SPAN + n,
+                turn < turns, thread, KW // 16, PER_WARP, SLOT, EVEN,
+            )  # fmt: skip
+
+
+@triton.jit
 def load_parameters(scale, bias, row, N, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """Scale (1 with groups) and bias (0 without one) of the rows of a tile."""
+    """Load scale (1 with groups) and bias (0 without one) of the rows of a tile."""
     row_scale = tl.full(row.shape, 1.0, tl.float32)
     if not GROUPED:
         row_scale = tl.load(scale + row, mask=row < N, other=0.0)
@@ -125,6 +90,56 @@ def load_parameters(scale, bias, row, N, GROUPED: tl.constexpr, HAS_BIAS: tl.con
     if HAS_BIAS:
         row_bias = tl.load(bias + row, mask=row < N, other=0.0)
     return row_scale, row_bias
+
+
+@triton.jit
+def take_words(
+    place, weight, start, step, thread, N, OFFSET: tl.constexpr, KW: tl.constexpr, PER_WARP: tl.constexpr,
+    SLOT: tl.constexpr, WAIT: tl.constexpr, EVEN_N: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Return a step's weights, which have been copied to ``place`` + OFFSET; the interpreter loads them here."""
+    if INTERPRETED:
+        above, below = weight_pointers(weight, start, step, thread, N, KW, PER_WARP, EVEN_N)
+        here = exists(step, thread, KW // 16, PER_WARP)
+        words = ()
+        for i in tl.static_range(8):
+            words = words + (tl.load((above if i < 4 else below) + i % 4, mask=here, other=0),)
+    else:
+        wait_for_copy(WAIT)
+        words = read_step(place + OFFSET, place + OFFSET + SLOT // 2)
+    return words
+
+
+@triton.jit
+def scale_groups(
+    part, part_below, less, scale, start, step, thread, N, KW: tl.constexpr, GROUP_CHUNKS: tl.constexpr,
+    PER_WARP: tl.constexpr, COUNTS: tl.constexpr,
+):  # fmt: skip
+    """Multiply a step's products with the scales of its group; ``less`` is the counts' negated surplus."""
+    GROUPS: tl.constexpr = KW // 16 // GROUP_CHUNKS
+    row = start + thread // 4 % 8
+    group = tl.minimum((thread // 32 * PER_WARP + step) // GROUP_CHUNKS, GROUPS - 1)
+    if COUNTS:
+        part += less
+        part_below += less
+    part *= tl.load(scale + tl.minimum(row, N - 1) * GROUPS + group).to(tl.float32)
+    part_below *= tl.load(scale + tl.minimum(row + 8, N - 1) * GROUPS + group).to(tl.float32)
+    return part, part_below
+
+
+@triton.jit
+def store_tile(
+    out, start, block_row, top, bottom, row_scale, row_bias, added, beta, N, UNIT: tl.constexpr, GELU: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Add up the sums of all warps and store a tile's results with scale, bias, GELU and residual."""
+    result = row_sums(top, bottom, INTERPRETED) * UNIT * row_scale.to(tl.float32) + row_bias.to(tl.float32)
+    if GELU:
+        result = gelu(result)
+    if HAS_RESIDUAL:
+        result += beta * added
+    row = start + block_row
+    tl.store(out + row, result, mask=row < N)
 
 
 @triton.jit
@@ -159,7 +174,7 @@ def quantized_row_kernel(
     PDL: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """A program takes 16 weight rows, a tile, at a time, every so many rows, until there are no more.
+    """Multiply 16 weight rows, a tile, at a time, every so many rows, until there are no more.
 
     The warps share the columns of a row in chunks of 64 bytes; each takes contiguous ones, one in a step. A turn is
     SPAN steps; LEAD turns are under way.
@@ -172,12 +187,12 @@ def quantized_row_kernel(
     EVEN: tl.constexpr = CHUNKS == TURNS * SPAN * WARPS
     KEPT: tl.constexpr = BLOCKS * (64 // BITS) <= MOST_WORDS_KEPT
     GROUPED: tl.constexpr = GROUP_CHUNKS != 0
-    GROUPS: tl.constexpr = CHUNKS // GROUP_CHUNKS if GROUPED else 1
+    NORMALISED: tl.constexpr = STATISTICS != ""
     COUNTS: tl.constexpr = not BFLOAT
     UNIT: tl.constexpr = 16777216.0 if COUNTS and not INTERPRETED else 1.0
     SLOT: tl.constexpr = WARPS * 1024
     thread = tl.arange(0, 32 * WARPS)
-    # Lanes 4 g + t of the sums have the rows g + 8 t, and nothing where t > 1.
+    # Lanes 4 g + t of the sums have the rows g + 8 t, and nothing if t > 1.
     lane = tl.arange(0, 32)
     block_row = tl.where(lane % 4 < 2, lane // 4 + lane % 4 * 8, N)
     first = tl.program_id(0) * 16
@@ -187,47 +202,25 @@ def quantized_row_kernel(
     slot = thread * 16
     if not INTERPRETED:
         slot += allocate(RING)
-        for turn in tl.static_range(LEAD):
-            above, below = weight_pointers(
-                weight, first + turn // TURNS * stride, turn % TURNS * SPAN, thread, N, KW, PER_WARP, EVEN_N
-            )
-            for n in tl.static_range(SPAN):
-                copy_weights(
-                    slot + (turn * SPAN + n) * SLOT, above + n * 16, below + n * 16, turn % TURNS * SPAN + n,
-                    turn < turns, thread, CHUNKS, PER_WARP, SLOT, EVEN,
-                )  # fmt: skip
+        copy_first_turns(
+            slot, weight, first, stride, turns, thread, N, KW, PER_WARP, TURNS, SPAN, LEAD, SLOT, EVEN, EVEN_N
+        )
     row_scale, row_bias = load_parameters(scale, bias, first + block_row, N, GROUPED, HAS_BIAS)
-    NORMALISED: tl.constexpr = STATISTICS != ""
     if NORMALISED:
-        gammas, shifts = (), ()
-        for block in tl.static_range(BLOCKS):
-            gammas = gammas + (load_block(gamma, 0, block, thread, CHUNKS, BITS, PER_WARP, INTERPRETED),)
-            shifts = shifts + (load_block(shift, 0, block, thread, CHUNKS, BITS, PER_WARP, INTERPRETED),)
+        gammas, shifts = load_norm(gamma, shift, thread, CHUNKS, BITS, PER_WARP, INTERPRETED)
     wait_for_predecessor(PDL, HOLDS_BACK)
     after = tl.full([], 0, tl.int32)
     if not INTERPRETED:
         after = zero_after_wait()
     less = zeros
     if KEPT:
-        x_row = ()
-        for block in tl.static_range(BLOCKS):
-            x_row = x_row + (load_block(x, after, block, thread, CHUNKS, BITS, PER_WARP, INTERPRETED),)
+        x_row = load_blocks(x, after, thread, CHUNKS, BITS, PER_WARP, INTERPRETED)
         if NORMALISED:
-            x_row = normalise(x_row, gammas, shifts, KW * (32 // BITS), epsilon, STATISTICS, BFLOAT, INTERPRETED)
-            if CHUNKS != BLOCKS * 8 * WARPS:
-                # Where there is no x, 0 less the mean may be infinite as a half, and times gamma's 0 that is NaN.
-                x_row = only_existing(x_row, thread, CHUNKS, PER_WARP)
-            if tl.program_id(0) == 0:
-                for block in tl.static_range(BLOCKS):
-                    pointers, here = block_pointers(normed, after, block, thread, CHUNKS, BITS, PER_WARP)
-                    store_words(pointers, x_row[block], here)
-        arranged = ()
-        for block in tl.static_range(BLOCKS):
-            arranged = arranged + (arrange(x_row[block], BITS, INTERPRETED),)
-            if COUNTS and not GROUPED:
-                even, odd = offset(arranged[block], zeros, BITS, INTERPRETED)
-                less += even + odd
-        x_row = arranged
+            x_row = normalise_blocks(
+                x_row, gammas, shifts, normed, after, epsilon, thread, KW, BITS, BFLOAT, WARPS, PER_WARP, STATISTICS,
+                INTERPRETED,
+            )  # fmt: skip
+        x_row, less = arrange_blocks(x_row, less, COUNTS and not GROUPED, BITS, INTERPRETED)
         x_here, x_next = x_row[0], x_row[0]
     else:
         x_next = load_block(x, after, 0, thread, CHUNKS, BITS, PER_WARP, INTERPRETED)
@@ -261,15 +254,9 @@ def quantized_row_kernel(
         place = slot + turn % LEAD * (SPAN * SLOT)
         for n in tl.static_range(SPAN):
             step = first_step + n
-            if INTERPRETED:
-                above, below = weight_pointers(weight, start, step, thread, N, KW, PER_WARP, EVEN_N)
-                here = exists(step, thread, CHUNKS, PER_WARP)
-                words = ()
-                for i in tl.static_range(8):
-                    words = words + (tl.load((above if i < 4 else below) + i % 4, mask=here, other=0),)
-            else:
-                wait_for_copy(WAIT)
-                words = read_step(place + n * SLOT, place + n * SLOT + SLOT // 2)
+            words = take_words(
+                place, weight, start, step, thread, N, n * SLOT, KW, PER_WARP, SLOT, WAIT, EVEN_N, INTERPRETED
+            )
             part, part_below = multiply_step(words, x_here, n % 2, BITS, BFLOAT, INTERPRETED)
             if not INTERPRETED:
                 copy_weights(
@@ -277,25 +264,18 @@ def quantized_row_kernel(
                     thread, CHUNKS, PER_WARP, SLOT, EVEN,
                 )  # fmt: skip
             if GROUPED:
-                row = start + thread // 4 % 8
-                group = tl.minimum((thread // 32 * PER_WARP + step) // GROUP_CHUNKS, GROUPS - 1)
-                if COUNTS:
-                    surplus = less_odd if n % 2 == 1 else less_even
-                    part += surplus
-                    part_below += surplus
-                part *= tl.load(scale + tl.minimum(row, N - 1) * GROUPS + group).to(tl.float32)
-                part_below *= tl.load(scale + tl.minimum(row + 8, N - 1) * GROUPS + group).to(tl.float32)
+                part, part_below = scale_groups(
+                    part, part_below, less_odd if n % 2 == 1 else less_even, scale, start, step, thread, N, KW,
+                    GROUP_CHUNKS, PER_WARP, COUNTS,
+                )  # fmt: skip
             wanted = thread % 4 == first_step % 8 // 2 + n // 2
             top = tl.where(wanted, top + part, top)
             bottom = tl.where(wanted, bottom + part_below, bottom)
         if TURNS == 1 or turn % TURNS == TURNS - 1:
-            result = row_sums(top, bottom, INTERPRETED) * UNIT * row_scale.to(tl.float32) + row_bias.to(tl.float32)
-            if GELU:
-                result = gelu(result)
-            if HAS_RESIDUAL:
-                result += beta * added
-            out_row = start + block_row
-            tl.store(out + out_row, result, mask=out_row < N)
+            store_tile(
+                out, start, block_row, top, bottom, row_scale, row_bias, added, beta, N, UNIT, GELU, HAS_RESIDUAL,
+                INTERPRETED,
+            )  # fmt: skip
             row_scale, row_bias = load_parameters(scale, bias, start + stride + block_row, N, GROUPED, HAS_BIAS)
             top, bottom = less, less
 
@@ -312,11 +292,12 @@ def launch_quantized_row(
     gelu_epilogue: bool,
     out: torch.Tensor,
     config: Row,
-    norm: LayerNorm | None = None,
+    norm: NormArguments | None = None,
 ) -> None:
-    """out [1, N] = epilogue(x [1, K] W^T), ``weight`` int8 [N, K * bits / 8]; contiguous, ``serves`` is true.
+    """Compute out [1, N] = epilogue(x [1, K] W^T), ``weight`` int8 [N, K * bits / 8].
 
-    With ``norm``, for which ``normalises`` is true, x is normalised first.
+    All tensors are contiguous, and ``serves`` is true. With ``norm``, for which ``normalises`` is true, x is normalised
+    first.
     """
     (n, k), bfloat = (weight.shape[0], x.shape[1]), x.dtype == torch.bfloat16
     pdl = uses_pdl(x.device)
@@ -344,9 +325,9 @@ def launch_quantized_row(
         WARPS=config.warps,
         SPAN=span,
         LEAD=lead,
-        RING=ring(config.warps * span * lead * 1024),
-        WAIT=wait(span * lead),
-        STATISTICS="" if norm is None else statistics(words_kept(bits, k, config.warps), config.warps, bfloat),
+        RING=ptx_ring(config.warps * span * lead * 1024),
+        WAIT=ptx_wait(span * lead),
+        STATISTICS="" if norm is None else ptx_statistics(words_kept(bits, k, config.warps), config.warps, bfloat),
         EVEN_N=n % 16 == 0,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
@@ -360,17 +341,17 @@ def launch_quantized_row(
 
 
 def words_kept(bits: int, k: int, warps: int) -> int:
-    """Words per thread that a row of ``k`` numbers takes."""
+    """Return the words per thread that a row of ``k`` numbers takes."""
     per_warp = -(-(k * bits // 8 // CHUNK_BYTES) // warps)
     return -(-per_warp // 8) * (64 // bits)
 
 
 def normalises(bits: int, k: int, config: Row) -> bool:
-    """Whether a LayerNorm of x, of 16 bits a number, is part of the product."""
+    """Tell whether a LayerNorm of x, of 16 bits a number, is part of the product."""
     return config.normalises and words_kept(bits, k, config.warps) in (8, 16)
 
 
 def turns_under_way(config: Row) -> tuple[int, int]:
-    """Steps of a turn and how many turns are under way, in what shared memory there is."""
+    """Return the steps of a turn and the turns under way, as far as shared memory goes."""
     span = config.span if config.warps * config.span <= MOST_KIB else 2
     return span, min(config.lead, MOST_KIB // (config.warps * span))

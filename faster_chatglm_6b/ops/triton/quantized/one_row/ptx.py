@@ -1,15 +1,15 @@
 """Inline PTX of the products with one row of x, one value per thread and operand.
 
-Every block has one element per thread, so that a layout cannot be anything but the obvious one. A step is 64 bytes of
-16 weight rows per warp: lane 4 g + t copies 16 bytes of row g and of row g + 8 to shared memory, reads back what it
-has copied itself, so that no barrier is needed, and multiplies it on the tensor cores. Lanes and rows are those of
-``quantized_mma``, and halves are multiplied with counts as in ``quantized_offset``.
+Every block has one element per thread, so its layout can only be the obvious one. A step is 64 bytes of 16 weight rows
+per warp. Lane 4 g + t copies 16 bytes of row g and of row g + 8 to shared memory. It reads its own copies back, so that
+no barrier is needed, and multiplies them on the tensor cores. Lanes and rows are the same as in ``mma``, and
+halves are multiplied with counts as in ``counts``.
 """
 
 import triton
 import triton.language as tl
 
-from .mma import join_lines, low_half, mma
+from ..mma import join_lines, low_half, mma
 
 # A step takes half of a line of 128 bytes and the next step the other half: asking for both at once is worth 7 %.
 _COPY = join_lines(
@@ -24,18 +24,18 @@ _READ = join_lines(
 )
 
 
-def wait(ahead: int) -> str:
-    """PTX that waits until at most ``ahead`` - 1 of this thread's copies are under way."""
+def ptx_wait(ahead: int) -> str:
+    """Return the PTX that waits until at most ``ahead`` - 1 of this thread's copies are under way."""
     return f"cp.async.wait_group {ahead - 1};\nmov.b32 $0, 0;"
 
 
-def ring(size: int) -> str:
-    """PTX that allocates ``size`` bytes of shared memory, at most 48 KiB, and gives their address."""
+def ptx_ring(size: int) -> str:
+    """Return the PTX that allocates ``size`` bytes of shared memory, at most 48 KiB, and gives their address."""
     return f"{{\n.shared .align 16 .b8 ring[{size}];\nmov.u32 $0, ring;\n}}"
 
 
 def _load(words: int) -> tl.constexpr:
-    """PTX that reads ``words`` words where the last operand is not 0, and gives 0 elsewhere."""
+    """Return the PTX that reads ``words`` words if the last operand is not 0, and gives 0 otherwise."""
     lines = [".reg .pred p;", f"setp.ne.b32 p, ${words + 1}, 0;"]
     lines += [f"mov.b32 ${i}, 0;" for i in range(words)]
     for first in range(0, words, 4):
@@ -45,7 +45,7 @@ def _load(words: int) -> tl.constexpr:
 
 
 def _arrange() -> tl.constexpr:
-    """PTX that puts the halves of 16 words into the order of the nibbles: (1, 5), (3, 7), (0, 4), (2, 6) of each 8."""
+    """Return the PTX that puts each 8 halves of 16 words into the nibbles' order: (1, 5), (3, 7), (0, 4), (2, 6)."""
     lines = []
     for first in range(0, 16, 4):
         x = [f"${16 + first + i}" for i in range(4)]
@@ -59,9 +59,10 @@ def _arrange() -> tl.constexpr:
 
 
 def _pairs(bits: int, bfloat: bool, word: str, targets: list[str]) -> list[str]:
-    """PTX that makes pairs of numbers of a word: of 4 bits (1, 5), (3, 7), (0, 4), (2, 6); of 8 (0, 1), (2, 3).
+    """Return the PTX that turns a word into pairs of numbers.
 
-    Halves are counts in subnormal numbers, the last two of four bits 16 times as large; bfloat16 are the integers.
+    The pairs are (1, 5), (3, 7), (0, 4), (2, 6) of four bits and (0, 1), (2, 3) of eight. Halves hold counts as
+    subnormal numbers, the last two pairs of four bits 16 times as large. bfloat16 holds the integers.
     """
     if bits == 4 and not bfloat:
         low, high = "0x000F000F, 0x00080008, 0x6A", "0x00F000F0, 0x00800080, 0x6A"
@@ -97,9 +98,9 @@ def _pairs(bits: int, bfloat: bool, word: str, targets: list[str]) -> list[str]:
 
 
 def _step(bits: int, bfloat: bool, column: int) -> tl.constexpr:
-    """PTX of column ``column`` of 2 t and 2 t + 1 of a step's products: that of row g, and of row g + 8.
+    """Return the PTX of a step's products for rows g and g + 8 in column 2 t + ``column``.
 
-    Operands: both; the words of row g, then of row g + 8; x. Two chains of sums.
+    Operands: both results; the words of row g, then of row g + 8; x. There are two chains of sums.
     """
     dtype = "bf16" if bfloat else "f16"
     sums = [f"{chain}{i}" for chain in "cd" for i in range(4)]
@@ -116,7 +117,7 @@ def _step(bits: int, bfloat: bool, column: int) -> tl.constexpr:
             lines.append(mma(dtype, chain, fragment, x))
     for result in range(2):
         c, d = (f"{chain}{2 * result + column}" for chain in "cd")
-        # Of four bits, d has the pairs that are 16 times as large.
+        # With four bits, d has the pairs that are 16 times as large.
         if bits == 4 and not bfloat:
             lines.append(f"fma.rn.f32 ${result}, {d}, 0f3D800000, {c};")
         else:
@@ -125,7 +126,7 @@ def _step(bits: int, bfloat: bool, column: int) -> tl.constexpr:
 
 
 def _offset(bits: int) -> tl.constexpr:
-    """PTX of -8 or -128 times the sum of x of the columns 2 t and 2 t + 1. Operands: both; x."""
+    """Return the PTX of -8 or -128 times the sum of x of the columns 2 t and 2 t + 1. Operands: both; x."""
     sums = [f"{chain}{i}" for chain in "cd" for i in range(4)]
     lines = [f".reg .f32 {', '.join(sums)};", ".reg .b32 less;"]
     lines += [f"mov.b32 less, {'0x80088008' if bits == 4 else '0x80808080'};"]
@@ -161,20 +162,19 @@ _STEP8_OPERANDS = tl.constexpr(",".join(["=&f"] * 2 + ["r"] * 16))
 _OFFSET4, _OFFSET8 = _offset(4), _offset(8)
 _OFFSET4_OPERANDS = tl.constexpr(",".join(["=f"] * 2 + ["r"] * 16))
 _OFFSET8_OPERANDS = tl.constexpr(",".join(["=f"] * 2 + ["r"] * 8))
-_I4 = tl.constexpr((tl.int32,) * 4)
 _I8 = tl.constexpr((tl.int32,) * 8)
 _I16 = tl.constexpr((tl.int32,) * 16)
 
 
 @triton.jit
 def allocate(RING: tl.constexpr):
-    """Address of the shared memory that the PTX of ``ring`` allocates."""
+    """Return the address of the shared memory that the PTX of ``ptx_ring`` allocates."""
     return tl.inline_asm_elementwise(RING, "=r", [], tl.int32, False, 1)
 
 
 @triton.jit
 def copy_step(target, other_target, above, below, size):
-    """Start copying 16 bytes each from ``above`` and ``below``; of ``size`` 0, zeros, and nothing is read."""
+    """Start copying 16 bytes each from ``above`` and ``below``; with ``size`` 0 write zeros and read nothing."""
     tl.inline_asm_elementwise(
         _COPY,
         "=r,r,r,l,l,r",
@@ -187,19 +187,19 @@ def copy_step(target, other_target, above, below, size):
 
 @triton.jit
 def wait_for_copy(WAIT: tl.constexpr):
-    """Wait as the PTX of ``wait`` does."""
+    """Wait as the PTX of ``ptx_wait`` does."""
     tl.inline_asm_elementwise(WAIT, "=r", [], tl.int32, False, 1)
 
 
 @triton.jit
 def read_step(source, other_source):
-    """What ``copy_step`` has copied: four words of each row."""
+    """Read what ``copy_step`` has copied: four words of each row."""
     return tl.inline_asm_elementwise(_READ, _READ_OPERANDS, [source, other_source], _I8, False, 1)
 
 
 @triton.jit
 def load_x(pointers, wanted, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The 64 / BITS words of x that belong to a step's weights; 0 where not ``wanted``."""
+    """Load the 64 / BITS words of x that belong to a step's weights, or 0 if not ``wanted``."""
     if INTERPRETED:
         words = ()
         for i in tl.static_range(64 // BITS):
@@ -217,7 +217,7 @@ def load_x(pointers, wanted, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def arrange(x, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """``load_x``'s words as ``multiply_step`` and ``offset`` take them."""
+    """Arrange ``load_x``'s words as ``multiply_step`` and ``offset`` take them."""
     if BITS == 4 and not INTERPRETED:
         x = tl.inline_asm_elementwise(_ARRANGE, _ARRANGE_OPERANDS, x, _I16, True, 1)
     return x
@@ -225,7 +225,7 @@ def arrange(x, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def multiply_step(words, x, ODD: tl.constexpr, BITS: tl.constexpr, BFLOAT: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Column 2 t + ODD of the products, float32: that of row g and that of row g + 8, in counts of 2^-24 for halves."""
+    """Return column 2 t + ODD of the products for rows g and g + 8; float16 results are in units of 2^-24."""
     if INTERPRETED:
         return interpreted_step(words, x, ODD, BITS, BFLOAT)
     if BITS == 4:
@@ -244,7 +244,7 @@ def multiply_step(words, x, ODD: tl.constexpr, BITS: tl.constexpr, BFLOAT: tl.co
 
 @triton.jit
 def offset(x, zeros, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """What the counts of a step are too much, as ``multiply_step`` gives it: of the columns 2 t and 2 t + 1."""
+    """Return the negated surplus that counting from zero adds to a step's products, in columns 2 t and 2 t + 1."""
     if INTERPRETED:
         return zeros, zeros
     elif BITS == 4:
@@ -255,7 +255,7 @@ def offset(x, zeros, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def row_sums(top, bottom, INTERPRETED: tl.constexpr):
-    """[32] sums over the warps: lane 4 g + t has the row g + 8 t for t < 2, and 0 for the other t."""
+    """Return [32] sums over the warps: lane 4 g + t has row g + 8 t for t < 2, and 0 for the other t."""
     WARPS: tl.constexpr = top.shape[0] // 32
     if INTERPRETED:
         top = tl.reshape(
@@ -273,7 +273,7 @@ def row_sums(top, bottom, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def interpreted_step(words, x, ODD: tl.constexpr, BITS: tl.constexpr, BFLOAT: tl.constexpr):
-    """``multiply_step`` without PTX, for Triton's interpreter: it checks the arithmetic of rows and columns."""
+    """Do ``multiply_step`` without PTX, so that the interpreter checks the arithmetic of rows and columns."""
     WARPS: tl.constexpr = words[0].shape[0] // 32
     PER_WORD: tl.constexpr = 32 // BITS
     above = tl.zeros([WARPS, 8, 8], tl.float32)

@@ -1,8 +1,9 @@
 """LayerNorm of one row of x in the registers of the product that follows, in inline PTX.
 
-Each warp of a program of ``quantized_row`` holds its part of the row, so that the program holds it once: lane 4 g + t
+Each warp of a program of ``row`` holds its part of the row, so that the program holds it once: lane 4 g + t
 has the words of step g that lie at the columns of t. One tensor-core product of such a pair of words with itself gives
-sums and squares: the pair as rows 0 to 7 of one operand, ones as rows 8 to 15, and as the columns of the other.
+sums and squares. The pair serves as rows 0 to 7 of one operand, above ones as rows 8 to 15, and as the columns of the
+other.
 """
 
 import functools
@@ -12,11 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .mma import join_lines, low_half, mma
+from ..mma import join_lines, low_half, mma
 
 
-class LayerNorm(NamedTuple):
-    """LayerNorm of a row of x and where to put it; gamma, beta [K], out [1, K], contiguous and of x' dtype."""
+class NormArguments(NamedTuple):
+    """LayerNorm of a row of x and its target; gamma, beta [K], out [1, K], contiguous and of x' dtype."""
 
     gamma: torch.Tensor
     beta: torch.Tensor
@@ -25,8 +26,8 @@ class LayerNorm(NamedTuple):
 
 
 @functools.cache
-def statistics(words: int, warps: int, bfloat: bool) -> str:
-    """PTX of the sum and the sum of squares of a program's ``words`` words per thread. Operands: both; the words."""
+def ptx_statistics(words: int, warps: int, bfloat: bool) -> str:
+    """Return the PTX of sum and sum of squares of a program's ``words`` words per thread. Operands: both; the words."""
     dtype, ones = ("bf16", "0x3F803F80") if bfloat else ("f16", "0x3C003C00")
     sums = [f"{chain}{i}" for chain in "cd" for i in range(4)]
     lines = [f".reg .f32 {', '.join(sums)}, s, q, a, b, e, f;", ".reg .b32 ones, thread, group, lane, place, i, j;"]
@@ -36,7 +37,7 @@ def statistics(words: int, warps: int, bfloat: bool) -> str:
         here, there = f"${2 + 2 * pair}", f"${3 + 2 * pair}"
         lines.append(mma(dtype, "cd"[pair % 2], [here, "ones", there, "ones"], (here, there)))
     lines += [f"add.f32 c{i}, c{i}, d{i};" for i in range(4)]
-    # Of the squares the diagonal counts: row g, of which this lane has the columns 2 t and 2 t + 1.
+    # Of the squares only the diagonal counts: row g, whose columns 2 t and 2 t + 1 this lane has.
     lines += [
         "mov.u32 thread, %tid.x;",
         "and.b32 lane, thread, 31;",
@@ -81,7 +82,10 @@ def statistics(words: int, warps: int, bfloat: bool) -> str:
 
 
 def _normalise(bfloat: bool) -> tl.constexpr:
-    """PTX of (x * factor + shift) * gamma + beta, rounded before and after gamma. Operands: result; these in order."""
+    """Return the PTX of (x * factor + shift) * gamma + beta, rounded before and after gamma.
+
+    Operands: the result; these in order.
+    """
     dtype = "bf16" if bfloat else "f16"
     halves = ["mov.b32 {l, h}, $1;", "cvt.f32.f16 a, l;", "cvt.f32.f16 b, h;"]
     if bfloat:
@@ -105,13 +109,13 @@ _STATISTICS8 = tl.constexpr(",".join(["=&f"] * 2 + ["r"] * 8))
 
 @triton.jit
 def halves_of(word, BFLOAT: tl.constexpr):
-    """float32 of the two 16-bit numbers of a word."""
+    """Return the two 16-bit numbers of a word as float32."""
     return low_half(word, BFLOAT), low_half(word >> 16, BFLOAT)
 
 
 @triton.jit
 def word_of(low, high, BFLOAT: tl.constexpr):
-    """The word of two float32 numbers, rounded."""
+    """Round two float32 numbers and pack them into a word."""
     dtype: tl.constexpr = tl.bfloat16 if BFLOAT else tl.float16
     low = low.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return low | (high.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) << 16)
@@ -119,7 +123,7 @@ def word_of(low, high, BFLOAT: tl.constexpr):
 
 @triton.jit
 def sums_of_row(blocks, STATISTICS: tl.constexpr, BFLOAT: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Sum and sum of squares of the row that the words of all threads hold."""
+    """Return sum and sum of squares of the row that the words of all threads hold."""
     words = ()
     for block in tl.static_range(len(blocks)):
         for i in tl.static_range(len(blocks[block])):
@@ -143,7 +147,7 @@ def sums_of_row(blocks, STATISTICS: tl.constexpr, BFLOAT: tl.constexpr, INTERPRE
 
 @triton.jit
 def normalise_word(word, factor, shift, gamma, beta, BFLOAT: tl.constexpr, INTERPRETED: tl.constexpr):
-    """(word * factor + shift) * gamma + beta; words of two numbers each."""
+    """Return (word * factor + shift) * gamma + beta; words of two numbers each."""
     if INTERPRETED:
         low, high = halves_of(word, BFLOAT)
         gamma_low, gamma_high = halves_of(gamma, BFLOAT)
@@ -158,7 +162,7 @@ def normalise_word(word, factor, shift, gamma, beta, BFLOAT: tl.constexpr, INTER
 def normalise(
     blocks, gamma, beta, K, epsilon, STATISTICS: tl.constexpr, BFLOAT: tl.constexpr, INTERPRETED: tl.constexpr
 ):
-    """LayerNorm of the row of K numbers in ``blocks``, tuples of words; gamma and beta alike."""
+    """Return LayerNorm of the row of K numbers in ``blocks``, tuples of words like gamma and beta."""
     total, squares = sums_of_row(blocks, STATISTICS, BFLOAT, INTERPRETED)
     mean = total / K
     factor = tl.rsqrt(tl.maximum(squares / K - mean * mean, 0.0) + epsilon)
@@ -176,6 +180,6 @@ def normalise(
 
 @triton.jit
 def store_words(pointers, words, wanted):
-    """Store the words of a block side by side from ``pointers`` on where ``wanted``."""
+    """Store the words of a block side by side from ``pointers`` on if ``wanted``."""
     for i in tl.static_range(len(words)):
         tl.store(pointers + i, words[i], mask=wanted)
