@@ -9,8 +9,8 @@
     python examples/benchmark.py --model_name examples/tiny_chatglm --new_tokens 32     # without a GPU
 
 One run prints how long its iterations took in all and on average, and one row of the table: tok/s, GB/s and the share
-of the read ceiling are those of one more token, without the prompt (see _measuring.py). ``--json FILE`` appends its
-record.
+of the read ceiling are those of one more token, without the prompt (see measuring/timing.py). ``--json FILE`` appends
+its record.
 
 "Torch" is the stock model's way of computing: every operator by its definition in PyTorch calls, a cache that is
 concatenated at every step, transformers' own loop, and quantised weights turned back into floats at every product. It
@@ -30,6 +30,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
+# The package comes from the clone, installed or not.
+sys.path.insert(0, str(ROOT))
+
 PROMPT = "请写一段关于人工智能的文字，不少于800字。"
 BACKENDS = ("ours", "torch")
 
@@ -173,9 +176,9 @@ def check_path(args: argparse.Namespace) -> None:
 
 def single(args: argparse.Namespace) -> None:
     """One model, one kind of work: the closing line, the row, and the record."""
-    import benchmark_table
-    from _machine import look
-    from _measuring import append, encode_prompt, known_records, load, make_prompt, measure, profile, token_times
+    from measuring import table
+    from measuring.machine import look
+    from measuring.timing import append, encode_prompt, known_records, load, make_prompt, measure, profile, token_times
 
     if args.json:
         known_records(Path(args.json))
@@ -194,8 +197,8 @@ def single(args: argparse.Namespace) -> None:
     check_path(args)
     total = sum(run.seconds)
     print(f"Finish {args.iters} iters in {total:.3f} seconds, average {total / args.iters:.3f} s/it\n")
-    print(benchmark_table.HEADER)
-    print(benchmark_table.markdown_row(benchmark_table.row_of([total], [run.record], args.iters)))
+    print(table.HEADER)
+    print(table.markdown_row(table.row_of([total], [run.record], args.iters)))
     append(args.json, [run.record])
     if args.run_to:
         times = token_times(model, ids, args.new_tokens) if args.bits == 16 else None
@@ -207,19 +210,18 @@ def single(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Run what the arguments ask for."""
-    sys.path.insert(0, str(ROOT))
     check_machine(args)
     if args.backend == "torch":
         # Read when the first model runs.
         os.environ["FASTER_CHATGLM_6B_KERNELS"] = "off"
     if args.suite:
-        import benchmark_suite
+        from measuring import suite
 
-        benchmark_suite.run(args)
+        suite.run(args)
     elif args.table:
-        import benchmark_table
+        from measuring import table
 
-        benchmark_table.run(args)
+        table.run(args)
     else:
         single(args)
 

@@ -1,7 +1,7 @@
 """Measure a decode step of the ChatGLM-6B shape made of the Triton kernels alone, and find its block shapes.
 
-    python examples/tune_kernels.py --chain            # the step as the tables in ops/triton/configs.py have it
-    python examples/tune_kernels.py --tune 1 8 32      # search block shapes for these batch sizes, print the tables
+    python -m examples.measuring.tune_kernels --chain         # the step with the tables of ops/triton/configs.py
+    python -m examples.measuring.tune_kernels --tune 1 8 32   # search tables for these batch sizes
 
 The step has random weights and runs as one CUDA graph. Every time is quoted against the read ceiling of the same
 process: the rate at which a kernel that only reads gets through 8 GiB.
@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -20,11 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from faster_chatglm_6b.ops import triton as kernels  # noqa: E402
-from faster_chatglm_6b.ops.triton import configs  # noqa: E402
-from faster_chatglm_6b.ops.triton.configs import Attention, Dot, Family, Gemv  # noqa: E402
+from faster_chatglm_6b.ops import triton as kernels
+from faster_chatglm_6b.ops.triton import configs
+from faster_chatglm_6b.ops.triton.configs import Attention, Dot, Family, Gemv
 
 LAYERS, HIDDEN, HEADS, SIZE, INNER, VOCAB = 28, 4096, 32, 128, 16384, 130528
 QKV, DENSE, UP, DOWN, HEAD = SHAPES = [

@@ -4,7 +4,7 @@ Every run is a process of its own that does nothing else, started with the comma
 take turns: each round runs every row once, ours and Torch alternating in who goes first, and every other round goes
 backwards, so that neither a warm nor a cold machine favours one.
 
-``python examples/benchmark_table.py FILE`` prints the table of such a file. The file is one JSON object:
+``python examples/measuring/table.py FILE`` prints the table of such a file. The file is one JSON object:
 
     command, model, gpu, clocks, torch, triton, transformers, date    strings; triton is null where there is none
     finished            true; false in a file whose runs were cut short
@@ -21,7 +21,7 @@ backwards, so that neither a warm nor a cold machine favours one.
         durations_s     seconds of all iterations of a run, one number per run
         average_s       seconds per iteration, over all runs
         ms_per_step, tokens_per_s, gb_per_s, share    medians over the runs' records; share is null without a ceiling
-        records         the records of the runs, with the keys of _measuring.KEYS
+        records         the records of the runs, with the keys of timing.KEYS
     token_times         {"ours": [...], "torch": [...]}: seconds after the call at which each of ``new_tokens`` tokens
                         arrived at a streamer, unquantised weights, greedy, in the first run of that row
 """
@@ -203,7 +203,7 @@ def in_new_process(row: Row, args: argparse.Namespace) -> dict[str, Any]:
             options += [f"--{name.replace('_', '-')}", str(value)]
     if args.mode != "greedy":
         options.append(f"--{args.mode}")
-    program = Path(__file__).with_name("benchmark.py")
+    program = Path(__file__).parents[1] / "benchmark.py"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.json"
         command = [sys.executable, str(program), *options, "--run-to", str(file)]
@@ -233,10 +233,10 @@ def fitting_group_size(args: argparse.Namespace) -> int | None:
     Raises:
         SystemExit: a group size was asked for that does not.
     """
-    from _measuring import CONFIG_6B
-
     from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
     from faster_chatglm_6b.model_quantization import check_quantization
+
+    from .timing import CONFIG_6B
 
     size = args.group_size or GROUP_SIZE
     try:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from _machine import Machine, synchronize
 from tqdm import tqdm
+
+from .machine import Machine, synchronize
 
 KEYS = (
     "backend weights group_size head batch prompt_tokens new_tokens mode ms_per_step tokens_per_s bytes_per_step "

@@ -1,7 +1,7 @@
 """Measure a decode step with int8 and int4 weights made of the Triton kernels alone, and find their shapes.
 
-    python examples/tune_quantized_kernels.py --tune      # the table for quantized_configs.py
-    python examples/tune_quantized_kernels.py --chain     # whole steps, next to fp16 in the same process
+    python -m examples.measuring.tune_quantized_kernels --tune      # the table for quantized_configs.py
+    python -m examples.measuring.tune_quantized_kernels --chain     # whole steps, next to fp16 in the same process
 
 Weights are random. Times are medians over replays of a CUDA graph of a whole step, in which every launch reads another
 matrix, so that nothing comes from L2, and are quoted against the read ceiling of the same process. Shapes are tuned in
@@ -12,19 +12,16 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from faster_chatglm_6b.ops import triton as kernels
+from faster_chatglm_6b.ops.triton import quantized_configs
+from faster_chatglm_6b.ops.triton.quantized_configs import Row, row_config, rows_for
 
-from _machine import read_ceiling  # noqa: E402
-
-from faster_chatglm_6b.ops import triton as kernels  # noqa: E402
-from faster_chatglm_6b.ops.triton import quantized_configs  # noqa: E402
-from faster_chatglm_6b.ops.triton.quantized_configs import Row, row_config, rows_for  # noqa: E402
+from .machine import read_ceiling
 
 LAYERS, HIDDEN, HEADS, SIZE, INNER, VOCAB = 28, 4096, 32, 128, 16384, 130528
 QKV, DENSE, UP, DOWN, HEAD = (3 * HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER), (VOCAB, HIDDEN)
