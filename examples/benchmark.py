@@ -1,4 +1,4 @@
-"""How fast ChatGLM-6B answers here, next to plain PyTorch and to what reading its weights costs.
+"""Measure how fast ChatGLM-6B answers here, next to plain PyTorch and to what reading its weights costs.
 
     python examples/benchmark.py                             # random weights of the real shape, nothing to download
     python examples/benchmark.py --no-fast                   # the same in plain PyTorch
@@ -38,7 +38,7 @@ BACKENDS = ("ours", "torch")
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes ``--new_tokens`` for ``--new-tokens``, and says what is wrong in one sentence."""
+    """Take ``--new_tokens`` for ``--new-tokens``, and say what is wrong in one sentence."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
         given = sys.argv[1:] if args is None else args
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def count(text: str) -> int:
-    """A number of at least 1, for an option."""
+    """Read a number of at least 1, for an option."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} was given, but it must be 1 or more")
@@ -58,7 +58,7 @@ def count(text: str) -> int:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Everything that can be asked for; options that depend on others have no default here."""
+    """Add every option; those that depend on others have no default here."""
     choice = argparse.BooleanOptionalAction
     model = parser.add_argument_group("what is measured")
     model.add_argument("--model-name", "--model", metavar="NAME", help="hub id or directory of a checkpoint")
@@ -94,7 +94,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def contradiction(args: argparse.Namespace) -> str | None:
-    """One sentence on options that cannot go together; None where all can."""
+    """Return one sentence on options that cannot go together, or None if all can."""
     if args.fast is not None and args.backend not in (None, BACKENDS[not args.fast]):
         given = "--fast" if args.fast else "--no-fast"
         return f"{given} means --backend {BACKENDS[not args.fast]}, but --backend {args.backend} was given; keep one."
@@ -130,7 +130,7 @@ def contradiction(args: argparse.Namespace) -> str | None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options, those that depend on others filled in; exits with one sentence where they contradict."""
+    """Read the options and fill in those that depend on others; exit with one sentence if they contradict."""
     description, details = __doc__.split("\n\n", 1)
     parser = Parser(description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
@@ -149,7 +149,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_machine(args: argparse.Namespace) -> None:
-    """Raise SystemExit, with one sentence, where there is no GPU for what was asked."""
+    """Raise SystemExit, with one sentence, if there is no GPU for what was asked."""
     import torch
 
     if torch.cuda.is_available() or (args.model_name and not args.suite):
@@ -162,7 +162,7 @@ def check_machine(args: argparse.Namespace) -> None:
 
 
 def check_path(args: argparse.Namespace) -> None:
-    """Make sure that the plain baseline was plain, and say so where ours was not fast."""
+    """Make sure that the plain baseline was plain, and say so if ours was not fast."""
     import faster_chatglm_6b
 
     status = faster_chatglm_6b.status()
@@ -175,10 +175,11 @@ def check_path(args: argparse.Namespace) -> None:
 
 
 def single(args: argparse.Namespace) -> None:
-    """One model, one kind of work: the closing line, the row, and the record."""
+    """Measure one model and one kind of work: print the closing line and the row, write the record."""
     from measuring import table
     from measuring.machine import look
-    from measuring.timing import append, encode_prompt, known_records, load, make_prompt, measure, profile, token_times
+    from measuring.models import encode_prompt, load, make_prompt
+    from measuring.timing import append, known_records, measure, profile, token_times
 
     if args.json:
         known_records(Path(args.json))

@@ -1,4 +1,4 @@
-"""Writes what was measured into README.md and README.zh.md, between the marks <!-- NAME: ... --> and <!-- end -->."""
+"""Write what was measured into README.md and README.zh.md, between the marks <!-- NAME: ... --> and <!-- end -->."""
 
 import argparse
 import json
@@ -37,7 +37,7 @@ _BLOCK = re.compile(r"(<!-- (\w+): [^\n]* -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def picture(language: str, data: Path) -> str:
-    """The animation where the times for it were measured, else the bars."""
+    """Show the animation if the times for it were measured, else the bars."""
     words = WORDS[language]
     if has(TABLE, data):
         return f"![{words['gif']}](images/demo.gif)"
@@ -46,7 +46,7 @@ def picture(language: str, data: Path) -> str:
 
 
 def headline(language: str, data: Path) -> str:
-    """Ms per token by precision, next to plain PyTorch on the same card, and what the weights were."""
+    """State ms per token by precision, next to plain PyTorch on the same card, and what the weights were."""
     words, ours = WORDS[language], by_precision(data)
     shown = {name: ours[name] for name in ("fp16", "int8", "int4") if name in ours}
     times = words["and"].join(words["time"].format(precision=name, **run) for name, run in shown.items())
@@ -59,7 +59,7 @@ def headline(language: str, data: Path) -> str:
 
 
 def speed(language: str, data: Path) -> str:
-    """Conditions, the suite's records, and what a table row cannot say."""
+    """List the conditions, the suite's records, and what a table row cannot say."""
     words = WORDS[language]
     runs = [run for run in one_per_run(read(SUITE, data)).values() if run["backend"] == "ours"]
     first = runs[0]
@@ -102,7 +102,7 @@ def _what(run: Record, words: dict[str, str]) -> str:
 
 
 def experiment(language: str, data: Path) -> str:
-    """The benchmark's own table, as it prints it, and its conditions."""
+    """Show the benchmark's own table, as it prints it, and its conditions."""
     if not has(TABLE, data):
         return WORDS[language]["no_experiment"]
     table = read(TABLE, data)
@@ -114,7 +114,7 @@ def experiment(language: str, data: Path) -> str:
 
 
 def _ratios(language: str, data: Path) -> str:
-    """What the rows of the table say about each other, and next to the suite's records of the same calls."""
+    """Compare the rows of the table with each other, and with the suite's records of the same calls."""
     words = WORDS[language]
     ours, torch = ({precision(row): row for row in table_rows(name, data)} for name in ("ours", "torch"))
     rates = [{name: row["tokens_per_s"] for name, row in rows.items()} for rows in (ours, torch)]
@@ -137,7 +137,7 @@ def _ratios(language: str, data: Path) -> str:
 
 
 def comparison(language: str, data: Path) -> str:
-    """Ours, plain Torch, and what was measured of others on another card."""
+    """Compare ours, plain Torch, and what was measured of others on another card."""
     words, elsewhere = WORDS[language], read(ELSEWHERE, data)
     rows = [
         (
@@ -172,7 +172,7 @@ def comparison(language: str, data: Path) -> str:
 
 
 def on_the_other_card(data: Path = DATA) -> tuple[dict[str, float], dict[str, float]]:
-    """ms per token by precision on the card of ``ELSEWHERE``: what our shares come to there, and the fastest other."""
+    """Return ms per token by precision on the card of ``ELSEWHERE``: by our shares, and of the fastest other."""
     elsewhere = read(ELSEWHERE, data)
     ours, others = {}, {}
     for name, run in by_precision(data).items():
@@ -195,7 +195,7 @@ _INT4_BATCH = 8
 
 
 def aims(language: str, data: Path) -> str:
-    """What the suite checks, and the integer weights' records, against what was asked for."""
+    """Hold the suite's checks and the integer weights' records against what was asked for."""
     words = WORDS[language]
     lines, missed = [words["aims_header"], "|---|---|---|---|"], []
 
@@ -228,7 +228,7 @@ BLOCKS: dict[str, Callable[[str, Path], str]] = {
 
 
 def updated(text: str, language: str, data: Path = DATA) -> str:
-    """A README with its blocks written anew.
+    """Return a README with its blocks written anew.
 
     Raises:
         KeyError: a block that no function here writes.

@@ -195,7 +195,7 @@ def test_the_plain_baseline_concatenates_its_cache_in_transformers_loop(example,
     from faster_chatglm_6b import ops, search
     from faster_chatglm_6b.ops import cuda
 
-    measuring = example("measuring.timing")
+    timing, models = example("measuring.timing"), example("measuring.models")
     monkeypatch.setenv(cuda.SWITCH, "off")
     monkeypatch.setattr(ops, "_chosen", {})
     cuda.kernels_refusal.cache_clear()
@@ -211,7 +211,7 @@ def test_the_plain_baseline_concatenates_its_cache_in_transformers_loop(example,
         lambda *args: generate_ids(*args[:-1], lambda: served.append("transformers") or args[-1]()),
     )
     try:
-        measuring.run_once(tiny_model, measuring.make_prompt(tiny_model, 1, 6), "greedy", 3)
+        timing.run_once(tiny_model, models.make_prompt(tiny_model, 1, 6), "greedy", 3)
         (table,) = ops._chosen.values()
     finally:
         cuda.kernels_refusal.cache_clear()

@@ -1,4 +1,4 @@
-"""Every measurement that the project promises, in one process: ``python examples/benchmark.py --suite --json FILE``.
+"""Measure everything that the project promises, in one process: ``python examples/benchmark.py --suite --json FILE``.
 
 The records go to FILE; what has no place in a record (times after loading, synchronisations, memory) is printed and
 goes to FILE with ``_checks`` in its name.
@@ -20,6 +20,7 @@ import torch
 
 from . import machine as machines
 from . import timing
+from .models import build_model, make_prompt
 
 # (name, batch, prompt tokens, new tokens, mode)
 RUNS = (
@@ -38,9 +39,9 @@ FIRST, HELD = "--first-generate", "--memory-of"
 
 
 def first_generate() -> None:
-    """In a process of its own: seconds of the first calls after loading, as JSON on the last line."""
-    model = timing.build_model(None)
-    ids = timing.make_prompt(model, 1, 20)
+    """Print the seconds of the first calls after loading, as JSON on the last line; needs a process of its own."""
+    model = build_model(None)
+    ids = make_prompt(model, 1, 20)
     times = {
         mode: timing.timed(lambda mode=mode: timing.run_once(model, ids, mode, 16)) for mode in ("greedy", "sample")
     }
@@ -48,14 +49,14 @@ def first_generate() -> None:
 
 
 def memory_held(bits: int, name: str | None = None) -> None:
-    """In a process of its own: GB that PyTorch holds of the GPU's memory once the model is quantised, as JSON."""
-    model = timing.build_model(name)
+    """Print the GB of the GPU that PyTorch holds after quantising a model, as JSON; needs a process of its own."""
+    model = build_model(name)
     model.quantize(bits)
     print(json.dumps(torch.cuda.memory_reserved() / 1e9))
 
 
 def in_new_process(*arguments: str, cache: str | None = None) -> Any:
-    """What this file prints with these arguments; Triton's cache in the directory ``cache``."""
+    """Run this file with these arguments, Triton's cache in the directory ``cache``, and read what it prints."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     if cache is not None:
         environment["TRITON_CACHE_DIR"] = cache
@@ -68,8 +69,8 @@ def in_new_process(*arguments: str, cache: str | None = None) -> Any:
 
 
 def synchronisations(model: torch.nn.Module, tokens: int = 50) -> int:
-    """Host synchronisations that torch counts while ``tokens`` tokens are streamed."""
-    ids = timing.make_prompt(model, 1, 20)
+    """Count the host synchronisations that torch notices while ``tokens`` tokens are streamed."""
+    ids = make_prompt(model, 1, 20)
     stream = model.stream_tokens(ids, max_new_tokens=tokens + 20, eos_token_id=None, **timing.SAMPLING)
     for _ in range(10):
         next(stream)
@@ -86,11 +87,11 @@ def synchronisations(model: torch.nn.Module, tokens: int = 50) -> int:
 
 
 def memory_at_2048(model: torch.nn.Module) -> tuple[float, float]:
-    """GB reserved at the peak of a generation up to 2048 tokens, and GB of the weights and their cache."""
+    """Return the GB reserved at the peak of a generation up to 2048 tokens, and those of the weights and the cache."""
     model.release_cache()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    ids = timing.make_prompt(model, 1, 2000)
+    ids = make_prompt(model, 1, 2000)
     model.generate(ids, do_sample=False, max_new_tokens=48, eos_token_id=None, pad_token_id=3)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     config = model.config
@@ -109,9 +110,9 @@ def measure(
     new: int,
     mode: str,
 ) -> dict[str, Any]:
-    """The record of one of RUNS, printed; what generation kept on the GPU is freed after it."""
+    """Print and return the record of one of RUNS, then free what generation kept on the GPU."""
     work = argparse.Namespace(**vars(args) | {"new_tokens": new, "mode": mode})
-    record = timing.measure(model, timing.make_prompt(model, batch, prompt), work, machine).record
+    record = timing.measure(model, make_prompt(model, batch, prompt), work, machine).record
     print(timing.describe(record), flush=True)
     model.release_cache()
     torch.cuda.empty_cache()
@@ -130,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
     if machine.read_ceiling is None:
         raise SystemExit("The read ceiling is measured with Triton, which is not installed: `pip install triton`.")
     print(f"read ceiling {machine.read_ceiling:.0f} GB/s, clocks {machine.clocks}, {machine.name}", flush=True)
-    model = timing.build_model(args.model_name)
+    model = build_model(args.model_name)
     for name, *work in (*RUNS, ("greedy again", *RUNS[0][1:])):
         records[name] = measure(model, machine, args, *work)
     timing.append(args.json, list(records.values()))
@@ -163,13 +164,13 @@ def run(args: argparse.Namespace) -> None:
         for name, batch, prompt, _, mode in RUNS:
             if name in ("greedy", "stream", "batch 8", "batch 32"):
                 print(name)
-                timing.profile(model, timing.make_prompt(model, batch, prompt), mode, 32)
+                timing.profile(model, make_prompt(model, batch, prompt), mode, 32)
     del model
     for bits, batches, limit in QUANTISED:
         gc.collect()
         torch.cuda.empty_cache()
         held = in_new_process(HELD, str(bits), *([args.model_name] if args.model_name else []))
-        model = timing.build_model(args.model_name).quantize(bits)
+        model = build_model(args.model_name).quantize(bits)
         timing.append(args.json, [measure(model, machine, args, batch, 20, 128, "greedy") for batch in batches])
         check(f"memory after loading int{bits}, GB", held, f"<= {limit}", held <= limit)
         del model
