@@ -23,6 +23,9 @@ from .decode_step import DENSE, DOWN, HEAD, PARTS, QKV, SHAPES, UP, TimedStep
 from .machine import read_ceiling
 from .models import bytes_per_step, random_model
 
+# A name of what is searched, and the variants of a family that it tries.
+Knob = tuple[str, Callable[[Family], list[Family]]]
+
 
 def record(step: TimedStep, ms: float, ceiling: float) -> dict:
     """Describe a step that took ``ms`` on a machine that reads ``ceiling`` GB/s."""
@@ -61,20 +64,38 @@ def _with(table: dict, key: tuple[int, int], value: Gemv | Dot | None) -> dict:
     return rest if value is None else rest | {key: value}
 
 
-def _gemv_knobs(family: Family) -> Iterator[tuple[str, list[Family]]]:
+def _entry(table: str, key: tuple[int, int], choices: list[Gemv | None]) -> Callable[[Family], list[Family]]:
+    """Vary what a table of GEMVs says of one weight."""
+
+    def variants(family: Family) -> list[Family]:
+        tables = [_with(getattr(family, table), key, choice) for choice in choices]
+        return [dataclasses.replace(family, **{table: changed}) for changed in tables]
+
+    return variants
+
+
+def _gemv_knobs() -> Iterator[Knob]:
     blocks = [Gemv(2, 2048, 4), Gemv(1, 2048, 2), Gemv(1, 4096, 4), Gemv(1, 4096, 8), Gemv(2, 4096, 4)]
     blocks += [Gemv(2, 4096, 8), Gemv(4, 4096, 8), Gemv(4, 1024, 4)]
     long_blocks = [Gemv(8, 512, 4), Gemv(4, 2048, 8), Gemv(1, 16384, 16)]
     loops = [Gemv(2, 4096, 8, 4), Gemv(2, 4096, 8, 8), Gemv(2, 4096, 4, 8), Gemv(1, 4096, 4, 16)]
     for key in (DENSE, QKV, UP, DOWN, HEAD):
-        choices = blocks + (long_blocks if key == DOWN else loops)
-        yield f"gemv {key}", [dataclasses.replace(family, gemv=_with(family.gemv, key, c)) for c in choices]
+        yield f"gemv {key}", _entry("gemv", key, blocks + (long_blocks if key == DOWN else loops))
         if key in (QKV, UP):
-            tables = [_with(family.layer_norm_gemv, key, c) for c in [None, *loops]]
-            yield f"LayerNorm inside {key}", [dataclasses.replace(family, layer_norm_gemv=t) for t in tables]
+            yield f"LayerNorm inside {key}", _entry("layer_norm_gemv", key, [None, *loops])
 
 
-def _dot_knobs(family: Family, rows: int) -> Iterator[tuple[str, list[Family]]]:
+def _dot_entry(rows: int, key: tuple[int, int], choices: list[Dot]) -> Callable[[Family], list[Family]]:
+    """Vary what the tables of tensor-core products say of one weight and so many rows."""
+
+    def variants(family: Family) -> list[Family]:
+        tables = [_with(family.dot.get(rows, {}), key, choice) for choice in choices]
+        return [dataclasses.replace(family, dot=family.dot | {rows: changed}) for changed in tables]
+
+    return variants
+
+
+def _dot_knobs(rows: int) -> Iterator[Knob]:
     blocks = {
         16: [(64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3), (128, 64, 4, 5), (128, 128, 4, 3)],
         32: [(64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 6), (128, 128, 8, 3)],
@@ -82,43 +103,33 @@ def _dot_knobs(family: Family, rows: int) -> Iterator[tuple[str, list[Family]]]:
     }[rows]
     for key in SHAPES:
         splits = (1,) if key == HEAD else (1, 2, 4) if key in (DENSE, DOWN) else (1, 2)
-        for_rows = family.dot.get(rows, {})
-        tables = [family.dot | {rows: _with(for_rows, key, Dot(*b, s))} for b in blocks for s in splits]
-        yield f"dot {rows} {key}", [dataclasses.replace(family, dot=t) for t in tables]
+        yield f"dot {rows} {key}", _dot_entry(rows, key, [Dot(*b, s) for b in blocks for s in splits])
 
 
-def _attention_knobs(family: Family, name: str) -> Iterator[tuple[str, list[Family]]]:
+def _attention_knob(name: str) -> Knob:
     choices = [Attention(t, w, v) for t, w in ((32, 2), (32, 4), (64, 4), (128, 4), (128, 8)) for v in (1, 2, 4, 8)]
-    yield name, [dataclasses.replace(family, **{name: c}) for c in choices]
+    return name, lambda family: [dataclasses.replace(family, **{name: choice}) for choice in choices]
 
 
 def tune(model: torch.nn.Module, batch: int, log: Callable[[str], None]) -> Family:
     """Search one table entry after another, each time keeping what makes the whole step fastest."""
     capability, family = configs.capability(model.device), configs.family(model.device)
-    knobs = _gemv_knobs if batch == 1 else lambda f: _dot_knobs(f, max(triton.next_power_of_2(batch), 16))
-    rounds = [
-        (32, knobs),
-        (150, lambda f: _attention_knobs(f, "attention_short")),
-        (1024, lambda f: _attention_knobs(f, "attention")),
-    ]
-    for context, make in rounds:
+    products = _gemv_knobs() if batch == 1 else _dot_knobs(max(triton.next_power_of_2(batch), 16))
+    rounds = ((32, products), (150, [_attention_knob("attention_short")]), (1024, [_attention_knob("attention")]))
+    for context, knobs in rounds:
         step = TimedStep(model, batch, context)
         configs.FAMILIES[capability] = family
         best = step.measure()
         log(f"batch {batch}, context {context}: {best:.4f} ms with the tables as they are")
-        names = [name for name, _ in make(family)]
-        for index in range(len(names)):
-            # The generator is made anew, so that its variants start from the best family so far.
-            name, variants = next(item for i, item in enumerate(make(family)) if i == index)
+        for name, variants in knobs:
             start = family
-            for variant in variants:
+            for variant in variants(start):
                 configs.FAMILIES[capability] = variant
                 try:
                     ms = step.measure(9)
                 except triton.runtime.errors.OutOfResources:
                     continue
-                changed = _difference(start, variant)
-                log(f"  {name}: {ms:.4f} {changed}")
+                log(f"  {name}: {ms:.4f} {_difference(start, variant)}")
                 # Less than a thousandth is noise.
                 if ms < best * 0.999:
                     best, family = ms, variant
