@@ -1,16 +1,16 @@
-"""What the web demo's server takes from the outside: the requests that its page makes, of a bounded size."""
+"""Let only the requests of the web demo's own page in, and only up to a bounded size."""
 
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# Everything else that Gradio would take by POST, uploads above all, is of no use to this page.
+# This page needs nothing else that Gradio takes by POST, uploads above all.
 ROUTES = ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset", "/login")
 # The longest message in JSON, where a character may take twelve bytes, and room for the rest of the request.
 LARGEST_BODY = 512 * 1024
 
 
 class Guard:
-    """ASGI middleware. A body is read up to the limit before anything else sees it."""
+    """ASGI middleware that reads a body up to the limit before anything else sees it."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -29,7 +29,7 @@ class Guard:
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """The whole body, or None as soon as it is too large."""
+    """Read the whole body; return None as soon as it is too large."""
     pieces, size, more = [], 0, True
     while more:
         message = await receive()
@@ -37,7 +37,7 @@ async def _body(receive: Receive) -> bytes | None:
         size += len(pieces[-1])
         if size > LARGEST_BODY:
             return None
-        more = message.get("more_body", False)  # a client that has gone says nothing of more
+        more = message.get("more_body", False)  # a client that has gone sends no such key
     return b"".join(pieces)
 
 

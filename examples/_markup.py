@@ -1,4 +1,4 @@
-"""Markdown to HTML in which nothing is HTML but what this file writes: no tags, no images, safe links only."""
+"""Turn Markdown into HTML without tags of the text's own and without images; links are safe ones only."""
 
 import re
 from functools import lru_cache
@@ -7,19 +7,19 @@ from html import escape
 from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline
 
-# As in web_demo.py's FORMULAS, which KaTeX draws in the browser: Markdown must not touch what is between them.
+# As in FORMULAS of _web.py, which KaTeX draws in the browser: Markdown must not touch what is between them.
 _FORMULAS = (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"), ("$", "$"))
-# Some inputs cost the parser the square of their length. What is longer than this is shown without Markdown.
+# Some inputs cost the parser the square of their length. Longer ones are shown without Markdown.
 LONGEST_MARKDOWN = 8_192
 _SCHEMES = re.compile(r"(https?://|mailto:)", re.IGNORECASE)
 
 
 @lru_cache(maxsize=256)
 def to_html(text: str) -> str:
-    """The text as one line of HTML that a second Markdown parser, the browser's, passes on as it is.
+    """Return the text as one line of HTML that the browser's own Markdown parser passes on unchanged.
 
-    A block that begins with <div> lasts until a blank line, and here are no line breaks at all. Should that parser
-    see it otherwise, there is still no "<" in it that the text brought along.
+    A block that begins with <div> lasts until a blank line, and there are no line breaks at all. Should that parser
+    see it otherwise, no "<" of the text is left in it.
     """
     # Neither can be sent: a lone half of a surrogate pair as UTF-8, and "\0" as HTML.
     text = text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")
@@ -31,7 +31,7 @@ def to_html(text: str) -> str:
 
 
 def _formula(state: StateInline, silent: bool) -> bool:
-    """A formula as it was written."""
+    """Keep a formula as it was written."""
     for opening, closing in _FORMULAS:
         if not state.src.startswith(opening, state.pos):
             continue
@@ -51,7 +51,7 @@ def _parser() -> MarkdownIt:
     parser = MarkdownIt("commonmark", {"html": False, "breaks": True, "maxNesting": 20}).enable(
         ["table", "strikethrough"]
     )
-    # An entity stays as it was typed, and of an image only the link to it is left.
+    # An entity stays as it was typed; an image becomes a link to it.
     parser.disable(["entity", "html_inline", "html_block", "image"])
     parser.inline.ruler.before("escape", "formula", _formula)
     parser.validateLink = lambda url: _SCHEMES.match(url.strip()) is not None

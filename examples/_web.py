@@ -1,4 +1,4 @@
-"""The web demo's page: what it shows, and what its buttons do."""
+"""The web demo's page and what its buttons do."""
 
 import os
 import time
@@ -18,7 +18,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while Gradio is importe
 # isort: split
 import gradio as gr
 
-REDRAW_SECONDS = 0.04  # sending each token by itself would slow a fast GPU down
+REDRAW_SECONDS = 0.04  # sending each token alone would slow a fast GPU down
 FONTS = ["system-ui", "Noto Sans CJK SC", "Microsoft YaHei", "sans-serif"]  # the reader's own: none is downloaded
 FORMULAS = [
     {"left": "$$", "right": "$$", "display": True},
@@ -29,7 +29,7 @@ FORMULAS = [
 
 
 def messages(history: list[tuple[str, str]]) -> list[dict]:
-    """The conversation as Gradio shows it. The model sees ``history`` itself."""
+    """Make the conversation that Gradio shows; the model sees ``history`` itself."""
     return [
         {"role": role, "content": to_html(text)}
         for turn in history
@@ -38,11 +38,11 @@ def messages(history: list[tuple[str, str]]) -> list[dict]:
 
 
 def answering(model, tokenizer):
-    """What the Send button does."""
+    """Make the function of the Send button."""
 
     def answer(query: str, history: list, max_length: int, top_p: float, temperature: float) -> Iterator[tuple]:
-        """Yields the text box, the messages shown and the history while the answer grows."""
-        query = query or ""  # which only a request that no page sends leaves out
+        """Yield the text box, the messages shown and the history while the answer grows."""
+        query = query or ""  # only a request that no page sends leaves it out
         if refusal := too_long(query, model):
             raise gr.Error(refusal, print_exception=False)
         if not query.strip():
@@ -65,7 +65,7 @@ def answering(model, tokenizer):
 
 
 def build(model, tokenizer) -> gr.Blocks:
-    """The page. Its State is kept by the server for each open tab, so histories never mix."""
+    """Build the page; the server keeps a State for each open tab, so histories never mix."""
     longest = model.config.max_sequence_length
     with gr.Blocks(title="ChatGLM-6B", analytics_enabled=False, fill_height=True) as page:
         gr.Markdown("# ChatGLM-6B")

@@ -1,4 +1,4 @@
-"""How fast ChatGLM-6B answers here, next to plain PyTorch and to what reading its weights costs.
+"""Measure how fast ChatGLM-6B answers here, next to plain PyTorch and to what reading its weights costs.
 
     python examples/benchmark.py                             # random weights of the real shape, nothing to download
     python examples/benchmark.py --no-fast                   # the same in plain PyTorch
@@ -9,8 +9,8 @@
     python examples/benchmark.py --model_name examples/tiny_chatglm --new_tokens 32     # without a GPU
 
 One run prints how long its iterations took in all and on average, and one row of the table: tok/s, GB/s and the share
-of the read ceiling are those of one more token, without the prompt (see _measuring.py). ``--json FILE`` appends its
-record.
+of the read ceiling are those of one more token, without the prompt (see measuring/timing.py). ``--json FILE`` appends
+its record.
 
 "Torch" is the stock model's way of computing: every operator by its definition in PyTorch calls, a cache that is
 concatenated at every step, transformers' own loop, and quantised weights turned back into floats at every product. It
@@ -30,12 +30,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
+# The package comes from the clone, installed or not.
+sys.path.insert(0, str(ROOT))
+
 PROMPT = "请写一段关于人工智能的文字，不少于800字。"
 BACKENDS = ("ours", "torch")
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes ``--new_tokens`` for ``--new-tokens``, and says what is wrong in one sentence."""
+    """Take ``--new_tokens`` for ``--new-tokens``, and say what is wrong in one sentence."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
         given = sys.argv[1:] if args is None else args
@@ -47,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def count(text: str) -> int:
-    """A number of at least 1, for an option."""
+    """Read a number of at least 1, for an option."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} was given, but it must be 1 or more")
@@ -55,7 +58,7 @@ def count(text: str) -> int:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Everything that can be asked for; options that depend on others have no default here."""
+    """Add every option; those that depend on others have no default here."""
     choice = argparse.BooleanOptionalAction
     model = parser.add_argument_group("what is measured")
     model.add_argument("--model-name", "--model", metavar="NAME", help="hub id or directory of a checkpoint")
@@ -91,7 +94,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def contradiction(args: argparse.Namespace) -> str | None:
-    """One sentence on options that cannot go together; None where all can."""
+    """Return one sentence on options that cannot go together, or None if all can."""
     if args.fast is not None and args.backend not in (None, BACKENDS[not args.fast]):
         given = "--fast" if args.fast else "--no-fast"
         return f"{given} means --backend {BACKENDS[not args.fast]}, but --backend {args.backend} was given; keep one."
@@ -127,7 +130,7 @@ def contradiction(args: argparse.Namespace) -> str | None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options, those that depend on others filled in; exits with one sentence where they contradict."""
+    """Read the options and fill in those that depend on others; exit with one sentence if they contradict."""
     description, details = __doc__.split("\n\n", 1)
     parser = Parser(description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
@@ -146,7 +149,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_machine(args: argparse.Namespace) -> None:
-    """Raise SystemExit, with one sentence, where there is no GPU for what was asked."""
+    """Raise SystemExit, with one sentence, if there is no GPU for what was asked."""
     import torch
 
     if torch.cuda.is_available() or (args.model_name and not args.suite):
@@ -159,7 +162,7 @@ def check_machine(args: argparse.Namespace) -> None:
 
 
 def check_path(args: argparse.Namespace) -> None:
-    """Make sure that the plain baseline was plain, and say so where ours was not fast."""
+    """Make sure that the plain baseline was plain, and say so if ours was not fast."""
     import faster_chatglm_6b
 
     status = faster_chatglm_6b.status()
@@ -172,10 +175,11 @@ def check_path(args: argparse.Namespace) -> None:
 
 
 def single(args: argparse.Namespace) -> None:
-    """One model, one kind of work: the closing line, the row, and the record."""
-    import benchmark_table
-    from _machine import look
-    from _measuring import append, encode_prompt, known_records, load, make_prompt, measure, profile, token_times
+    """Measure one model and one kind of work: print the closing line and the row, write the record."""
+    from measuring import table
+    from measuring.machine import look
+    from measuring.models import encode_prompt, load, make_prompt
+    from measuring.timing import append, known_records, measure, profile, token_times
 
     if args.json:
         known_records(Path(args.json))
@@ -194,8 +198,8 @@ def single(args: argparse.Namespace) -> None:
     check_path(args)
     total = sum(run.seconds)
     print(f"Finish {args.iters} iters in {total:.3f} seconds, average {total / args.iters:.3f} s/it\n")
-    print(benchmark_table.HEADER)
-    print(benchmark_table.markdown_row(benchmark_table.row_of([total], [run.record], args.iters)))
+    print(table.HEADER)
+    print(table.markdown_row(table.row_of([total], [run.record], args.iters)))
     append(args.json, [run.record])
     if args.run_to:
         times = token_times(model, ids, args.new_tokens) if args.bits == 16 else None
@@ -207,19 +211,18 @@ def single(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Run what the arguments ask for."""
-    sys.path.insert(0, str(ROOT))
     check_machine(args)
     if args.backend == "torch":
         # Read when the first model runs.
         os.environ["FASTER_CHATGLM_6B_KERNELS"] = "off"
     if args.suite:
-        import benchmark_suite
+        from measuring import suite
 
-        benchmark_suite.run(args)
+        suite.run(args)
     elif args.table:
-        import benchmark_table
+        from measuring import table
 
-        benchmark_table.run(args)
+        table.run(args)
     else:
         single(args)
 

@@ -8,8 +8,8 @@ This is lm_eval's own command with one more model, "chatglm", which takes the ar
 --apply_chat_template contexts are written as chat writes them. In Python, import this file and pass
 ``model="chatglm"``, or ``ChatGLMLM(pretrained=model, tokenizer=tokenizer)``, to ``simple_evaluate``.
 
-A text without a context (``loglikelihood_rolling``, for perplexities) is scored as the answer to an empty prompt. Where
-it is longer than the model's window, each further window has the token before it as its prompt.
+A text without a context (``loglikelihood_rolling``, for perplexities) is scored as the answer to an empty prompt. If it
+is longer than the model's window, the prompt of each further window is the token before it.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class ChatGLMLM(HFLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens of context and continuation together."""
+        """The most tokens of context and continuation together."""
         return self._max_length or self.model.config.max_sequence_length
 
     @property
     def prefix_token_id(self) -> int:
-        """<sop>, which stands before every continuation."""
+        """The id of <sop>, which stands before every continuation."""
         return self.tokenizer.bos_token_id
 
     @property
@@ -50,7 +50,7 @@ class ChatGLMLM(HFLM):
         return [self.tokenizer.gmask_token_id, self.tokenizer.bos_token_id]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of the text alone; control tokens that stand in it stay text."""
+        """Encode the text alone; control tokens in it stay text."""
         return self.tokenizer.encode_text(string)
 
     def tok_batch_encode(
@@ -60,9 +60,9 @@ class ChatGLMLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts [B, L] padded on the left, and their mask [B, L] with 0 for padding.
+        """Return prompts [B, L] padded on the left, and their mask [B, L] with 0 for padding.
 
-        Contexts lose their beginning where they are longer than ``left_truncate_len``, never their [gMASK] <sop>.
+        Contexts longer than ``left_truncate_len`` lose their beginning, never their [gMASK] <sop>.
         """
         prompts = [self._prompt(string) for string in strings]
         prompts = [ids[-left_truncate_len:] if left_truncate_len else ids for ids in prompts]
@@ -73,13 +73,13 @@ class ChatGLMLM(HFLM):
         return ids, (torch.arange(length) >= torch.tensor(pads)[:, None]).long()
 
     def tok_decode(self, tokens: int | Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of the tokens; of <eop>, which lm_eval makes a stop string of, its name and never ''."""
+        """Decode the tokens; <eop> gives its name and never '', because lm_eval makes it a stop string."""
         if tokens == self.eot_token_id:
             return self.tokenizer.eos_token
         return self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether it is the greedy one) for each (context, continuation).
+        """Return (log-probability of the continuation, whether it is the greedy one) per (context, continuation).
 
         Raises:
             ValueError: a continuation that does not fit into the model's window with its [gMASK] <sop>.
@@ -92,7 +92,7 @@ class ChatGLMLM(HFLM):
         return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each text as the answer to an empty prompt, in windows where it is too long for one."""
+        """Return each text's log-probability as the answer to an empty prompt, in windows if it is too long for one."""
         windows, owners = [], []
         for owner, (text,) in enumerate(request.args for request in requests):
             for context, ids in self._windows(self.tok_encode(text)):
@@ -107,13 +107,13 @@ class ChatGLMLM(HFLM):
         return scores
 
     def _prompt(self, context: str) -> list[int]:
-        """Ids of a context and its [gMASK] <sop>, which a rendered conversation (--apply_chat_template) has already."""
+        """Encode a context with its [gMASK] <sop>, which a conversation of --apply_chat_template has already."""
         if context.startswith(START):
             return self.tokenizer.encode(context)
         return [*self.tok_encode(context), *self._prompt_end]
 
     def _windows(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-        """(prompt, scored tokens): the first prompt is empty, the others are the token before."""
+        """Yield (prompt, scored tokens): the first prompt is empty, the others are the token before."""
         room = self.max_length - len(self._prompt_end) - 1
         for begin in range(0, len(ids), room):
             yield ids[max(begin - 1, 0) : begin], ids[begin : begin + room]

@@ -1,10 +1,10 @@
-"""What int8 and int4 cost in quality, on the tiny trained checkpoint: perplexity and changed answers.
+"""Measure what int8 and int4 cost in quality on the tiny trained checkpoint: perplexity and changed answers.
 
     python examples/quantization_quality.py [--dialogues 400]
 
 Dialogues are held-out wordings of the checkpoint's corpus. Perplexity is over the tokens of the wanted answers; an
-answer counts as changed where greedy decoding, fed the wanted answer, prefers another token somewhere than it does with
-the float weights.
+answer counts as changed if greedy decoding, fed the wanted answer, prefers another token at some place than with the
+float weights.
 """
 
 import argparse
@@ -36,7 +36,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 def held_out_batches(tokenizer: Any, dialogues: int, size: int = 32) -> Iterator[dict[str, torch.Tensor]]:
-    """Model arguments of ``dialogues`` held-out dialogues, spread over all kinds, similar lengths together."""
+    """Yield the model's arguments for ``dialogues`` held-out dialogues of all kinds, similar lengths together."""
     every = Corpus().held_out()
     chosen = every[:: max(1, len(every) // dialogues)][:dialogues]
     samples = sorted((encode(dialogue, tokenizer) for dialogue in chosen), key=lambda sample: len(sample[0]))
@@ -45,7 +45,7 @@ def held_out_batches(tokenizer: Any, dialogues: int, size: int = 32) -> Iterator
 
 
 def evaluate(model: Any, batches: list[dict[str, torch.Tensor]]) -> tuple[float, list[torch.Tensor]]:
-    """Perplexity of the answers, and per batch the preferred token [B, L - 1] at answer tokens, -1 elsewhere."""
+    """Return the answers' perplexity, and per batch the preferred token [B, L - 1] at answer tokens, -1 elsewhere."""
     loss, tokens, preferred = 0.0, 0, []
     for batch in batches:
         labels = batch["labels"][:, 1:]
@@ -59,7 +59,7 @@ def evaluate(model: Any, batches: list[dict[str, torch.Tensor]]) -> tuple[float,
 
 
 def measure(dialogues: int) -> list[tuple[str, float, float]]:
-    """(variant, perplexity, share of changed answers) of every variant."""
+    """Return (variant, perplexity, share of changed answers) of every variant."""
     tokenizer = AutoTokenizer.from_pretrained(str(TINY), trust_remote_code=True)
     batches = list(held_out_batches(tokenizer, dialogues))
     rows, reference = [], None

@@ -13,11 +13,11 @@ from faster_chatglm_6b.cli import run_command
 from faster_chatglm_6b.cli.errors import CommandError
 from faster_chatglm_6b.cli.options import HUB_ID, CommandParser, add_model_options
 
-WAITING = 16  # messages in the queue; who comes later is told at once that it is full
+WAITING = 16  # messages in the queue; a later one is told at once that it is full
 
 
 def parse_arguments() -> argparse.Namespace:
-    """What to load, and who may reach it where."""
+    """Read which model to load, and where and by whom it may be reached."""
     parser = CommandParser(prog="web_demo.py", description="Chat with ChatGLM-6B in the browser.")
     add_model_options(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: every one (%(default)s)")
@@ -28,14 +28,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def port(text: str) -> int:
-    """The number of a port."""
+    """Read the number of a port."""
     if not text.isascii() or not text.isdigit() or len(text) > 5 or not 0 < int(text) < 65536:
         raise argparse.ArgumentTypeError(f"{text!r} is no port: a whole number from 1 to 65535")
     return int(text)
 
 
 def user_and_password(text: str) -> tuple[str, str]:
-    """Both parts of --auth; the password may hold colons."""
+    """Split --auth in two; the password may hold colons."""
     user, _, password = text.partition(":")
     if not user or not password:
         raise argparse.ArgumentTypeError("it has to be user:password, neither part empty")
@@ -46,7 +46,7 @@ def check_that_it_can_listen(host: str, number: int) -> None:
     """Try the address before anything is loaded.
 
     Raises:
-        CommandError: another program has it, or it is none of this machine's.
+        CommandError: another program has it, or it is not an address of this machine.
     """
     try:
         for family, kind, protocol, _, address in socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[:1]:

@@ -1,4 +1,4 @@
-"""Tokens per second against the batch size: images/tokens_per_second.png and .zh.png."""
+"""Draw tokens per second against the batch size: images/tokens_per_second.png and .zh.png."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ WORDS = {
 
 
 def draw(data: Path, language: str) -> pyplot.Figure:
-    """One line per precision, and fastllm's."""
+    """Draw one line per precision, and fastllm's."""
     words, elsewhere = WORDS[language], read(ELSEWHERE, data)
     lines: dict[str, list] = {}
     for run in one_per_run(read(SUITE, data)).values():

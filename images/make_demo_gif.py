@@ -1,4 +1,4 @@
-"""Two terminals side by side, the same text at the measured times of Torch and of ours: images/demo.gif."""
+"""Draw two terminals side by side, the same text at the measured times of Torch and of ours: images/demo.gif."""
 
 import unicodedata
 from pathlib import Path
@@ -10,7 +10,7 @@ from style import arguments, chinese_font
 
 FILES = (TABLE,)
 QUESTION = "为什么生成每个 token 都要把权重读一遍？"
-# An example of our own: the weights behind the times are random, and what they say is noise.
+# An example of our own: the times are those of random weights, whose text is noise.
 ANSWER = (
     "因为模型一次只生成一个 token：上一个 token 出来之前，下一个还无从算起。每走一步，输入都要依次经过全部 28 层，"
     "而每一层的每个权重都要参与乘法，所以 12 GB 的权重必须从显存里完整地读一遍。批量为 1 时，读进来的每个权重只用一次，"
@@ -66,7 +66,7 @@ def _width(character: str) -> int:
 
 
 def frame(times: dict[str, list[float]], now: float, fonts: Fonts, small: Fonts, gpu: str) -> Image.Image:
-    """The picture ``now`` seconds after the calls of generate()."""
+    """Draw the picture ``now`` seconds after the calls of generate()."""
     image = Image.new("RGB", SIZE, PAPER)
     draw = ImageDraw.Draw(image)
     width = (SIZE[0] - 3 * MARGIN) // 2
@@ -110,7 +110,7 @@ def main() -> None:
     last = max(arrivals[-1] for arrivals in times.values())
     moments = [number * FRAME for number in range(int(last / FRAME) + 2)]
     frames = [frame(times, -1.0, fonts, small, gpu)] + [frame(times, now, fonts, small, gpu) for now in moments]
-    # One palette for all, as the end has every colour, and no dithering: frames differ where text appeared only.
+    # One palette for all, as the end has every colour, and no dithering: frames differ only by new text.
     palette = frames[-1].quantize(96, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     frames = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in frames]
     durations = [int(1000 * BEFORE)] + [int(1000 * FRAME)] * (len(moments) - 1) + [int(1000 * AFTER)]

@@ -1,4 +1,4 @@
-"""ms per token at batch 1, next to what reading the weights takes: images/ms_per_token.png and .zh.png."""
+"""Draw ms per token at batch 1, next to what reading the weights takes: images/ms_per_token.png and .zh.png."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from records import ELSEWHERE, SUITE, TABLE, Record, by_precision, floor, read, 
 from style import FLOOR, OTHERS, OURS, draw_all
 
 FILES = (SUITE, TABLE, ELSEWHERE)
-# ms per token: what is slower would leave no room for the differences between the others.
+# ms per token: slower ones would leave no room for the differences between the others.
 FAST = 8
 WORDS = {
     "en": {
@@ -36,7 +36,7 @@ WORDS = {
 
 
 def draw(data: Path, language: str) -> pyplot.Figure:
-    """Two panels: ours next to the slow ones, and the fast ones."""
+    """Draw two panels: ours next to the slow ones, and the fast ones."""
     words, elsewhere = WORDS[language], read(ELSEWHERE, data)
     ours = by_precision(data)
     plain = [row for row in table_rows("torch", data) if not row["weights"].startswith("int")]

@@ -1,4 +1,4 @@
-"""Share of the read ceiling that decoding reaches, by precision: images/share_of_ceiling.png and .zh.png."""
+"""Draw the share of the read ceiling that decoding reaches, by precision: images/share_of_ceiling.png and .zh.png."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ WORDS = {
 
 
 def draw(data: Path, language: str) -> pyplot.Figure:
-    """One bar per precision of ours, then the others'."""
+    """Draw one bar per precision of ours, then the others'."""
     words, elsewhere = WORDS[language], read(ELSEWHERE, data)
     ours = by_precision(data)
     others = [r for r in elsewhere["records"] if r["batch"] == 1 and r["ms_per_step"] < 8]

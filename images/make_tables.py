@@ -25,6 +25,10 @@ from records import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "examples"))
+
+from measuring.table import markdown  # noqa: E402
+
 READMES = {"en": "README.md", "zh": "README.zh.md"}
 # What the generated parts say, by language, and the names of the suite's checks in Chinese.
 WORDS = json.loads((Path(__file__).parent / "words.json").read_text("utf-8"))
@@ -32,8 +36,6 @@ WORDS = json.loads((Path(__file__).parent / "words.json").read_text("utf-8"))
 SPEED = {"en": "docs/speed.md", "zh": "docs/zh/speed.md"}
 CHECKS_FILE = "benchmark_h200_checks.json"
 _BLOCK = re.compile(r"(<!-- (\w+): [^\n]* -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-
-sys.path.append(str(ROOT / "examples"))
 
 
 def picture(language: str, data: Path) -> str:
@@ -109,10 +111,8 @@ def experiment(language: str, data: Path) -> str:
     """Show the benchmark's own table, as it prints it, and its conditions."""
     if not has(TABLE, data):
         return WORDS[language]["no_experiment"]
-    import benchmark_table
-
     table = read(TABLE, data)
-    lines = benchmark_table.markdown(table).splitlines()
+    lines = markdown(table).splitlines()
     words = WORDS[language]
     model = table["model"].replace("random weights of the 6B shape", words["random"])
     conditions = words["experiment"].format(**table | {"mode": words[table["mode"]], "model": model})

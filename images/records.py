@@ -1,4 +1,4 @@
-"""What was measured, as the pictures and the README's tables use it; images/data holds it, written by the benchmark."""
+"""Read what the benchmark measured and wrote to images/data, for the pictures and the README's tables."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ Record = dict[str, Any]
 
 
 def read(name: str, data: Path = DATA) -> Any:
-    """The content of a file of images/data.
+    """Read a file of images/data.
 
     Raises:
         SystemExit: it is not there; the message says which command makes it.
@@ -30,19 +30,19 @@ def read(name: str, data: Path = DATA) -> Any:
 
 
 def has(name: str, data: Path = DATA) -> bool:
-    """Whether a file of images/data is there: the suite and the table are measured one by one."""
+    """Tell if a file of images/data is there: the suite and the table are measured one by one."""
     return (data / name).is_file()
 
 
 def digest(names: tuple[str, ...], data: Path = DATA) -> str:
-    """SHA-256 over those files of images/data that are there; a picture carries it, so that a test can tell its age."""
+    """Return the SHA-256 of those files of images/data that are there; each picture carries it, to show its age."""
     found = [name for name in names if has(name, data)]
     content = [json.dumps([name, read(name, data)], sort_keys=True, ensure_ascii=False) for name in found]
     return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
 
 def precision(record: Record) -> str:
-    """ "fp16", "int4", "int4, int8 head", "int4, groups of 128"."""
+    """Name the weights: "fp16", "int4", "int4, int8 head" or "int4, groups of 128"."""
     label = record["weights"]
     if record.get("group_size"):
         label += f", groups of {record['group_size']}"
@@ -52,14 +52,14 @@ def precision(record: Record) -> str:
 
 
 def spelled(name: str, language: str) -> str:
-    """A name that ``precision`` gave, in a language."""
+    """Write a name that ``precision`` gave in a language."""
     if language == "zh":
         name = re.sub(r"groups of (\d+)", r"每组 \1 列", name).replace("head", "输出层").replace(", ", "，")
     return name
 
 
 def one_per_run(records: list[Record]) -> dict[tuple, Record]:
-    """One record of each (backend, precision, mode, batch, prompt_tokens, new_tokens), in the file's order.
+    """Keep one record of each (backend, precision, mode, batch, prompt_tokens, new_tokens), in the file's order.
 
     The suite measures its first row twice: the first counts. Of two processes, which have different read ceilings, the
     later one counts.
@@ -77,14 +77,14 @@ def one_per_run(records: list[Record]) -> dict[tuple, Record]:
 
 
 def of_the_suite(batch: int, data: Path = DATA) -> dict[str, Record]:
-    """The suite's records of ours, greedy, short prompt, by precision."""
+    """Return the suite's records of ours, greedy, short prompt, by precision."""
     wanted = {"backend": "ours", "mode": "greedy", "batch": batch, "prompt_tokens": 20, "new_tokens": 128}
     runs = one_per_run(read(SUITE, data)).values()
     return {precision(run): run for run in runs if all(run[key] == value for key, value in wanted.items())}
 
 
 def by_precision(data: Path = DATA) -> dict[str, Record]:
-    """Ours, greedy, batch 1, short prompt, by precision: the suite's record, or the table's row where there is none."""
+    """Return ours, greedy, batch 1, short prompt, by precision: the suite's record, else the table's row."""
     found = of_the_suite(1, data)
     for row in table_rows("ours", data):
         found.setdefault(precision(row), row)
@@ -92,7 +92,7 @@ def by_precision(data: Path = DATA) -> dict[str, Record]:
 
 
 def table_rows(backend: str, data: Path = DATA) -> list[Record]:
-    """The table's rows of a backend as records, with the medians over the runs; none where there is no table."""
+    """Return the table's rows of a backend as records, with the medians over the runs; none without a table."""
     if not has(TABLE, data):
         return []
     rows = [row for row in read(TABLE, data)["rows"] if row["backend"] == backend]
@@ -100,11 +100,11 @@ def table_rows(backend: str, data: Path = DATA) -> list[Record]:
 
 
 def floor(record: Record, ceiling: float | None = None) -> float:
-    """ms in which the bytes of a step can be read at the read ceiling."""
+    """Return the ms in which the bytes of a step can be read at the read ceiling."""
     return record["bytes_per_step"] / (ceiling or record["read_ceiling_gb_per_s"]) / 1e6
 
 
 def token_times(data: Path = DATA) -> tuple[dict[str, list[float]], str]:
-    """Seconds from the call of ``generate`` to each token, plain Torch's first, then ours; and the GPU's name."""
+    """Return the seconds from ``generate``'s call to each token, plain Torch's first, then ours; and the GPU's name."""
     table = read(TABLE, data)
     return {name: table["token_times"][name] for name in ("torch", "ours")}, table["gpu"]

@@ -1,4 +1,4 @@
-"""How the charts look, and the font and the form of every picture's file."""
+"""Give the charts their look, and every picture its font and the form of its file."""
 
 import argparse
 import io
@@ -35,7 +35,7 @@ PRECISIONS = {"fp16": "#1d6fb8", "int8": "#2a9d8f", "int4": "#e09f3e"}
 
 
 def chinese_font() -> font_manager.FontEntry:
-    """A font with Chinese characters, as matplotlib knows it: ``name``, ``fname``, and ``index`` in the file.
+    """Find a font with Chinese characters, as matplotlib knows it: ``name``, ``fname``, and ``index`` in the file.
 
     Raises:
         SystemExit: there is none; the message says how to get one.
@@ -91,19 +91,19 @@ def save(figure: pyplot.Figure, path: Path, shows: str) -> None:
 
 
 def digest_of(path: Path) -> str | None:
-    """The digest that a PNG or GIF of ours carries."""
+    """Read the digest that a PNG or GIF of ours carries."""
     with Image.open(path) as image:
         found: Any = image.info.get("Data") or image.info.get("comment", b"").decode("ascii", "replace")
     return found or None
 
 
 def name_in(language: str, name: str) -> str:
-    """File name of the picture ``name`` for the README in a language."""
+    """Return the file name of the picture ``name`` for the README in a language."""
     return f"{name}.png" if language == "en" else f"{name}.{language}.png"
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """Options of every script: where the data is, and where the pictures go."""
+    """Read the options of every script: where the data is, and where the pictures go."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the benchmark's records (%(default)s)")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for the pictures (%(default)s)")
@@ -111,7 +111,7 @@ def arguments(description: str) -> argparse.Namespace:
 
 
 def draw_all(draw: Any, name: str, files: tuple[str, ...], description: str) -> None:
-    """``main`` of a chart's script: ``draw(data, language)`` in both languages."""
+    """Run a chart's script: save ``draw(data, language)`` in both languages."""
     options = arguments(description)
     prepare()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def test_one_run_prints_the_closing_line_and_a_row_and_appends_its_record(tmp_pa
     closing, blank, *table = done.stdout.splitlines()
     total, average = re.fullmatch(r"Finish 2 iters in (\S+) seconds, average (\S+) s/it", closing).groups()
     assert float(average) == pytest.approx(float(total) / 2, abs=1e-3) and blank == ""
-    assert table[:2] == example("benchmark_table").HEADER.splitlines()
+    assert table[:2] == example("measuring.table").HEADER.splitlines()
     row = re.fullmatch(ROW, table[2])
     assert (row["backend"], row["weights"]) == ("faster_chatglm_6b", "Disable")
     assert "without its captured loop" in done.stderr
@@ -53,7 +53,7 @@ def test_one_run_prints_the_closing_line_and_a_row_and_appends_its_record(tmp_pa
     assert (row["backend"], row["weights"]) == ("Torch", "int8")
 
     first, second = records = json.loads(file.read_text("utf-8"))
-    assert [tuple(record) for record in records] == [tuple(example("_measuring").KEYS)] * 2
+    assert [tuple(record) for record in records] == [tuple(example("measuring.timing").KEYS)] * 2
     assert first["tokens_per_s"] > 0 and first["gpu"].startswith("CPU")
     assert [first[key] for key in EACH[:-1]] == ["ours", "fp32", None, "fp32", "greedy", 1, 3, 4]
     assert [second[key] for key in EACH[:-1]] == ["torch", "int8", None, "fp32", "sample", 2, 7, 3]
@@ -62,7 +62,7 @@ def test_one_run_prints_the_closing_line_and_a_row_and_appends_its_record(tmp_pa
 
 
 def test_noise_does_not_make_a_step_negative(example, capsys):
-    step_of = example("_measuring").step_of
+    step_of = example("measuring.timing").step_of
     assert step_of([3.0, 1.0, 2.0], [0.5, 0.5, 0.5], 4) == pytest.approx(0.5) and step_of([2.0], [], 1) == 2.0
     assert capsys.readouterr().err == ""
     assert step_of([2.0], [2.0], 4) == step_of([2.0], [9.0], 4) == 0.5
@@ -76,7 +76,7 @@ def test_the_table_runs_every_row_in_turn(tmp_path, example):
     )
     assert done.returncode == 0, done.stderr
     table = json.loads(file.read_text("utf-8"))
-    benchmark_table = example("benchmark_table")
+    benchmark_table = example("measuring.table")
     assert done.stdout == f"{benchmark_table.markdown(table)}\n\n{benchmark_table.caption(table)}\n"
     rows = [re.fullmatch(ROW, line) for line in done.stdout.splitlines()[2:9]]
     assert [(row["backend"], row["weights"]) for row in rows] == [
@@ -101,7 +101,7 @@ def test_the_table_runs_every_row_in_turn(tmp_path, example):
 
 
 def test_the_order_favours_neither_backend(example):
-    benchmark_table = example("benchmark_table")
+    benchmark_table = example("measuring.table")
     rows = benchmark_table.rows_of(None)
     names = [row.name for row in benchmark_table.order_of(rows, 2)]
     assert names[6:] == names[5::-1] and sorted(names[:6]) == sorted(row.name for row in rows)
@@ -113,18 +113,18 @@ def test_the_order_favours_neither_backend(example):
 def two_runs(example):
     """A table's row of two runs as if measured on a GPU."""
     values = {"weights": "int4", "group_size": 128, "head": "int8", "ms_per_step": 2.0, "gb_per_s": 2000.4}
-    record = dict.fromkeys(example("_measuring").KEYS) | values | {"backend": "ours", "tokens_per_s": 500.0}
-    return example("benchmark_table").row_of([5.0, 6.0], [record | {"share": 0.5}, record | {"share": 0.6}], 20)
+    record = dict.fromkeys(example("measuring.timing").KEYS) | values | {"backend": "ours", "tokens_per_s": 500.0}
+    return example("measuring.table").row_of([5.0, 6.0], [record | {"share": 0.5}, record | {"share": 0.6}], 20)
 
 
 def test_a_row_of_several_runs(example, two_runs):
     line = "| faster_chatglm_6b | int4 (groups of 128, int8 head) | 5.00 6.00 | 0.275 s/it | 500.0 | 2000 | 0.55 |"
-    assert example("benchmark_table").markdown_row(two_runs) == line
+    assert example("measuring.table").markdown_row(two_runs) == line
 
 
 def test_a_table_that_was_cut_short_is_not_shown(example, two_runs):
     with pytest.raises(ValueError, match="cut short"):
-        example("benchmark_table").markdown({"finished": False, "rows": [two_runs]})
+        example("measuring.table").markdown({"finished": False, "rows": [two_runs]})
 
 
 REFUSED = {
@@ -196,7 +196,7 @@ def test_the_plain_baseline_concatenates_its_cache_in_transformers_loop(example,
     from faster_chatglm_6b.generation import search
     from faster_chatglm_6b.ops import availability
 
-    measuring = example("_measuring")
+    timing, models = example("measuring.timing"), example("measuring.models")
     monkeypatch.setenv(availability.SWITCH, "off")
     monkeypatch.setattr(ops, "_chosen", {})
     availability.kernels_refusal.cache_clear()
@@ -212,7 +212,7 @@ def test_the_plain_baseline_concatenates_its_cache_in_transformers_loop(example,
         lambda *args: generate_ids(*args[:-1], lambda: served.append("transformers") or args[-1]()),
     )
     try:
-        measuring.run_once(tiny_model, measuring.make_prompt(tiny_model, 1, 6), "greedy", 3)
+        timing.run_once(tiny_model, models.make_prompt(tiny_model, 1, 6), "greedy", 3)
         (table,) = ops._chosen.values()
     finally:
         availability.kernels_refusal.cache_clear()
@@ -228,6 +228,6 @@ def test_the_plain_baseline_concatenates_its_cache_in_transformers_loop(example,
 def test_the_page_holds_the_table(example, name):
     table = json.loads(TABLE.read_text("utf-8"))
     text = (ROOT / name).read_text("utf-8")
-    for row in example("benchmark_table").markdown(table).splitlines()[2:]:
+    for row in example("measuring.table").markdown(table).splitlines()[2:]:
         assert row in text, row
     assert table["command"] in text and table["gpu"].removeprefix("NVIDIA ") in text

@@ -1,4 +1,4 @@
-"""Light rewording of questions: the small differences between what two people type."""
+"""Reword questions lightly: the small differences between what two people type."""
 
 import random
 import re
@@ -122,7 +122,7 @@ BLANK_BESIDE_CHINESE = re.compile(rf"(?<={CHINESE}) (?=\w)|(?<=[A-Za-z0-9_)]) (?
 
 
 def normalise(text: str, keep_case: bool = False) -> str:
-    """NFKC and single blanks; without ``keep_case`` also lower case and no closing marks."""
+    """Apply NFKC and single blanks; without ``keep_case`` also lower case and no closing marks."""
     text = " ".join(unicodedata.normalize("NFKC", text).split())
     return text if keep_case else text.lower().rstrip("?!.。~ ")
 

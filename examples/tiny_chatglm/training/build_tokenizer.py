@@ -3,7 +3,7 @@
     python examples/tiny_chatglm/training/build_tokenizer.py
 
 The layout: <unk> <s> </s> <pad> <n>, the trained pieces, eight control tokens from [MASK] on, the pieces that stand for
-a tab and for runs of 2 to 80 blanks, and 256 byte pieces, with which anything can be written that the pieces lack.
+a tab and for runs of 2 to 80 blanks, and 256 byte pieces, which can write anything that the pieces lack.
 One thread and a fixed seed: the same corpus gives the same file.
 """
 
@@ -23,7 +23,7 @@ TYPE_CONTROL, TYPE_USER_DEFINED, TYPE_BYTE = 3, 4, 6
 
 
 def training_lines(corpus: Corpus, draws: int = 30_000) -> list[str]:
-    """Every answer and wording once, and many drawn dialogues, so that pieces follow what the model will see."""
+    """List every answer and wording once, and many drawn dialogues, so that pieces follow what the model will see."""
     rng = random.Random(0)
     lines = []
     for intent in corpus.intents.values():
@@ -40,7 +40,7 @@ def training_lines(corpus: Corpus, draws: int = 30_000) -> list[str]:
 
 
 def varint(number: int) -> bytes:
-    """Protocol buffers' encoding of a whole number."""
+    """Encode a whole number as protocol buffers do."""
     encoded = bytearray()
     while number > 0x7F:
         encoded.append(number & 0x7F | 0x80)
@@ -49,7 +49,7 @@ def varint(number: int) -> bytes:
 
 
 def piece(text: str, kind: int) -> bytes:
-    """An entry of ModelProto.pieces (field 1): the piece's text (field 1), score 0 (field 2) and type (field 3)."""
+    """Encode an entry of ModelProto.pieces (field 1): the text (field 1), score 0 (field 2) and type (field 3)."""
     encoded = text.encode()
     body = b"\x0a" + varint(len(encoded)) + encoded + b"\x15\x00\x00\x00\x00" + b"\x18" + varint(kind)
     return b"\x0a" + varint(len(body)) + body

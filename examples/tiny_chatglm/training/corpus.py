@@ -1,4 +1,4 @@
-"""The corpus: reads the text files beside this one and draws training dialogues and held-out dialogues from them.
+"""The corpus: read the text files beside this one, and draw training dialogues and held-out dialogues from them.
 
 Format of ``corpus_*.txt``, one thing per line:
 
@@ -48,7 +48,7 @@ class Intent:
 
 
 def expand(template: str, macros: dict[str, str]) -> list[str]:
-    """All strings that a template stands for."""
+    """List all strings that a template stands for."""
     template = re.sub(r"<(\w+)>", lambda found: macros.get(found[1], found[0]), template)
     match = re.search(r"\{([^{}]*)\}", template)
     if not match:
@@ -127,7 +127,7 @@ class Corpus:
                     raise ValueError(f"{intent.name}: {text!r} is both trained and held out")
 
     def _held_out_wordings(self) -> set[str]:
-        """Everything that ``draw`` must not ask, since the augmentation might happen to build it."""
+        """Return everything that ``draw`` must not ask, since the augmentation might happen to build it."""
         found = {normalise(text) for i in self.intents.values() for lang in LANGUAGES for text in i.held_out[lang]}
         for macro in REFERENCES:
             for language in LANGUAGES:
@@ -135,11 +135,11 @@ class Corpus:
         return found | {normalise(query) for _, query, _ in second_held_out()}
 
     def wordings(self, macro: str, language: str, held_out: bool = False) -> list[str]:
-        """The wordings of a follow-up macro, for example wordings("repeat", "en")."""
+        """Return the wordings of a follow-up macro, for example wordings("repeat", "en")."""
         return expand(f"<{macro}_{language}>" if not held_out else self.macros[f"{macro}_{language}~"], self.macros)
 
     def sizes(self) -> dict[str, int]:
-        """How much there is of what."""
+        """Count what there is of each kind."""
         trained = [len(i.train[lang]) for i in self.intents.values() for lang in LANGUAGES]
         held = [len(i.held_out[lang]) for i in self.intents.values() for lang in LANGUAGES]
         return {
@@ -154,14 +154,14 @@ class Corpus:
     # ---- turns -------------------------------------------------------------------------------------------------------
 
     def turn(self, intent: Intent, language: str, rng: random.Random, light: bool = True) -> Turn:
-        """One wording of an intent; ``light`` changes its punctuation, case or greeting now and then."""
+        """Draw one wording of an intent; ``light`` changes its punctuation, case or greeting now and then."""
         query = rng.choice(intent.train[language])
         if light:
             query = augment(query, language, rng, literal=intent.name in LITERAL_INTENTS)
         return Turn(query, language, intent.answer, intent.name)
 
     def any_turn(self, rng: random.Random, language: str | None = None) -> Turn:
-        """A question that stands alone: an intent, a sum, a capital, or something that the toy is told."""
+        """Draw a question that stands alone: an intent, a sum, a capital, or something that the toy is told."""
         language = language or rng.choice(LANGUAGES)
         kind = rng.random()
         if kind < 0.84:
@@ -178,7 +178,7 @@ class Corpus:
     # ---- dialogues ---------------------------------------------------------------------------------------------------
 
     def draw(self, rng: random.Random) -> Dialogue:
-        """One training dialogue, whose question is none of the held-out wordings."""
+        """Draw a training dialogue whose question is not a held-out wording."""
         while True:
             dialogue = self._draw(rng)
             if normalise(dialogue.query) not in self.forbidden:
@@ -202,7 +202,7 @@ class Corpus:
         return self.memory(rng.choice(SLOTS), rng.choice(LANGUAGES), rng)
 
     def rounds(self, rng: random.Random, count: int) -> list[tuple[str, str]]:
-        """``count`` rounds that have nothing to do with each other, mostly in one language."""
+        """Draw ``count`` rounds that have nothing to do with each other, mostly in one language."""
         language = rng.choice(LANGUAGES)
         turns = [self.any_turn(rng, language if rng.random() < 0.8 else None) for _ in range(count)]
         return [(turn.query, turn.answer) for turn in turns]
@@ -210,7 +210,7 @@ class Corpus:
     def followup(
         self, intent: Intent, language: str, rng: random.Random, query: str | None = None, light: bool = True
     ) -> Dialogue:
-        """A round that only makes sense after one of the intents named by ``after``."""
+        """Draw a round that only makes sense after one of the intents named by ``after``."""
         before = self.intents[rng.choice(intent.after)]
         history = self.rounds(rng, rng.choice([0, 0, 0, 1, 2])) if light else []
         if before.after:
@@ -228,7 +228,7 @@ class Corpus:
     def reference(
         self, macro: str, language: str, rng: random.Random, query: str | None = None, light: bool = True
     ) -> Dialogue:
-        """Say it again, say it in the other language, what did I ask: about whatever was said before."""
+        """Draw a round about what was said before: say it again, say it in the other language, what did I ask."""
         if query is None:
             query = rng.choice(self.wordings(macro, language))
             query = augment(query, language, rng) if light else query
@@ -252,7 +252,7 @@ class Corpus:
         return Dialogue(history, query, answer, f"reference.{macro}", language)
 
     def next_capital(self, language: str, rng: random.Random) -> Dialogue:
-        """A capital, and then only the name of another country."""
+        """Draw a capital, and then only the name of another country."""
         first, country = capital(language, rng), rng.choice(CAPITALS)
         name = country[language][0]
         forms = {
@@ -266,7 +266,7 @@ class Corpus:
     def memory(
         self, slot: Slot, language: str, rng: random.Random, held_out: bool = False, between: int | None = None
     ) -> Dialogue:
-        """Something is told (a name, a number ...) and asked for later, or asked for without having been told."""
+        """Draw something that is told (a name, a number ...) and asked for later, or asked for without being told."""
         if not held_out and rng.random() < 0.1:
             history = [(t.query, t.answer) for t in self._small_turns(rng, rng.choice([0, 0, 1, 2]), language, slot)]
             question = slot.ask(language, None, rng)
@@ -286,7 +286,7 @@ class Corpus:
         return Dialogue(history, question.query, question.answer, "memory", language)
 
     def _small_turns(self, rng: random.Random, count: int, language: str, slot: Slot) -> list[Turn]:
-        """Turns in between that tell nothing about ``slot``."""
+        """Draw turns in between that tell nothing about ``slot``."""
         turns: list[Turn] = []
         while len(turns) < count:
             if rng.random() < 0.3:
@@ -298,7 +298,7 @@ class Corpus:
     # ---- what is measured --------------------------------------------------------------------------------------------
 
     def held_out(self, seed: int = 1) -> list[Dialogue]:
-        """The dialogues that measure generalisation: wordings, names and numbers that training never sees."""
+        """Return the dialogues that measure generalisation: wordings, names and numbers that training never sees."""
         rng = random.Random(seed)
         found = []
         for intent in self.intents.values():
@@ -341,5 +341,5 @@ def _as(dialogue: Dialogue, kind: str) -> Dialogue:
 
 
 def second_held_out() -> list[tuple[str, str, str]]:
-    """(intent, question, language) of held_out.txt, written after the first trained model had been looked at."""
+    """Return (intent, question, language) of held_out.txt, written after a look at the first trained model."""
     return [tuple(line.split(" | ")) for line in _content_lines(FOLDER / "held_out.txt")]

@@ -14,7 +14,7 @@ COPIED = (
 
 
 def addition(language: str, rng: random.Random) -> Turn:
-    """A sum of two numbers up to ten."""
+    """Draw a sum of two numbers up to ten."""
     a, b = rng.randint(0, 10), rng.randint(0, 10)
     sign = rng.choice(["+", " + ", "plus"]) if language == "en" else rng.choice(["+", " + ", "加"])
     sign = f" {sign} " if sign == "plus" else sign
@@ -28,7 +28,7 @@ def addition(language: str, rng: random.Random) -> Turn:
 
 
 def capital(language: str, rng: random.Random) -> Turn:
-    """The capital of one of a few countries."""
+    """Draw the capital of one of a few countries."""
     country = rng.choice(CAPITALS)
     form = {
         "en": [
@@ -53,7 +53,7 @@ def capital(language: str, rng: random.Random) -> Turn:
 
 
 def capital_of(country: dict[str, tuple[str, str]]) -> dict[str, str]:
-    """The sentence that names a country's capital, per language."""
+    """Return the sentence that names a country's capital, per language."""
     return {
         "en": f"The capital of {country['en'][0]} is {country['en'][1]}.",
         "zh": f"{country['zh'][0]}的首都是{country['zh'][1]}。",
@@ -61,7 +61,7 @@ def capital_of(country: dict[str, tuple[str, str]]) -> dict[str, str]:
 
 
 def echo(language: str, rng: random.Random) -> Turn:
-    """Something to be said word for word: it teaches to copy."""
+    """Draw something to be said word for word, which teaches copying."""
     if language == "en":
         phrase = " ".join(invented_word(rng) for _ in range(rng.choice([1, 2, 3])))
     else:

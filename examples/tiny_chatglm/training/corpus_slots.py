@@ -1,4 +1,4 @@
-"""Things that a visitor may tell about himself and ask for later: the part of the corpus that has open values."""
+"""Things that visitors may tell about themselves and ask for later: the part of the corpus with open values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Slot:
         return self.draw(language, rng, held_out)
 
     def tell(self, language: str, rng: random.Random, value: str | None = None) -> Turn:
-        """The turn in which the value is told."""
+        """Make the turn in which the value is told."""
         value = self.value(language, rng) if value is None else value
         form = rng.choice(self.told[language])
         query = (form.lower() if rng.random() < 0.2 else form).format(value)
@@ -50,7 +50,7 @@ class Slot:
         return self._turn(query, language, {key: text.format(value) for key, text in self.confirmed.items()}, "told")
 
     def ask(self, language: str, value: str | None, rng: random.Random) -> Turn:
-        """The turn in which the value is asked for; ``value`` None: it was never told."""
+        """Make the turn in which the value is asked for; ``value`` None: it was never told."""
         query = augment(rng.choice(self.asked[language]), language, rng)
         answers = self.unknown if value is None else {key: text.format(value) for key, text in self.answered.items()}
         return self._turn(query, language, answers, "asked")

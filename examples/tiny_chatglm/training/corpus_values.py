@@ -104,7 +104,7 @@ def name(language: str, rng: random.Random, held_out: bool) -> str:
 
 
 def invented_word(rng: random.Random) -> str:
-    """Letters that can be pronounced, now and then with two consonants in a row."""
+    """Draw letters that can be pronounced, now and then with two consonants in a row."""
     built = ""
     for _ in range(rng.choice([2, 2, 3, 3, 4])):
         consonants, vowels = LETTERS
@@ -113,14 +113,14 @@ def invented_word(rng: random.Random) -> str:
 
 
 def word(language: str, rng: random.Random, held_out: bool) -> str:
-    """One or two words or a few characters, without a meaning."""
+    """Draw one or two words or a few characters, without a meaning."""
     if language == "en":
         return " ".join(invented_word(rng) for _ in range(rng.choice([1, 1, 2])))
     return "".join(rng.choice(GIVEN) for _ in range(rng.choice([2, 2, 3, 4])))
 
 
 def number(language: str, rng: random.Random, held_out: bool) -> str:
-    """Numbers that end in 7 are never trained on."""
+    """Draw a number; training never sees those that end in 7."""
     while True:
         drawn = rng.randrange(10 ** rng.choice([1, 2, 2, 3, 4]))
         if (drawn % 10 == 7) == held_out:

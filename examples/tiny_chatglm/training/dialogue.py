@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer; ``answers`` holds the answer in both languages, ``name`` says what it is about."""
+    """A question and its answer: ``answers`` has it in both languages, ``name`` says what it is about."""
 
     query: str
     language: str
@@ -14,7 +14,7 @@ class Turn:
 
     @property
     def answer(self) -> str:
-        """The answer in the language of the question."""
+        """Return the answer in the language of the question."""
         return self.answers[self.language]
 
 

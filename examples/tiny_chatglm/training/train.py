@@ -34,7 +34,7 @@ Sample = tuple[array, int]  # ids of prompt, [gMASK], <sop>, answer, <eop>; and 
 
 
 def encode(dialogue: Dialogue, tokenizer: ChatGLMTokenizer) -> Sample:
-    """The ids of a dialogue in ChatGLM's order, its history looking as ``chat`` would hand it back."""
+    """Encode a dialogue in ChatGLM's order, its history as ``chat`` returns it."""
     history = [(query, process_response(answer)) for query, answer in dialogue.history]
     context = [*tokenizer.encode_text(build_prompt(dialogue.query, history)), tokenizer.gmask_token_id]
     answer = [tokenizer.bos_token_id, *tokenizer.encode_text(dialogue.answer), tokenizer.eos_token_id]
@@ -54,7 +54,7 @@ def draw_samples(arguments: tuple[str, int, int]) -> list[Sample]:
 
 
 def _ids(samples: list[Sample], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Right-padded ids [B, L], and the lengths of context and whole [B, 1]."""
+    """Return right-padded ids [B, L], and the lengths of context and whole [B, 1]."""
     length = max(len(ids) for ids, _ in samples)
     return (
         torch.tensor([list(ids) + [pad_id] * (length - len(ids)) for ids, _ in samples]),
@@ -64,12 +64,12 @@ def _ids(samples: list[Sample], pad_id: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def prepare(samples: list[Sample], pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """The model's arguments for a batch: right-padded ids, 2-D positions, the prefix mask and labels."""
+    """Make the model's arguments for a batch: right-padded ids, 2-D positions, the prefix mask and labels."""
     return with_masks(*(tensor.to(device) for tensor in _ids(samples, pad_id)))
 
 
 def with_masks(input_ids: torch.Tensor, context: torch.Tensor, end: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Masks (True = hidden), positions and labels of ids [B, L]; ``context`` and ``end`` [B, 1] are lengths."""
+    """Make masks (True = hidden), positions and labels of ids [B, L]; ``context`` and ``end`` [B, 1] are lengths."""
     column = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     in_context = column < context
     # Positions stay at [gMASK] while the block position counts 1, 2, 3 ... from <sop> on.
@@ -87,7 +87,7 @@ def with_masks(input_ids: torch.Tensor, context: torch.Tensor, end: torch.Tensor
 
 
 def batches(samples: list[Sample], size: int, pad_id: int, device: torch.device, rng: random.Random) -> list[tuple]:
-    """(ids, context, end) of each batch on the device, samples of similar length together."""
+    """Make (ids, context, end) of each batch on the device, samples of similar length together."""
     order = sorted(samples, key=lambda sample: len(sample[0]) * rng.uniform(0.75, 1.25))
     prepared = []
     for start in range(0, len(order) - size + 1, size):
@@ -96,7 +96,7 @@ def batches(samples: list[Sample], size: int, pad_id: int, device: torch.device,
 
 
 def initialise(model: ChatGLMForConditionalGeneration, deviation: float) -> None:
-    """Normal weights, zero biases, unit norms."""
+    """Set normal weights, zero biases, unit norms."""
     for name, parameter in model.named_parameters():
         if "layernorm" in name:
             torch.nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
@@ -107,7 +107,7 @@ def initialise(model: ChatGLMForConditionalGeneration, deviation: float) -> None
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """A short linear warm-up, then a cosine down to 1 % of the peak."""
+    """Follow a short linear warm-up, then a cosine down to 1 % of the peak."""
     warm = max(1, min(300, steps // 10))
     if step < warm:
         return peak * (step + 1) / warm
@@ -118,7 +118,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def accuracy(
     model: ChatGLMForConditionalGeneration, dialogues: list[Dialogue], tokenizer: ChatGLMTokenizer, device: torch.device
 ) -> tuple[dict[str, dict[str, float]], list[dict[str, str]]]:
-    """Share of answers that greedy decoding gives exactly, per kind and language, and the dialogues that it misses.
+    """Return the share of exact answers of greedy decoding per kind and language, and the dialogues that it misses.
 
     Greedy decoding gives the wanted answer exactly when each of its tokens, <eop> included, is the most probable one
     after those before it; one forward of the whole text tells.
@@ -148,7 +148,7 @@ def accuracy(
 
 
 def save(model: ChatGLMForConditionalGeneration, output: Path) -> int:
-    """Write the weights in float16, the head left out because it is the embedding; returns the file's bytes."""
+    """Write the weights in float16 without the head, which is the embedding; return the file's bytes."""
     tensors = {
         name: tensor.half().contiguous().cpu()
         for name, tensor in model.state_dict().items()

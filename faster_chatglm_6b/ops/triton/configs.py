@@ -1,4 +1,4 @@
-"""Block shapes per GPU family, measured by ``examples/tune_kernels.py``; a launch only looks them up.
+"""Block shapes per GPU family, measured by ``examples/measuring/tune_kernels.py``; a launch only looks them up.
 
 Keys are (N, K) of a weight [N, K]. Shapes that are not listed use the family's rule for any shape.
 """

@@ -1,4 +1,4 @@
-"""Shapes of the products with integer weights, measured by ``examples/tune_quantized_kernels.py``.
+"""Shapes of the products with integer weights, measured by ``examples/measuring/tune_quantized_kernels.py``.
 
 Keys are (N, K) of a weight [N, K].
 """

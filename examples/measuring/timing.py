@@ -1,4 +1,4 @@
-"""How the benchmark makes a model and a prompt, times its calls, and what it records of them.
+"""Time the public calls of a model, and record what was measured.
 
 Times are wall-clock times of the public calls, the device drained before and after. ms_per_step is the median time of
 ``model.generate`` for all new tokens minus the median for one (the prompt and its first token), divided by the other
@@ -20,29 +20,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from _machine import Machine, synchronize
 from tqdm import tqdm
+
+from .machine import Machine, synchronize
+from .models import bytes_per_step, head_of, weights_of
 
 KEYS = (
     "backend weights group_size head batch prompt_tokens new_tokens mode ms_per_step tokens_per_s bytes_per_step "
     "gb_per_s read_ceiling_gb_per_s share peak_memory_gb gpu clocks torch triton date command"
 ).split()
 SAMPLING = {"do_sample": True, "top_p": 0.7, "temperature": 0.95}
-# THUDM/chatglm-6b's config.json.
-CONFIG_6B = {
-    "vocab_size": 130528,
-    "hidden_size": 4096,
-    "num_layers": 28,
-    "num_attention_heads": 32,
-    "inner_hidden_size": 16384,
-    "max_sequence_length": 2048,
-    "bos_token_id": 130004,
-    "eos_token_id": 130005,
-    "mask_token_id": 130000,
-    "gmask_token_id": 130001,
-    "pad_token_id": 3,
-    "position_encoding_2d": True,
-}
 
 
 class Run(NamedTuple):
@@ -52,73 +39,8 @@ class Run(NamedTuple):
     record: dict[str, Any]
 
 
-def build_model(name: str | None) -> torch.nn.Module:
-    """The model of ``load``, where no tokenizer is needed."""
-    return load(name)[0]
-
-
-def load(name: str | None) -> tuple[torch.nn.Module, Any]:
-    """Model and tokenizer of a checkpoint: float16 on the GPU, float32 on a CPU.
-
-    Without a name: random weights of the 6B shape, made on the GPU in seconds, and no tokenizer.
-
-    Raises:
-        SystemExit: after a sentence on what to do, where the checkpoint cannot be had.
-    """
-    if name is not None:
-        from faster_chatglm_6b.cli import checkpoint
-        from faster_chatglm_6b.cli.errors import CommandError
-
-        try:
-            tokenizer, model = checkpoint.load(name)
-        except CommandError as error:
-            sys.exit(str(error))
-        return model.eval(), tokenizer
-    from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
-    from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float16)
-    try:
-        with torch.device("cuda"):
-            model = ChatGLMForConditionalGeneration(ChatGLMConfig(**CONFIG_6B))
-    finally:
-        torch.set_default_dtype(before)
-    generator = torch.Generator("cuda").manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, 0, 0.02, generator=generator)
-    model.lm_head.weight = model.transformer.word_embeddings.weight
-    return model.eval(), None
-
-
-def make_prompt(model: torch.nn.Module, batch: int, tokens: int) -> torch.Tensor:
-    """Random ids [batch, tokens] that end in [gMASK] <sop>; no tokenizer is needed."""
-    config = model.config
-    words = min(20000, config.mask_token_id)
-    text = torch.randint(20, words, (batch, tokens - 2), generator=torch.Generator().manual_seed(tokens))
-    end = torch.tensor([[config.gmask_token_id, config.bos_token_id]]).expand(batch, 2)
-    return torch.cat((text, end), dim=1).to(model.device)
-
-
-def encode_prompt(model: torch.nn.Module, tokenizer: Any, text: str, batch: int) -> torch.Tensor:
-    """Ids [batch, length] of a text as ``chat`` would ask it, the same in every row."""
-    ids = [*tokenizer.encode_text(text), tokenizer.gmask_token_id, tokenizer.bos_token_id]
-    return torch.tensor([ids], device=model.device).expand(batch, -1).contiguous()
-
-
-def bytes_per_step(model: torch.nn.Module, batch: int, prompt_tokens: int, new_tokens: int) -> int:
-    """What a step must read on average: every layer, the head, and the keys and values so far."""
-    layers = sum(p.numel() * p.element_size() for p in model.transformer.layers.parameters())
-    head = model.lm_head.weight.numel() * model.lm_head.weight.element_size()
-    config = model.config
-    context = prompt_tokens + new_tokens / 2
-    of_a_key = model.transformer.word_embeddings.weight.element_size()
-    return int(layers + head + 2 * config.num_layers * config.hidden_size * of_a_key * batch * context)
-
-
 def timed(call: Callable[[], Any]) -> float:
-    """Seconds of one call, the device drained before and after, Python's garbage collected before it."""
+    """Return the seconds of one call; drain the device before and after it, and collect garbage before."""
     gc.collect()
     synchronize()
     start = time.perf_counter()
@@ -131,7 +53,7 @@ def run_once(model: torch.nn.Module, ids: torch.Tensor, mode: str, new_tokens: i
     """Generate ``new_tokens``; random weights must not end the answer early, so there is no end token."""
     from transformers import LogitsProcessorList
 
-    from faster_chatglm_6b.conversation.chat import InvalidScoreLogitsProcessor
+    from faster_chatglm_6b.generation.processors import InvalidScoreLogitsProcessor
 
     settings = {"max_new_tokens": new_tokens, "eos_token_id": None, "pad_token_id": 3}
     if mode == "greedy":
@@ -147,7 +69,7 @@ def run_once(model: torch.nn.Module, ids: torch.Tensor, mode: str, new_tokens: i
 
 
 def token_times(model: torch.nn.Module, ids: torch.Tensor, new_tokens: int) -> list[float]:
-    """Seconds from the call of ``generate`` to the arrival of each token at a streamer, greedy; increasing."""
+    """Return the seconds from the call of ``generate``, greedy, to each token's arrival at a streamer; increasing."""
     from transformers.generation.streamers import BaseStreamer
 
     class Clock(BaseStreamer):
@@ -178,7 +100,7 @@ def measure(model: torch.nn.Module, ids: torch.Tensor, args: argparse.Namespace,
         run_once(model, ids, args.mode, 1)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    # disable=None: no bar where the output goes to a file.
+    # disable=None: no bar if the output goes to a file.
     rounds = tqdm(range(args.iters), desc=f"{args.backend} {weights_of(model)}", unit="it", leave=False, disable=None)
     whole, first = [], []
     for _ in rounds:
@@ -187,13 +109,14 @@ def measure(model: torch.nn.Module, ids: torch.Tensor, args: argparse.Namespace,
             first.append(timed(lambda: run_once(model, ids, args.mode, 1)))
     # In turns, so that what else the machine does weighs on both alike.
     step = step_of(whole, first, args.new_tokens)
-    moved = bytes_per_step(model, batch, prompt_tokens, args.new_tokens)
+    # The keys of the middle of the answer are the mean of its steps.
+    moved = bytes_per_step(model, batch, prompt_tokens + args.new_tokens / 2)
     rate, ceiling = moved / step / 1e9, machine.read_ceiling
     values = (
         args.backend,
         weights_of(model),
         model.config.quantization_group_size,
-        f"int{model.config.quantization_head_bits}" if model.config.quantization_head_bits else _float_name(model),
+        head_of(model),
         batch,
         prompt_tokens,
         args.new_tokens,
@@ -216,7 +139,12 @@ def measure(model: torch.nn.Module, ids: torch.Tensor, args: argparse.Namespace,
 
 
 def step_of(whole: list[float], first: list[float], new_tokens: int) -> float:
-    """Seconds per token after the first, of whole calls less those for one token; with the prompt if noise hides it."""
+    """Return the seconds per token after the first; the prompt counts too if noise hides the difference.
+
+    Args:
+        whole: seconds of calls for ``new_tokens``.
+        first: seconds of calls for one token; empty if that is all.
+    """
     step = statistics.median(whole)
     if not first:
         return step
@@ -231,16 +159,6 @@ def step_of(whole: list[float], first: list[float], new_tokens: int) -> float:
     return step / new_tokens
 
 
-def weights_of(model: torch.nn.Module) -> str:
-    """ "fp16", "fp32", "int8" or "int4": what the layers' weights are."""
-    bits = model.config.quantization_bit
-    return f"int{bits}" if bits else _float_name(model)
-
-
-def _float_name(model: torch.nn.Module) -> str:
-    return {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(model.transformer.word_embeddings.weight.dtype, "fp32")
-
-
 def _triton_version() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return None
@@ -250,7 +168,7 @@ def _triton_version() -> str | None:
 
 
 def describe(record: dict[str, Any]) -> str:
-    """One line of what a record says."""
+    """Write a record in one line."""
     ceiling = record["read_ceiling_gb_per_s"]
     return (
         f"{record['backend']:5} {record['weights']} {record['mode']:6} batch {record['batch']:<3} "
@@ -276,7 +194,7 @@ def append(path: str | None, records: list[dict[str, Any]]) -> None:
 
 
 def known_records(file: Path) -> list[dict[str, Any]]:
-    """The records that a file holds; none where it does not exist.
+    """Read the records that a file holds; none if it does not exist.
 
     Raises:
         SystemExit: it holds something else.

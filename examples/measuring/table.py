@@ -4,9 +4,9 @@ Every run is a process of its own that does nothing else, started with the comma
 take turns: each round runs every row once, ours and Torch alternating in who goes first, and every other round goes
 backwards, so that neither a warm nor a cold machine favours one.
 
-``python examples/benchmark_table.py FILE`` prints the table of such a file. The file is one JSON object:
+``python examples/measuring/table.py FILE`` prints the table of such a file. The file is one JSON object:
 
-    command, model, gpu, clocks, torch, triton, transformers, date    strings; triton is null where there is none
+    command, model, gpu, clocks, torch, triton, transformers, date    strings; triton is null without one
     finished            true; false in a file whose runs were cut short
     batch, prompt_tokens, new_tokens, mode, iters, warmup_iters, runs
                         what every run did: ``runs`` runs of ``iters`` iterations of ``new_tokens`` tokens per row
@@ -21,7 +21,7 @@ backwards, so that neither a warm nor a cold machine favours one.
         durations_s     seconds of all iterations of a run, one number per run
         average_s       seconds per iteration, over all runs
         ms_per_step, tokens_per_s, gb_per_s, share    medians over the runs' records; share is null without a ceiling
-        records         the records of the runs, with the keys of _measuring.KEYS
+        records         the records of the runs, with the keys of timing.KEYS
     token_times         {"ours": [...], "torch": [...]}: seconds after the call at which each of ``new_tokens`` tokens
                         arrived at a streamer, unquantised weights, greedy, in the first run of that row
 """
@@ -48,7 +48,7 @@ OF_THE_MACHINE = ("gpu", "clocks", "torch", "triton", "date")
 
 
 class Row(NamedTuple):
-    """What one row of the table measures."""
+    """The backend and the weights of one row of the table."""
 
     backend: str
     bits: int
@@ -60,7 +60,7 @@ class Row(NamedTuple):
         return f"{self.backend} {weights}" + (" groups" if self.group_size else "")
 
     def options(self) -> list[str]:
-        """Of benchmark.py."""
+        """Return the options of benchmark.py that measure this row."""
         options = ["--backend", self.backend, "--bits", str(self.bits)]
         if self.group_size:
             options += ["--group-size", str(self.group_size), "--head-bits", str(HEAD_BITS)]
@@ -68,13 +68,13 @@ class Row(NamedTuple):
 
 
 def rows_of(group_size: int | None) -> list[Row]:
-    """The table's rows, in its order; the last of ours, with groups, only where a group size is given."""
+    """List the table's rows in its order; the last of ours, with groups, only if a group size is given."""
     plain = [Row(backend, bits) for backend in NAMES for bits in (16, 8, 4)]
     return plain[:3] + ([Row("ours", 4, group_size)] if group_size else []) + plain[3:]
 
 
 def order_of(rows: list[Row], runs: int) -> Iterator[Row]:
-    """The sequence of processes: pairs that alternate in who goes first, every other round backwards."""
+    """Yield the row of each process: pairs alternate in who goes first, and every other round goes backwards."""
     once = []
     for index, bits in enumerate((16, 8, 4)):
         pair = [row for row in rows if row.bits == bits]
@@ -84,7 +84,7 @@ def order_of(rows: list[Row], runs: int) -> Iterator[Row]:
 
 
 def row_of(durations: list[float], records: list[dict[str, Any]], iters: int) -> dict[str, Any]:
-    """A row of the table from its runs, with the keys that the file's layout names, but for ``name``."""
+    """Make a row of the table from its runs, with the keys of the file's layout except ``name``."""
     first = records[0]
     row = {key: first[key] for key in ("backend", "weights", "group_size", "head")}
     quantization = first["weights"] if first["weights"].startswith("int") else "Disable"
@@ -100,7 +100,7 @@ def row_of(durations: list[float], records: list[dict[str, Any]], iters: int) ->
 
 
 def markdown_row(row: dict[str, Any]) -> str:
-    """One line of the Markdown table."""
+    """Write one line of the Markdown table."""
     durations = " ".join(f"{seconds:.2f}" for seconds in row["durations_s"])
     share = "-" if row["share"] is None else f"{row['share']:.2f}"
     cells = (
@@ -116,7 +116,7 @@ def markdown_row(row: dict[str, Any]) -> str:
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The Markdown table of a file's content, without a caption.
+    """Write the Markdown table of a file's content, without a caption.
 
     Raises:
         ValueError: its runs were cut short.
@@ -127,7 +127,7 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def caption(table: dict[str, Any]) -> str:
-    """What belongs under the table: where, with what, how much work, and how to repeat it."""
+    """Write what belongs under the table: where, with what, how much work, and how to repeat it."""
     ceiling = table["read_ceiling_gb_per_s"]
     sentences = (
         f"{table['gpu']}, clocks {table['clocks']}, torch {table['torch']}, Triton {table['triton']}, "
@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def header_of(args: argparse.Namespace, record: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The file's keys that are no lists."""
+    """Return the file's keys that are not lists."""
     import transformers
 
     ceilings = [one["read_ceiling_gb_per_s"] for row in rows for one in row["records"]]
@@ -190,7 +190,7 @@ def header_of(args: argparse.Namespace, record: dict[str, Any], rows: list[dict[
 
 
 def in_new_process(row: Row, args: argparse.Namespace) -> dict[str, Any]:
-    """What ``benchmark.py --run-to`` wrote for one run of a row.
+    """Run ``benchmark.py --run-to`` once for a row, and return what it wrote.
 
     Raises:
         SystemExit: the process failed; it said why.
@@ -203,7 +203,7 @@ def in_new_process(row: Row, args: argparse.Namespace) -> dict[str, Any]:
             options += [f"--{name.replace('_', '-')}", str(value)]
     if args.mode != "greedy":
         options.append(f"--{args.mode}")
-    program = Path(__file__).with_name("benchmark.py")
+    program = Path(__file__).parents[1] / "benchmark.py"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.json"
         command = [sys.executable, str(program), *options, "--run-to", str(file)]
@@ -216,7 +216,7 @@ def in_new_process(row: Row, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_file(path: str | None) -> None:
-    """Raise SystemExit where the file to write holds something that is not a table."""
+    """Raise SystemExit if the file to write holds something other than a table."""
     if path is None or not Path(path).exists():
         return
     try:
@@ -228,15 +228,15 @@ def check_file(path: str | None) -> None:
 
 
 def fitting_group_size(args: argparse.Namespace) -> int | None:
-    """Columns per scale in the row with groups; None, said on stderr, where 128 does not divide the model's widths.
+    """Return the columns per scale of the row with groups; None, and a line on stderr, if 128 does not divide.
 
     Raises:
-        SystemExit: a group size was asked for that does not.
+        SystemExit: the group size that was asked for does not divide the model's widths.
     """
-    from _measuring import CONFIG_6B
-
     from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
     from faster_chatglm_6b.network.quantization import check_quantization
+
+    from .models import CONFIG_6B
 
     size = args.group_size or GROUP_SIZE
     try:

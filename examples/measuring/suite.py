@@ -1,4 +1,4 @@
-"""Every measurement that the project promises, in one process: ``python examples/benchmark.py --suite --json FILE``.
+"""Measure everything that the project promises, in one process: ``python examples/benchmark.py --suite --json FILE``.
 
 The records go to FILE; what has no place in a record (times after loading, synchronisations, memory) is printed and
 goes to FILE with ``_checks`` in its name.
@@ -16,9 +16,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import _machine
-import _measuring
 import torch
+
+from . import machine as machines
+from . import timing
+from .models import build_model, make_prompt
 
 # (name, batch, prompt tokens, new tokens, mode)
 RUNS = (
@@ -37,28 +39,29 @@ FIRST, HELD = "--first-generate", "--memory-of"
 
 
 def first_generate() -> None:
-    """In a process of its own: seconds of the first calls after loading, as JSON on the last line."""
-    model = _measuring.build_model(None)
-    ids = _measuring.make_prompt(model, 1, 20)
+    """Print the seconds of the first calls after loading, as JSON on the last line; needs a process of its own."""
+    model = build_model(None)
+    ids = make_prompt(model, 1, 20)
     times = {
-        mode: _measuring.timed(lambda mode=mode: _measuring.run_once(model, ids, mode, 16))
-        for mode in ("greedy", "sample")
+        mode: timing.timed(lambda mode=mode: timing.run_once(model, ids, mode, 16)) for mode in ("greedy", "sample")
     }
     print(json.dumps(times))
 
 
 def memory_held(bits: int, name: str | None = None) -> None:
-    """In a process of its own: GB that PyTorch holds of the GPU's memory once the model is quantised, as JSON."""
-    model = _measuring.build_model(name)
+    """Print the GB of the GPU that PyTorch holds after quantising a model, as JSON; needs a process of its own."""
+    model = build_model(name)
     model.quantize(bits)
     print(json.dumps(torch.cuda.memory_reserved() / 1e9))
 
 
 def in_new_process(*arguments: str, cache: str | None = None) -> Any:
-    """What this file prints with these arguments; Triton's cache in the directory ``cache``."""
-    environment = os.environ | ({} if cache is None else {"TRITON_CACHE_DIR": cache})
+    """Run this file with these arguments, Triton's cache in the directory ``cache``, and read what it prints."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    if cache is not None:
+        environment["TRITON_CACHE_DIR"] = cache
     done = subprocess.run(
-        [sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", __name__, *arguments], env=environment, capture_output=True, text=True, timeout=300
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -66,9 +69,9 @@ def in_new_process(*arguments: str, cache: str | None = None) -> Any:
 
 
 def synchronisations(model: torch.nn.Module, tokens: int = 50) -> int:
-    """Host synchronisations that torch counts while ``tokens`` tokens are streamed."""
-    ids = _measuring.make_prompt(model, 1, 20)
-    stream = model.stream_tokens(ids, max_new_tokens=tokens + 20, eos_token_id=None, **_measuring.SAMPLING)
+    """Count the host synchronisations that torch notices while ``tokens`` tokens are streamed."""
+    ids = make_prompt(model, 1, 20)
+    stream = model.stream_tokens(ids, max_new_tokens=tokens + 20, eos_token_id=None, **timing.SAMPLING)
     for _ in range(10):
         next(stream)
     torch.cuda.set_sync_debug_mode("warn")
@@ -84,11 +87,11 @@ def synchronisations(model: torch.nn.Module, tokens: int = 50) -> int:
 
 
 def memory_at_2048(model: torch.nn.Module) -> tuple[float, float]:
-    """GB reserved at the peak of a generation up to 2048 tokens, and GB of the weights and their cache."""
+    """Return the GB reserved at the peak of a generation up to 2048 tokens, and those of the weights and the cache."""
     model.release_cache()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    ids = _measuring.make_prompt(model, 1, 2000)
+    ids = make_prompt(model, 1, 2000)
     model.generate(ids, do_sample=False, max_new_tokens=48, eos_token_id=None, pad_token_id=3)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     config = model.config
@@ -100,17 +103,17 @@ def memory_at_2048(model: torch.nn.Module) -> tuple[float, float]:
 
 def measure(
     model: torch.nn.Module,
-    machine: _machine.Machine,
+    machine: machines.Machine,
     args: argparse.Namespace,
     batch: int,
     prompt: int,
     new: int,
     mode: str,
 ) -> dict[str, Any]:
-    """The record of one of RUNS, printed; what generation kept on the GPU is freed after it."""
+    """Print and return the record of one of RUNS, then free what generation kept on the GPU."""
     work = argparse.Namespace(**vars(args) | {"new_tokens": new, "mode": mode})
-    record = _measuring.measure(model, _measuring.make_prompt(model, batch, prompt), work, machine).record
-    print(_measuring.describe(record), flush=True)
+    record = timing.measure(model, make_prompt(model, batch, prompt), work, machine).record
+    print(timing.describe(record), flush=True)
     model.release_cache()
     torch.cuda.empty_cache()
     return record
@@ -124,14 +127,14 @@ def run(args: argparse.Namespace) -> None:
         checks.append({"what": what, "measured": round(value, 4), "must": must, "met": bool(good)})
         print(f"{'ok  ' if good else 'MISS'} {what}: {value:.4g} (must be {must})", flush=True)
 
-    machine = _machine.look()
+    machine = machines.look()
     if machine.read_ceiling is None:
         raise SystemExit("The read ceiling is measured with Triton, which is not installed: `pip install triton`.")
     print(f"read ceiling {machine.read_ceiling:.0f} GB/s, clocks {machine.clocks}, {machine.name}", flush=True)
-    model = _measuring.build_model(args.model_name)
+    model = build_model(args.model_name)
     for name, *work in (*RUNS, ("greedy again", *RUNS[0][1:])):
         records[name] = measure(model, machine, args, *work)
-    _measuring.append(args.json, list(records.values()))
+    timing.append(args.json, list(records.values()))
     step = {name: record["ms_per_step"] for name, record in records.items()}
     greedy = step["greedy"]
     check(
@@ -161,14 +164,14 @@ def run(args: argparse.Namespace) -> None:
         for name, batch, prompt, _, mode in RUNS:
             if name in ("greedy", "stream", "batch 8", "batch 32"):
                 print(name)
-                _measuring.profile(model, _measuring.make_prompt(model, batch, prompt), mode, 32)
+                timing.profile(model, make_prompt(model, batch, prompt), mode, 32)
     del model
     for bits, batches, limit in QUANTISED:
         gc.collect()
         torch.cuda.empty_cache()
         held = in_new_process(HELD, str(bits), *([args.model_name] if args.model_name else []))
-        model = _measuring.build_model(args.model_name).quantize(bits)
-        _measuring.append(args.json, [measure(model, machine, args, batch, 20, 128, "greedy") for batch in batches])
+        model = build_model(args.model_name).quantize(bits)
+        timing.append(args.json, [measure(model, machine, args, batch, 20, 128, "greedy") for batch in batches])
         check(f"memory after loading int{bits}, GB", held, f"<= {limit}", held <= limit)
         del model
     if args.json:
@@ -177,5 +180,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__" and sys.argv[1:2] in ([FIRST], [HELD]):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     first_generate() if sys.argv[1] == FIRST else memory_held(int(sys.argv[2]), *sys.argv[3:])

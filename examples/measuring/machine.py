@@ -1,4 +1,4 @@
-"""What the benchmark knows of the machine: its name, its clocks, and how fast it reads its memory."""
+"""Look at the machine: its name, its clocks, and how fast it reads its memory."""
 
 import contextlib
 import importlib.util
@@ -15,8 +15,8 @@ class Machine(NamedTuple):
     Attributes:
         device: "cuda" or "cpu".
         name: of the GPU, or of the CPU's architecture.
-        clocks: SM and memory clock under load, "unknown" where nvidia-smi does not tell.
-        read_ceiling: GB/s, or None on a CPU and where Triton is missing.
+        clocks: SM and memory clock under load, "unknown" if nvidia-smi does not tell.
+        read_ceiling: GB/s, or None on a CPU and without Triton.
     """
 
     device: str
@@ -42,7 +42,7 @@ def synchronize() -> None:
 
 
 def read_ceiling() -> float:
-    """GB/s of a read-only stream of 8 GiB (half of a smaller GPU's memory), the best of 20."""
+    """Measure the GB/s of a read-only stream of 8 GiB (half of a smaller GPU's memory), the best of 20."""
     import triton
     import triton.language as tl
 
@@ -73,7 +73,7 @@ def read_ceiling() -> float:
 
 
 def clocks() -> str:
-    """SM and memory clock right after work was queued, as nvidia-smi reads them."""
+    """Read the SM and memory clock from nvidia-smi right after work was queued."""
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
     for _ in range(300):
         x @ x

@@ -1,0 +1,1 @@
+"""What ``examples/benchmark.py`` is made of, and the programs that found the kernels' block shapes."""
