@@ -147,7 +147,7 @@ class ChatMixin:
         logits_processor: LogitsProcessorList | None = None,
         **kwargs: Any,
     ) -> Iterator[tuple[str, list[Any]]]:
-        """Answer one turn token by token; arguments as in ``chat``, but never with beams, whatever the file says.
+        """Answer one turn token by token; arguments as in ``chat``, without the beams of generation_config.json.
 
         Yields:
             the response so far and the history with it, once per token. A character is held back until its last byte
@@ -230,7 +230,7 @@ class ChatMixin:
         return _in_one_place(settings)
 
     def _check_min_length(self, kwargs: dict[str, Any]) -> None:
-        """Refuse ``min_length`` for padded rows; look in the arguments, then in a given config, then in the file's.
+        """Refuse ``min_length`` for padded rows: in the arguments, else in a given config, else in the checkpoint's.
 
         Raises:
             ValueError: the first that is found is not 0.
@@ -276,7 +276,7 @@ _NOT_FROM_THE_FILE = {
 
 
 def _as_generated(stop_strings: Any) -> list[str]:
-    """Give stop strings half-width marks: the vocabulary has no others before ``process_response`` changes them."""
+    """Give stop strings half-width marks, the only ones that ids spell; ``process_response`` widens them later."""
     strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
     if not isinstance(strings, (list, tuple)) or not all(isinstance(text, str) and text for text in strings):
         raise ValueError(f"stop_strings is {stop_strings!r}, but it must be a text or a list of texts, none empty.")

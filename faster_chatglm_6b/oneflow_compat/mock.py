@@ -56,7 +56,7 @@ def _take(names: Iterable[str]) -> dict[str, ModuleType]:
 
 
 def _since_last_switch() -> list[str]:
-    """List modules of source code imported since the last switch; extension modules mostly cannot be loaded twice."""
+    """List modules imported since the last switch, except extension modules: most cannot be loaded twice."""
     return [
         name
         for name, module in list(sys.modules.items())

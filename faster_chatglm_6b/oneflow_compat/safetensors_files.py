@@ -151,7 +151,7 @@ def install() -> Callable[[], None]:
 
 def _open_for(original: Any) -> Callable[..., Any]:
     def safe_open(filename: Any, framework: str, device: Any = "cpu", **kwargs: Any) -> Any:
-        """Open a file: for frameworks other than torch with the library's own function."""
+        """Open a file; for frameworks other than torch, with the library's own function."""
         if framework not in ("pt", "torch", "pytorch"):
             return original(filename, framework=framework, device=device, **kwargs)
         return SafeOpen(filename, framework, device)

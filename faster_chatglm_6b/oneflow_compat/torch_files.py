@@ -31,7 +31,7 @@ _ELEMENTS = {
 
 
 def install(oneflow: ModuleType) -> Callable[[], None]:
-    """Replace ``load`` and ``save``, still serve OneFlow's own directories, return a function that undoes it."""
+    """Replace ``load`` and ``save``, which still serve OneFlow's directories; return a function that undoes it."""
     own_load, own_save = oneflow.load, oneflow.save
 
     def load(f: Any, *args: Any, **kwargs: Any) -> Any:
