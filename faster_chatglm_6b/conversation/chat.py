@@ -91,8 +91,8 @@ class ChatMixin:
 
         Args:
             queries: the users' texts, one per conversation.
-            histories: one per query: earlier rounds or messages, or None. The lists are not changed. None alone: no
-                conversation has any.
+            histories: for each query its earlier rounds or messages, or None; None alone if no conversation has any.
+                The lists are not changed.
             max_length: limit of prompt and answer together in each conversation, in tokens, as in ``chat``.
             tokenizer, num_beams, do_sample, top_p, temperature, logits_processor, kwargs: as in ``chat``.
 
@@ -101,7 +101,7 @@ class ChatMixin:
 
         Raises:
             ValueError: one of the queries would raise it in ``chat``; the queries are no list, or an empty one; there
-                are more or fewer histories than queries; or ``min_length`` is given, which would count the padding.
+                are more or fewer histories than queries; or ``min_length``, which would count the padding, is not 0.
         """
         _check_batch(queries, histories)
         self._check_min_length(kwargs)
@@ -276,7 +276,7 @@ _NOT_FROM_THE_FILE = {
 
 
 def _as_generated(stop_strings: Any) -> list[str]:
-    """Give stop strings half-width marks, the only ones that ids spell; ``process_response`` widens them later."""
+    """Give stop strings half-width marks, the only ones in the vocabulary; ``process_response`` widens them later."""
     strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
     if not isinstance(strings, (list, tuple)) or not all(isinstance(text, str) and text for text in strings):
         raise ValueError(f"stop_strings is {stop_strings!r}, but it must be a text or a list of texts, none empty.")

@@ -69,7 +69,7 @@ class IncrementalDetokenizer:
     def _settle_ids(self) -> None:
         ready = self._ids[: len(self._ids) - self._unfinished_ids()]
         text = self._decode(ready)
-        # Else these are dropped blanks, on which the next id's text depends.
+        # Without any text yet, these are dropped blanks, on which the next id's text depends.
         if text or self._has_text:
             self._has_text = True
             self._marked += text

@@ -21,7 +21,7 @@ _MOST_GEMV_ROWS = 4
 def choose(device: torch.device) -> Operators:
     """Return the table for models on ``device``, whose kernels ``kernels_refusal`` does not refuse.
 
-    The table serves prompts and the plain path. Their limit is the host's time to launch, and a Triton launch costs
+    The table serves prompts and the plain path. There the host's time to launch counts most, and a Triton launch costs
     about twice a PyTorch call: if one kernel of PyTorch's does the whole operator, it is taken. The captured loop calls
     the Triton kernels itself.
     """
@@ -35,7 +35,7 @@ def choose(device: torch.device) -> Operators:
     captured = f"{reason}; Triton in the captured decode loop"
     choices |= {
         "fast_gelu": ("torch gelu", captured),
-        "skip_layer_norm": ("torch layer_norm", f"{captured}, and where there is a skip"),
+        "skip_layer_norm": ("torch layer_norm", f"{captured}, and if there is a skip"),
         "fused_attention_concat_past_key_value": ("cache update", captured),
         "fused_matmul_bias": (f"cuBLAS; triton up to {_MOST_GEMV_ROWS} rows", captured),
         "fused_multi_head_attention_inference_v2": ("torch scaled_dot_product_attention", captured),
