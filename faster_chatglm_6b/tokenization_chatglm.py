@@ -1,15 +1,18 @@
 """ChatGLMTokenizer: the tokenizer of ChatGLM-6B on today's transformers.
 
-Same ids, pieces, texts, masks and positions as the checkpoint's own tokenizer gives on transformers 4.27.1, whatever
-transformers is installed. Different on purpose: padded positions follow [gMASK] before [MASK] as the model's do,
-`num_image_tokens` and `model_max_length` follow config.json where they are not given, ids without a piece are dropped
-or named in an error, `decode(skip_special_tokens=False)` shows special tokens, `filename_prefix` and
-`return_attention_mask=False` are honoured.
+Ids, pieces, texts, masks and positions are those of the checkpoint's own tokenizer on transformers 4.27.1, whatever
+transformers is installed. Different on purpose:
+
+- Padded positions follow [gMASK] before [MASK], as the model's do.
+- ``num_image_tokens`` and ``model_max_length`` follow config.json if they are not given.
+- Ids without a piece are dropped or named in an error.
+- ``decode(skip_special_tokens=False)`` shows special tokens.
+- ``filename_prefix`` and ``return_attention_mask=False`` are honoured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ from .tokenizer.padding import PaddingMixin
 from .tokenizer.saving import SavingMixin
 from .tokenizer.vocabulary_file import WHERE_TO_GET_IT, VocabularyError
 
+_IS_BEFORE_4_34 = not hasattr(PreTrainedTokenizer, "added_tokens_decoder")
+
 
 class ChatGLMTokenizer(
     EncodingMixin,
@@ -34,15 +39,16 @@ class ChatGLMTokenizer(
     ChatTemplateMixin,
     PreTrainedTokenizer,
 ):
-    """Text <-> ids of ChatGLM-6B, by sentencepiece (`ice_text.model`).
+    """Text <-> ids of ChatGLM-6B, by sentencepiece (``ice_text.model``).
 
-    `tokenizer(text)` gives `input_ids` only: the text, then [gMASK] <sop>; a pair gives text, [gMASK] <sop>, second
-    text, <eop>. With `padding` or `max_length` there are also `attention_mask`, bool [1, L, L] per row (batched:
-    [B, 1, L, L]), True where a token must *not* be looked at, and `position_ids`, int64 [2, L] ([B, 2, L]): position
-    and block position. Padding goes to the left.
+    ``tokenizer(text)`` gives ``input_ids`` only: the text, then [gMASK] <sop>. A pair gives text, [gMASK] <sop>, second
+    text, <eop>. With ``padding`` or ``max_length`` come two more, padded on the left:
 
-    [MASK], <sop>, <eop>, <pad> and <unk> typed in a text become their ids here, as in the stock tokenizer; use
-    `encode_text` for text that comes from a user.
+    - ``attention_mask``, bool [1, L, L] per row ([B, 1, L, L] per batch), True for a token that must *not* be seen;
+    - ``position_ids``, int64 [2, L] ([B, 2, L]): position and block position.
+
+    [MASK], <sop>, <eop>, <pad> and <unk> typed in a text become their ids here, as in the stock tokenizer. Encode text
+    that comes from a user with ``encode_text``.
     """
 
     vocab_files_names = {"vocab_file": "ice_text.model"}
@@ -66,24 +72,24 @@ class ChatGLMTokenizer(
         eop_token: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Load `vocab_file`; the other arguments are those of tokenizer_config.json.
+        """Load the vocabulary; arguments that are not listed are those of tokenizer_config.json.
 
-        `num_image_tokens` ids come before those of the pieces: 0, and 20000 with the first checkpoints (150528 ids).
-        If it is None, config.json beside `vocab_file` tells it, and else the kind of that file. `model_max_length`,
-        if it is not given, is the `max_sequence_length` of that config.json, and else 2048.
+        Args:
+            vocab_file: path of ice_text.model.
+            num_image_tokens: ids before those of the pieces: 0, or 20000 with the first checkpoints (150528 ids). None
+                takes it from config.json beside ``vocab_file``, else from the kind of that file.
+            eop_token: given by a tokenizer_config.json of April 2023, whose ``eos_token`` is </s>. With image tokens
+                the two become ``eos_token`` and ``end_token``; without, they stay, and ``chat`` refuses them.
+            kwargs: a missing ``model_max_length`` is the ``max_sequence_length`` of that config.json, else 2048.
 
-        `eop_token` is the state of April 2023, in which `eos_token` was </s>. With image tokens the two become
-        `eos_token` and `end_token`, as they are called now; without, they stay, and chat refuses them.
-
-        Raises VocabularyError (a ValueError) if the file is missing, damaged or not ChatGLM-6B's vocabulary;
-        ValueError if `num_image_tokens` is no number of ids.
+        Raises:
+            VocabularyError: the file is missing, damaged or not ChatGLM-6B's vocabulary. It is a ValueError.
+            ValueError: ``num_image_tokens`` is no number of ids.
         """
         if vocab_file is None:
             folder = kwargs.get("name_or_path") or "the arguments of ChatGLMTokenizer"
             raise VocabularyError(f"There is no ice_text.model in {folder}; {WHERE_TO_GET_IT}.")
         moved = _take_model_specific_tokens(kwargs, ("end_token", "gmask_token", "eop_token"))
-        end_token = str(moved.get("end_token", end_token))
-        eop_token = moved.get("eop_token", eop_token)
         self.gmask_token = str(moved.get("gmask_token", gmask_token))
         self.do_lower_case = do_lower_case
         self.remove_space = remove_space
@@ -92,14 +98,9 @@ class ChatGLMTokenizer(
         # transformers' base class asks for the vocabulary while it is being built.
         self.sp_tokenizer = IceTextTokenizer(vocab_file)
         config = read_companion(vocab_file)
-        if num_image_tokens is None:
-            num_image_tokens = image_tokens(config, self.sp_tokenizer)
-        check_image_tokens(num_image_tokens)
-        self.sp_tokenizer.num_image_tokens = num_image_tokens
-        if eop_token is not None and num_image_tokens:
-            eos_token, end_token, eop_token = eop_token, eos_token, None
-        self.end_token = str(end_token)
-        self._separate_eop = None if eop_token is None else str(eop_token)
+        self._set_image_tokens(num_image_tokens, config)
+        end_token, eop_token = moved.get("end_token", end_token), moved.get("eop_token", eop_token)
+        eos_token = self._set_end_tokens(eos_token, end_token, eop_token)
         if is_unlimited(kwargs.get("model_max_length", kwargs.get("max_len"))):
             kwargs["model_max_length"] = longest_sequence(config)
         special = {
@@ -109,42 +110,59 @@ class ChatGLMTokenizer(
             "pad_token": pad_token,
             "unk_token": unk_token,
         }
-        names = (*special.values(), self.end_token, self.gmask_token, self._separate_eop)
-        used = {str(token) for token in names if token is not None}
-        missing = sorted(token for token in used if token not in self.sp_tokenizer)
-        if missing:
-            raise self.sp_tokenizer.wrong_vocabulary(vocab_file, missing)
-        if kwargs.get("added_tokens_decoder"):
-            # A checkpoint saved by newer transformers lists its special tokens here, perhaps with other stripping.
-            kwargs["added_tokens_decoder"] = {
-                index: token for index, token in kwargs["added_tokens_decoder"].items() if _content(token) not in used
-            }
-        is_before_4_34 = not hasattr(PreTrainedTokenizer, "added_tokens_decoder")
-        if not is_before_4_34:
-            # Slow tokenizers of transformers 4.27 dropped the blanks around special tokens; since 4.34 it takes this.
-            self._added_tokens_decoder = {
-                self.sp_tokenizer[str(token)]: AddedToken(
-                    str(token), lstrip=True, rstrip=True, normalized=False, special=True
-                )
-                for token in special.values()
-                if token is not None
-            }
+        special = {name: None if token is None else str(token) for name, token in special.items()}
+        used = {*special.values(), self.end_token, self.gmask_token, self._separate_eop} - {None}
+        self._check_pieces(used)
+        _forget_saved_tokens(kwargs, used)
+        self._strip_blanks_around(token for token in special.values() if token is not None)
         kwargs.setdefault("clean_up_tokenization_spaces", True)
         self.clean_up_tokenization_spaces = kwargs["clean_up_tokenization_spaces"]
         super().__init__(
             do_lower_case=do_lower_case,
             remove_space=remove_space,
             padding_side=padding_side,
-            num_image_tokens=num_image_tokens,
-            **{name: None if token is None else str(token) for name, token in special.items()},
+            num_image_tokens=self.num_image_tokens,
+            **special,
             **kwargs,
         )
-        if is_before_4_34:
+        if _IS_BEFORE_4_34:
             self.sanitize_special_tokens()
         # transformers 5.0 takes [CLS] and [SEP] around a text for granted.
         self.special_tokens_pattern = "none"
-        # [gMASK] and </s> are no special tokens for the base class, since typed in a text they must stay text. They
-        # are handed over only now, to be saved in tokenizer_config.json.
+        self._save_other_tokens()
+
+    def _set_image_tokens(self, count: int | None, config: dict[str, Any]) -> None:
+        if count is None:
+            count = image_tokens(config, self.sp_tokenizer)
+        check_image_tokens(count)
+        self.sp_tokenizer.num_image_tokens = count
+
+    def _set_end_tokens(self, eos_token: Any, end_token: Any, eop_token: Any) -> Any:
+        """Name the tokens that end a text and an answer as they are called now; return ``eos_token``."""
+        if eop_token is not None and self.num_image_tokens:
+            eos_token, end_token, eop_token = eop_token, eos_token, None
+        self.end_token = str(end_token)
+        self._separate_eop = None if eop_token is None else str(eop_token)
+        return eos_token
+
+    def _check_pieces(self, tokens: Iterable[str]) -> None:
+        missing = sorted(token for token in tokens if token not in self.sp_tokenizer)
+        if missing:
+            raise self.sp_tokenizer.wrong_vocabulary(self.vocab_file, missing)
+
+    def _strip_blanks_around(self, tokens: Iterable[str]) -> None:
+        """Drop the blanks around special tokens; before transformers 4.34 slow tokenizers did so unasked."""
+        if not _IS_BEFORE_4_34:
+            self._added_tokens_decoder = {
+                self.sp_tokenizer[token]: AddedToken(token, lstrip=True, rstrip=True, normalized=False, special=True)
+                for token in tokens
+            }
+
+    def _save_other_tokens(self) -> None:
+        """Have [gMASK] and </s> saved in tokenizer_config.json.
+
+        The base class sees them only now: as special tokens they would not stay text when a user types them.
+        """
         self.init_kwargs.update(end_token=self.end_token, gmask_token=self.gmask_token)
         self.init_kwargs.pop("eop_token", None)
         if self._separate_eop is not None:
@@ -152,7 +170,12 @@ class ChatGLMTokenizer(
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> ChatGLMTokenizer:
-        """`PreTrainedTokenizer.from_pretrained`; raises ValueError, or VocabularyError as the constructor does."""
+        """Load as ``PreTrainedTokenizer.from_pretrained`` does.
+
+        Raises:
+            ValueError: a file cannot be that of a tokenizer.
+            VocabularyError: as in the constructor.
+        """
         name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         check_files(name, kwargs.get("subfolder"))
         with clear_errors(name):
@@ -162,14 +185,14 @@ class ChatGLMTokenizer(
 
     @classmethod
     def _from_pretrained(cls, resolved_vocab_files: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        # tokenizer_config.json may name any file of the machine; a caller's own argument comes before it.
+        # tokenizer_config.json may name any file of the machine: only a caller's own argument replaces the folder's.
         if kwargs.get("vocab_file") is None:
             kwargs["vocab_file"] = resolved_vocab_files.get("vocab_file")
         return super()._from_pretrained(resolved_vocab_files, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoTokenizer") -> None:
-        """Do nothing: registered, transformers would copy this package's source into every saved checkpoint."""
+        """Do nothing: once registered, every saved checkpoint would get a copy of this package's source."""
 
     # Vocabulary
 
@@ -190,7 +213,7 @@ class ChatGLMTokenizer(
 
     @property
     def sp_model(self) -> Any:
-        """The sentencepiece model (also `sp_tokenizer.text_tokenizer.sp`); its ids know no image tokens."""
+        """The sentencepiece model, also ``sp_tokenizer.text_tokenizer.sp``; its ids know no image tokens."""
         return self.sp_tokenizer.model
 
     @property
@@ -205,16 +228,23 @@ class ChatGLMTokenizer(
 
     @property
     def eop_token(self) -> str:
-        """<eop>, which ends an answer: `eos_token`, unless tokenizer_config.json has it apart (April 2023)."""
+        """<eop>, which ends an answer: ``eos_token``, unless tokenizer_config.json has it apart (April 2023)."""
         return self._separate_eop or self.eos_token
 
     @property
     def eop_token_id(self) -> int:
-        """Id of `eop_token`."""
+        """Id of ``eop_token``."""
         return self.sp_tokenizer[self.eop_token]
 
     def check_end_of_answer(self, eos_token_id: int) -> None:
-        """Raise ValueError if the answers of a model, which end with `eos_token_id`, end with `eop_token` here."""
+        """Check that a model and this tokenizer end an answer with the same token.
+
+        Args:
+            eos_token_id: ends the model's answers; ``eop_token`` ends them here.
+
+        Raises:
+            ValueError: the two differ.
+        """
         if self._separate_eop is not None and self.eos_token_id != eos_token_id:
             raise ValueError(
                 f"tokenizer_config.json is that of April 2023: its eos_token is {self.eos_token} and {self.eop_token}, "
@@ -223,14 +253,14 @@ class ChatGLMTokenizer(
             )
 
     def get_vocab(self) -> dict[str, int]:
-        """All pieces and added tokens with their ids."""
+        """Return all pieces and added tokens with their ids."""
         return {**self.sp_tokenizer.vocab, **self.added_tokens_encoder}
 
     def _convert_token_to_id(self, token: str) -> int:
         return self.sp_tokenizer[token]
 
     def convert_tokens_to_ids(self, tokens: str | list[str] | None) -> int | list[int] | None:
-        """Id or ids of a token or a list of tokens; the id of <unk> for a token that does not exist."""
+        """Return the id of a token or the ids of a list; that of <unk> for a token that does not exist."""
         if tokens is None:
             return None
         if isinstance(tokens, str):
@@ -249,17 +279,20 @@ class ChatGLMTokenizer(
     # Text to ids
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text, with nothing added; control tokens typed in it ("[gMASK]", "<sop>", "</s>") stay text.
+        """Encode plain text and add nothing; control tokens typed in it ("[gMASK]", "<sop>", "</s>") stay text.
 
-        Raises TypeError if `text` is not a string and ValueError if it is not valid Unicode.
+        Raises:
+            TypeError: ``text`` is not a string.
+            ValueError: ``text`` is not valid Unicode.
         """
         return self.sp_tokenizer.encode(self._normalize(text))
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        """Pieces of `text`; special tokens in it are pieces of their own."""
+        """Split ``text`` into pieces; special tokens in it are pieces of their own."""
         if MARK in text or self._holds_special_token(text):
             return super().tokenize(text, **kwargs)
-        return self._tokenize(text)  # the base class would walk the text character by character
+        # The base class would walk the text character by character.
+        return self._tokenize(text)
 
     def _holds_special_token(self, text: str) -> bool:
         names = self._added_tokens_encoder if hasattr(self, "_added_tokens_encoder") else self.unique_no_split_tokens
@@ -275,14 +308,22 @@ class ChatGLMTokenizer(
 
 
 def _content(token: Any) -> str:
-    """The text of a token given as str, AddedToken or its saved dict."""
+    """Return the text of a token given as str, AddedToken or its saved dict."""
     return token["content"] if isinstance(token, Mapping) else str(token)
 
 
-def _take_model_specific_tokens(kwargs: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Take `names` out of the dict in which transformers 5 hands over tokens of tokenizer_config.json it does not know.
+def _forget_saved_tokens(kwargs: dict[str, Any], used: Collection[str]) -> None:
+    """Remove the tokens in ``used`` from those that newer transformers saved, perhaps with other stripping."""
+    if kwargs.get("added_tokens_decoder"):
+        kwargs["added_tokens_decoder"] = {
+            index: token for index, token in kwargs["added_tokens_decoder"].items() if _content(token) not in used
+        }
 
-    Left there they would become special tokens.
+
+def _take_model_specific_tokens(kwargs: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Take ``names`` out of the tokens that transformers 5 found in tokenizer_config.json and does not know.
+
+    Left there, they would become special tokens.
     """
     taken = {}
     for argument in ("model_specific_special_tokens", "extra_special_tokens"):  # the latter in 5.0

@@ -1,1 +1,1 @@
-"""Text in, text out: chats, prompts, templates and the text of a growing answer."""
+"""Text in, text out: chats, and the text of a growing answer."""

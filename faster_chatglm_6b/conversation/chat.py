@@ -1,5 +1,7 @@
-"""``chat``, ``stream_chat`` and ``process_response``, with the arguments and results of the checkpoint's own code, and
-``chat_batch``, which it lacks."""
+"""Give the model ``chat``, ``stream_chat``, ``process_response`` and ``chat_batch``.
+
+Arguments and results are those of the checkpoint's own code, which lacks ``chat_batch``.
+"""
 
 import copy
 import unicodedata
@@ -18,7 +20,7 @@ from ..tokenization_chatglm import ChatGLMTokenizer
 from .detokenizer import IncrementalDetokenizer
 
 MAX_LENGTH = 2048
-# Rounds of (query, response), or messages with a role and a content: see ``history.History.of``.
+# Rounds of (query, response), or messages with a role and a content: see ``History.of``.
 Rounds = Sequence[tuple[str, str]] | Sequence[dict[str, Any]]
 
 
@@ -26,7 +28,7 @@ class ChatMixin:
     """Conversations on top of ``generate`` and ``stream_generate``."""
 
     def process_response(self, response: str) -> str:
-        """See ``prompts.process_response``."""
+        """Clean up decoded text as ``prompts.process_response`` does."""
         return process_response(response)
 
     def chat(
@@ -48,19 +50,19 @@ class ChatMixin:
             tokenizer: the checkpoint's tokenizer.
             query: the user's text. Control tokens typed in it ("[gMASK]", "<sop>"...) stay text.
             history: earlier (query, response) rounds, or messages such as ``{"role": "user", "content": ...}`` that
-                end with an answer; not changed. System messages go before the first user text.
-            max_length: limit of prompt and answer together, in tokens. Left at 2048 it gives way to the
-                ``max_new_tokens`` of the checkpoint's generation_config.json, as to that of ``kwargs``.
+                end with an answer. System messages go before the first user text. The list is not changed.
+            max_length: limit of prompt and answer together, in tokens. Left at 2048, it gives way to the
+                ``max_new_tokens`` of ``kwargs`` or of the checkpoint's generation_config.json.
             num_beams, do_sample, top_p, temperature, logits_processor, kwargs: as in ``generate``, whose default
-                ``top_k=50`` applies too, and so do ``stop_strings`` (the one that ended the answer stays in the
-                response) and ``stopping_criteria``.
+                ``top_k=50`` applies too. So do ``stopping_criteria`` and ``stop_strings``, of which the one that ended
+                the answer stays in the response.
 
         Returns:
             the response, and the history with this round appended in the form of the others: a pair, or two messages.
 
         Raises:
             ValueError: an empty query, a history that cannot be read, a tokenizer that does not fit the model, or a
-            prompt that leaves no room.
+                prompt that leaves no room.
         """
         history = History.of(history)
         input_ids = self._chat_input_ids(tokenizer, query, history)
@@ -85,20 +87,21 @@ class ChatMixin:
     ) -> tuple[list[str], list[list[Any]]]:
         """Answer one turn of several conversations at once; a step costs little more than that of one.
 
-        Without sampling each answer is the one that ``chat`` gives to its query alone.
+        Without sampling, each answer is the one that ``chat`` gives to its query alone.
 
         Args:
             queries: the users' texts, one per conversation.
-            histories: the earlier rounds or messages of each conversation (None: it has none); not changed.
+            histories: for each query its earlier rounds or messages, or None; None alone if no conversation has any.
+                The lists are not changed.
             max_length: limit of prompt and answer together in each conversation, in tokens, as in ``chat``.
             tokenizer, num_beams, do_sample, top_p, temperature, logits_processor, kwargs: as in ``chat``.
 
         Returns:
-            the responses and the histories with this round appended, in the order of the queries.
+            the responses, and the histories with this round appended, both in the order of the queries.
 
         Raises:
-            ValueError: as in ``chat`` for one of the queries, no list of queries, as many histories as there are no
-                queries, or ``min_length``, which would count the padding.
+            ValueError: one of the queries would raise it in ``chat``; the queries are no list, or an empty one; there
+                are more or fewer histories than queries; or ``min_length``, which would count the padding, is not 0.
         """
         _check_batch(queries, histories)
         self._check_min_length(kwargs)
@@ -108,7 +111,7 @@ class ChatMixin:
         longest = max(lengths)
         kwargs["num_beams"] = num_beams
         settings = self._chat_settings(tokenizer, max_length, do_sample, top_p, temperature, logits_processor, kwargs)
-        # Answers that end early are filled up with it, and decoding leaves it out.
+        # Answers that end early are filled up with pads, which decoding leaves out.
         settings["pad_token_id"] = tokenizer.pad_token_id
         room = [None] * len(prompts)
         if "max_length" in settings:
@@ -144,11 +147,11 @@ class ChatMixin:
         logits_processor: LogitsProcessorList | None = None,
         **kwargs: Any,
     ) -> Iterator[tuple[str, list[Any]]]:
-        """Answer one turn token by token; arguments as in ``chat``, without beams (a file's ``num_beams`` is not used).
+        """Answer one turn token by token; arguments as in ``chat``, without the beams of generation_config.json.
 
         Yields:
-            the response so far and the history with it, once per token. A character of which only some bytes are there
-            yet is held back. An answer that ends at once yields one empty response.
+            the response so far and the history with it, once per token. A character is held back until its last byte
+            has come. An answer that ends at once yields one empty response.
         """
         history = History.of(history)
         input_ids = self._chat_input_ids(tokenizer, query, history)
@@ -172,7 +175,7 @@ class ChatMixin:
             yield response, history.with_round(query, response)
 
     def _chat_input_ids(self, tokenizer: ChatGLMTokenizer, query: str, history: Any) -> torch.Tensor:
-        """Ids [1, length] of a turn's prompt, on the model's device."""
+        """Return the ids [1, length] of a turn's prompt, on the model's device."""
         return torch.tensor([self._chat_ids(tokenizer, query, history)], device=input_device(self))
 
     def _chat_ids(self, tokenizer: ChatGLMTokenizer, query: str, history: Any) -> list[int]:
@@ -192,7 +195,7 @@ class ChatMixin:
         logits_processor: LogitsProcessorList | None,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
-        """Arguments of ``generate`` for a chat turn. The caller's list of processors is copied, not extended."""
+        """Return the arguments of ``generate`` for a chat turn, with a copy of the caller's list of processors."""
         processors = LogitsProcessorList(
             [*(logits_processor or []), InvalidScoreLogitsProcessor(tokenizer.blank_token_id)]
         )
@@ -213,13 +216,13 @@ class ChatMixin:
         return settings
 
     def _arguments(self, settings: dict[str, Any], length: int) -> dict[str, Any]:
-        """``settings`` as ``generate`` takes them for a prompt of ``length`` tokens.
+        """Return ``settings`` as ``generate`` takes them for a prompt of ``length`` tokens.
 
         Raises:
             ValueError: ``max_length`` leaves no room.
         """
         if "max_length" in settings and getattr(self.generation_config, "max_new_tokens", None) is not None:
-            # generate() prefers max_new_tokens wherever it stands.
+            # generate() prefers max_new_tokens, wherever it is given.
             max_length = settings.pop("max_length")
             if length >= max_length:
                 raise no_room(length, max_length)
@@ -227,8 +230,11 @@ class ChatMixin:
         return _in_one_place(settings)
 
     def _check_min_length(self, kwargs: dict[str, Any]) -> None:
-        """Refuse it where rows are padded, wherever it stands; an argument goes before a config, and that before the
-        checkpoint's file."""
+        """Refuse ``min_length`` for padded rows: in the arguments, else in a given config, else in the checkpoint's.
+
+        Raises:
+            ValueError: the first that is found is not 0.
+        """
         sources = [
             kwargs,
             *(vars(config) for config in (kwargs.get("generation_config"), self.generation_config) if config),
@@ -257,7 +263,7 @@ class ChatMixin:
             )
 
 
-# A chat turn returns one text, whatever generation_config.json asks of generate(). Arguments of the caller are kept.
+# A chat turn returns one text, whatever generation_config.json asks of generate(). The caller's arguments are kept.
 _NOT_FROM_THE_FILE = {
     "num_beams": 1,
     "num_return_sequences": 1,
@@ -270,7 +276,7 @@ _NOT_FROM_THE_FILE = {
 
 
 def _as_generated(stop_strings: Any) -> list[str]:
-    """Stop strings with half-width marks: the vocabulary has no others, ``process_response`` makes them full-width."""
+    """Give stop strings half-width marks, the only ones in the vocabulary; ``process_response`` widens them later."""
     strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
     if not isinstance(strings, (list, tuple)) or not all(isinstance(text, str) and text for text in strings):
         raise ValueError(f"stop_strings is {stop_strings!r}, but it must be a text or a list of texts, none empty.")
@@ -278,13 +284,15 @@ def _as_generated(stop_strings: Any) -> list[str]:
 
 
 def _sequences(output: Any) -> torch.Tensor:
-    """The ids of ``generate``'s result, also where a caller asks for more than ids."""
+    """Return the ids of ``generate``'s result, also if a caller asks for more than ids."""
     return output if isinstance(output, torch.Tensor) else output.sequences
 
 
 def _in_one_place(settings: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ``generate``, those that a given ``generation_config`` has a field for in a copy of it:
-    transformers 5 warns of settings in two places. As before, the arguments of chat win."""
+    """Move the arguments for which a given ``generation_config`` has a field into a copy of it, where they win.
+
+    transformers 5 warns of settings in two places.
+    """
     if settings.get("generation_config") is None:
         return settings
     config = copy.deepcopy(settings["generation_config"])

@@ -1,8 +1,8 @@
-"""Text of a growing list of token ids, for streaming.
+"""Turn a growing list of token ids into text, for streaming.
 
-`tokenizer.decode` of everything so far, at every token, costs time that grows with the square of the answer. Here each
-id goes through sentencepiece once, and each stretch of text through the two steps after it (markers to whitespace,
-English spacing) once, as soon as no later text can change how the stretch comes out.
+``tokenizer.decode`` of everything so far, at every token, takes time that grows with the square of the answer. Here
+each id goes through sentencepiece once. Each stretch of text goes once through the two steps after it (markers to
+whitespace, English spacing), as soon as no later text can change its result.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from ..tokenization_chatglm import ChatGLMTokenizer
 from ..tokenizer.ice_text import LINE_BREAK_PIECE, clean_up_spacing, unmark_whitespace
 
 _LONGEST_UNFINISHED_MARKER = len("<|blank_80|")
-# Characters of the unfinished spacing rules (" n't", " 've", " ' ", ...) that can end a text; all start with the blank.
+# Characters of unfinished spacing rules (" n't", " 've", " ' ", ...), all starting with the blank, that can end a text.
 _UNFINISHED_SPACING_RULES = " 'nvr"
 _LONGEST_UNFINISHED_CHARACTER = 3  # bytes
 
 
 class IncrementalDetokenizer:
-    """Decodes ids as they come: `push` gives what `tokenizer.decode` gives for all ids so far.
+    """Decoder of ids as they come: ``push`` returns what ``tokenizer.decode`` returns for all ids so far.
 
-    Except that the bytes of an unfinished UTF-8 character at the end are held back, until the character is finished or
-    cannot be any more (then they are U+FFFD, one each). As with `tokenizer.decode`, later ids can change text shown
-    before: a blank goes away before punctuation, "<", "n", ">" become a line break.
+    Only the bytes of an unfinished UTF-8 character at the end are held back until it is finished. If it cannot be
+    finished any more, they become U+FFFD, one each. As with ``tokenizer.decode``, later ids can change text shown
+    before: a blank goes away before punctuation, and "<", "n", ">" become a line break.
     """
 
     def __init__(self, tokenizer: ChatGLMTokenizer):
@@ -31,12 +31,12 @@ class IncrementalDetokenizer:
         self._cleans_up = tokenizer.clean_up_tokenization_spaces
         self._model = tokenizer.sp_tokenizer.model
         self._byte_of_id = tokenizer.sp_tokenizer.byte_of_id
-        # Decoded before other ids and cut off again, so that sentencepiece does not take them for a text's start.
+        # Decoded before other ids, then cut off: so sentencepiece does not take those for a text's start.
         self._anchor = self._model.PieceToId(LINE_BREAK_PIECE)
         self._all_ids: list[int] = []
-        self._ids: list[int] = []  # the last of all ids, not decoded for good
+        self._ids: list[int] = []  # the last of all ids, whose text is not final
         self._has_text = False  # whether the ids before those gave any text
-        self._marked = ""  # their last text, which may end inside a marker
+        self._marked = ""  # the last text of those before, which may end inside a marker
         self._spaced = ""  # the text before that, whose spacing may change
         self._settled = ""  # the text before that
         self._has_added_tokens = False
@@ -44,7 +44,8 @@ class IncrementalDetokenizer:
     def push(self, ids: Iterable[int]) -> str:
         """Take further ids and return the whole text so far, without an unfinished last character.
 
-        Raises ValueError for an id that ChatGLM-6B does not have; nothing of that call is taken.
+        Raises:
+            ValueError: ChatGLM-6B has no such id. Nothing of that call is taken.
         """
         ids = self._tokenizer.decodable_ids([int(index) for index in ids])
         self._all_ids += ids
@@ -53,14 +54,14 @@ class IncrementalDetokenizer:
         if ids and (max(ids) >= self._tokenizer.vocab_size or min(ids) < first):
             self._has_added_tokens = True
         if self._has_added_tokens:
-            # Such tokens cut the text into parts that are decoded apart; rare, so left to the tokenizer.
+            # Such tokens cut the text into parts that are decoded apart. They are rare: leave them to the tokenizer.
             return self._tokenizer.decode(self._all_ids[: len(self._all_ids) - self._unfinished_ids()])
         self._settle_ids()
         self._settle_text()
         return self._text()
 
     def finish(self) -> str:
-        """The text of all ids, equal to `tokenizer.decode`: bytes still held back are U+FFFD."""
+        """Return the text of all ids as ``tokenizer.decode`` does: bytes still held back are U+FFFD."""
         if self._has_added_tokens:
             return self._tokenizer.decode(self._all_ids)
         return self._text(self._decode(self._ids))
@@ -68,7 +69,8 @@ class IncrementalDetokenizer:
     def _settle_ids(self) -> None:
         ready = self._ids[: len(self._ids) - self._unfinished_ids()]
         text = self._decode(ready)
-        if text or self._has_text:  # else these are dropped blanks, and the next id's text depends on them
+        # Without any text yet, these are dropped blanks, on which the next id's text depends.
+        if text or self._has_text:
             self._has_text = True
             self._marked += text
             del self._ids[: len(ready)]
@@ -88,7 +90,7 @@ class IncrementalDetokenizer:
         return clean_up_spacing(text) if self._cleans_up else text
 
     def _decode(self, ids: list[int]) -> str:
-        """Sentencepiece's text of `ids` that stand behind all others, markers and all."""
+        """Return sentencepiece's text, markers and all, of ``ids`` that come after all others."""
         if not ids:
             return ""
         if not self._has_text:
@@ -96,7 +98,7 @@ class IncrementalDetokenizer:
         return self._model.DecodeIds([self._anchor, *ids])[len(LINE_BREAK_PIECE) :]
 
     def _unfinished_ids(self) -> int:
-        """Number of ids at the end that are the first bytes of a character whose other bytes may still come."""
+        """Count the ids at the end that are the first bytes of a character whose other bytes may still come."""
         tail = b""
         for index in reversed(self._ids[-_LONGEST_UNFINISHED_CHARACTER:]):
             byte = self._byte_of_id.get(index)
@@ -109,9 +111,9 @@ class IncrementalDetokenizer:
 
 
 def _is_unfinished_character(start: bytes) -> bool:
-    """Whether `start`, a first byte and what follows it, is too short for a UTF-8 character but can become one."""
+    """Tell whether ``start``, a first byte and those after it, is no UTF-8 character yet but can become one."""
     missing = (2 if start[0] < 0xE0 else 3 if start[0] < 0xF0 else 4) - len(start)
-    # Second bytes are limited after some first bytes, from below or from above, never so that both of these are out.
+    # Some first bytes limit the second one, from below or from above, but never exclude both of these.
     return missing > 0 and any(_is_utf8(start + filler * missing) for filler in (b"\x80", b"\xbf"))
 
 
@@ -124,16 +126,16 @@ def _is_utf8(content: bytes) -> bool:
 
 
 def _end_of_whole_markers(text: str) -> int:
-    """Length of the start of `text` that has no unfinished marker at its end."""
+    """Return the length of the start of ``text`` that ends in no unfinished marker."""
     start = text.rfind("<", max(0, len(text) - _LONGEST_UNFINISHED_MARKER))
     return len(text) if start < 0 or ">" in text[start:] else start
 
 
 def _end_of_certain_spacing(text: str) -> int:
-    """Length of the start of `text` whose spacing does not depend on what follows.
+    """Return the length of the start of ``text`` whose spacing does not depend on what follows.
 
-    A spacing rule can only reach beyond the end of a text that ends in the start of its pattern. Rules remove nothing
-    but blanks, so such a start, blank and all, lies within the characters of such starts that end the text.
+    A spacing rule reaches beyond the end of a text only if the text ends in the start of its pattern. Rules remove
+    nothing but blanks, so such a start, blank and all, lies within the characters of such starts at the text's end.
     """
     before = len(text.rstrip(_UNFINISHED_SPACING_RULES))
     return before if " " in text[before:] else len(text)

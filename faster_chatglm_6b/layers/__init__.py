@@ -1,1 +1,1 @@
-"""The modules that blocks are made of."""
+"""The parts that the network's blocks are made of."""

@@ -1,4 +1,4 @@
-"""Adapters of PEFT on integer weights: what merging means where there is no float weight to add to."""
+"""Adapters of PEFT on integer weights: merge them although there is no float weight to add to, or say why not."""
 
 import functools
 import sys
@@ -14,12 +14,12 @@ from .quantized import QuantizedLinear
 class AdapterHost(nn.Module):
     """A module that notices when PEFT puts an adapter in the place of one of its quantised layers.
 
-    PEFT takes a ``QuantizedLinear`` for the ``nn.Linear`` that it is in use. Its merging would add floats to integers,
-    though, which fails or, checked with ``safe_merge``, rounds the whole adapter away without a word.
+    PEFT takes a ``QuantizedLinear`` for an ``nn.Linear``, but its merging would add floats to integers. That fails or,
+    checked with ``safe_merge``, silently rounds the whole adapter away.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # None before PEFT is imported, and while another thread imports it.
+        # PEFT may not be imported, or another thread may be importing it: then this is None.
         adapter_class = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
         if adapter_class is not None and isinstance(value, adapter_class):
             _prepare(value)
@@ -56,16 +56,16 @@ def _refuse_to_merge(kind: str, *args: Any, **kwargs: Any) -> None:
 
 @functools.cache
 def _lora_over_integers() -> type:
-    """PEFT's LoRA layer, whose class exists once PEFT is imported, with other ways to merge and unmerge."""
+    """Return PEFT's LoRA layer, which exists once PEFT is imported, with other ways to merge and unmerge."""
     from peft.tuners.lora.layer import Linear
 
     class LoraQuantizedLinear(Linear):
-        """LoRA over a ``QuantizedLinear``; merging quantises the sum anew, with the layer's bits and groups."""
+        """LoRA over a ``QuantizedLinear``; merging quantises the sum again, with the layer's bits and groups."""
 
         _before_merge: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-            """Merge as PEFT does, into the dequantised weight; arguments are PEFT's."""
+            """Merge into the dequantised weight as PEFT does, then quantise it; arguments are PEFT's."""
             layer, already = self.base_layer, len(self.merged_adapters)
             self.base_layer = layer.dequantized()
             try:
@@ -91,7 +91,7 @@ def _lora_over_integers() -> type:
             self._before_merge = None
             self.merged_adapters.clear()
 
-    # Pickles name it by its place in this module, see __getattr__.
+    # Pickles name the class by its place in this module, see __getattr__.
     LoraQuantizedLinear.__qualname__ = "LoraQuantizedLinear"
     return LoraQuantizedLinear
 
@@ -103,7 +103,11 @@ PROMPT_LEARNING = (
 
 
 def refuse_prompt_learning(model: nn.Module) -> None:
-    """Raise ValueError where PEFT calls ``generate`` for prompt tuning, prefix tuning or p-tuning."""
+    """Refuse a call of ``generate`` by PEFT for prompt tuning, prefix tuning or p-tuning.
+
+    Raises:
+        ValueError: it is such a call.
+    """
     prepare = model.__dict__.get("prepare_inputs_for_generation")
     config = getattr(getattr(prepare, "__self__", None), "active_peft_config", None)
     if getattr(config, "is_prompt_learning", False):

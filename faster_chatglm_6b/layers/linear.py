@@ -1,7 +1,7 @@
-"""How the network applies its linear layers and norms: through an ``Operators`` table where nobody stands between.
+"""Apply the network's linear layers and norms through an ``Operators`` table if nobody stands between.
 
 The layers are plain ``nn.Linear`` and ``nn.LayerNorm``, which libraries look for by type: bitsandbytes, PEFT, torchao.
-What such a library, a user's hook or a wrapper puts in their place is called as the module that it is.
+If such a library, a user's hook or a wrapper replaces one, the replacement is called as a module.
 """
 
 import torch
@@ -13,32 +13,35 @@ from ..ops import Operators
 # The last one is what OneFlow makes of a parameter.
 _PLAIN_TENSORS = {torch.Tensor, nn.Parameter, type(nn.Parameter(torch.empty(0)))}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Hooks on all modules, dicts that are filled in place. A framework without one kind of hook has no such attribute.
+# Hooks on all modules: dicts that are filled in place. A framework that lacks a kind of hook lacks the attribute.
 _GLOBAL_HOOKS = tuple(getattr(hooks_for_all, f"_global{name}", {}) for name in _HOOKS)
 _FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm)}
 
 
 class OperatorLinear(nn.Linear):
-    """A linear layer whose forward takes the operators, and a residual that it adds with its product."""
+    """A linear layer whose forward takes the operators, and a residual to add to its product."""
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class' forward: hooks on it or on all modules, or a replaced one.
+    """Tell whether hooks, on the module or on all modules, or a replaced forward add to what its class does.
 
-    accelerate's ``device_map`` replaces it to move weights and inputs.
+    accelerate's ``device_map`` replaces the forward to move weights and inputs.
     """
     state = module.__dict__
     return "forward" in state or any(map(state.get, _HOOKS)) or any(_GLOBAL_HOOKS)
 
 
 def is_plain_tensor(tensor: torch.Tensor) -> bool:
-    """Whether a weight is a tensor of numbers and no subclass, as torchao's, that computes its products itself."""
+    """Tell whether a weight is an ordinary tensor and no subclass that computes its own products, as torchao's."""
     return type(tensor) in _PLAIN_TENSORS
 
 
 def is_plain(module: nn.Module, kind: type) -> bool:
-    """Whether ``module``, an ``nn.Linear`` or ``nn.LayerNorm`` as ``kind`` says, computes what that class does and no
-    more, so that an operator may compute it from the parameters."""
+    """Tell whether a module does what its class does and no more: an operator may then compute it from the parameters.
+
+    Args:
+        kind: ``nn.Linear`` or ``nn.LayerNorm``.
+    """
     return (
         type(module) is kind
         and is_plain_tensor(module.weight)
@@ -53,8 +56,9 @@ def project(
     """Apply a projection and add alpha * residual.
 
     Args:
-        linear: maps [..., in] to [..., out]. It is called with x alone, unless it is a plain layer or one of our own.
-        x: [..., in]. residual: [..., out] or None.
+        linear: maps [..., in] to [..., out]. Unless it is a plain layer or one of our own, it gets x alone.
+        x: [..., in].
+        residual: [..., out] or None.
     """
     if is_plain(linear, nn.Linear):
         return ops.fused_matmul_bias(x, linear.weight, linear.bias, residual, alpha)
@@ -65,7 +69,7 @@ def project(
 
 
 def with_residual(out: torch.Tensor, residual: torch.Tensor | None, alpha: float) -> torch.Tensor:
-    """out + alpha * residual, on the device of ``out``."""
+    """Return out + alpha * residual, on the device of ``out``."""
     return out if residual is None else out + alpha * residual.to(out.device)
 
 

@@ -1,4 +1,4 @@
-"""Where accelerate's ``device_map`` has a module compute, which need not be where its weights lie."""
+"""Find the devices on which accelerate's ``device_map`` has modules compute; their weights may lie elsewhere."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ _CPU = torch.device("cpu")
 
 
 def execution_device(module: Any, default: torch.device) -> torch.device:
-    """The device that accelerate's hook moves a module's inputs to; ``default`` where it has no such hook."""
+    """Return the device to which accelerate's hook moves a module's inputs; ``default`` if it has no such hook."""
     hook = module.__dict__.get("_hf_hook")
     for one in getattr(hook, "hooks", (hook,)):
         device = getattr(one, "execution_device", None)
@@ -18,9 +18,12 @@ def execution_device(module: Any, default: torch.device) -> torch.device:
 
 
 def input_device(model: Any, default: torch.device = _CPU) -> torch.device:
-    """The device that a model wants its ids on; ``default`` if its weights are on none, and no hook says where they go.
+    """Return the device on which a model wants its ids.
 
     accelerate's ``cpu_offload`` leaves the weights on ``meta`` and puts the hooks on the parts.
+
+    Args:
+        default: returned if the weights are on no device and no hook says where they go.
     """
     embedding = model.get_input_embeddings()
     own = model.device if model.device.type != "meta" else default
@@ -28,7 +31,7 @@ def input_device(model: Any, default: torch.device = _CPU) -> torch.device:
 
 
 def spread_over(model: Any) -> str | None:
-    """The places that ``device_map`` gave a model where they are more than one device; None for a model on one."""
+    """Return the places that ``device_map`` gave a model; None for a model on one device."""
     device_map = getattr(model, "hf_device_map", None) or {}
     places = sorted({f"cuda:{place}" if isinstance(place, int) else str(place) for place in device_map.values()})
     return ", ".join(places) if len(places) > 1 or "disk" in places else None

@@ -10,7 +10,7 @@ from .placement import execution_device
 
 
 class PrefixEncoder(nn.Module):
-    """Keys and values of ``pre_seq_len`` virtual tokens for all layers, as an embedding or as an embedding and an MLP.
+    """Keys and values of ``pre_seq_len`` virtual tokens for all layers, from an embedding with or without an MLP.
 
     Parameter names are the checkpoint's. Keys are not rotated, and no prompt position moves.
     """
@@ -31,12 +31,12 @@ class PrefixEncoder(nn.Module):
             self.trans = nn.Identity()
 
     def forward(self, prefix: torch.Tensor) -> torch.Tensor:
-        """What stock's returns: virtual tokens int64 [B, N] to their keys and values [B, N, layers * 2 * hidden]."""
+        """Map virtual tokens int64 [B, N] to their keys and values [B, N, layers * 2 * hidden], as stock does."""
         return self.trans(self.embedding(prefix))
 
     def keys_and_values(self, batch: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(key, value) of each layer, [batch, H, pre_seq_len, K] in ``dtype``."""
-        # Called as modules, never read as weights: accelerate may keep them elsewhere until then.
+        """Return (key, value) of each layer, [batch, H, pre_seq_len, K] in ``dtype``."""
+        # Call modules, never read weights: accelerate may keep weights elsewhere until their module is called.
         device = execution_device(self.embedding, self.embedding.weight.device)
         packed = self(torch.arange(self.length, device=device)[None])[0].to(dtype)
         packed = packed.view(self.length, 2 * self.layers, self.heads, self.head_size)
@@ -44,10 +44,11 @@ class PrefixEncoder(nn.Module):
         return list(zip(packed[::2], packed[1::2], strict=True))
 
     def placed_in(self, cache: Any, batch: int, dtype: torch.dtype, devices: list[torch.device]) -> Any:
-        """The empty cache with the prefix in it; without a cache, a stand-in that puts it before each layer's keys.
+        """Put the prefix into the empty cache and return it.
 
         Args:
-            devices: of each layer's keys.
+            cache: None returns a stand-in that puts the prefix before each layer's keys.
+            devices: that of each layer's keys.
         """
         prefix = self.keys_and_values(batch, dtype)
         prefix = [(key.to(device), value.to(device)) for (key, value), device in zip(prefix, devices, strict=True)]
@@ -58,23 +59,23 @@ class PrefixEncoder(nn.Module):
         return cache
 
     def show(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The mask [B, 1, M, T] of hidden keys, widened by the prefix, which is never hidden."""
+        """Widen the mask [B, 1, M, T] of hidden keys by the prefix, which is never hidden."""
         return nn.functional.pad(hidden, (self.length, 0))
 
     def reset_parameters(self) -> None:
-        """PyTorch's own initialisation, for a prefix that no checkpoint fills."""
+        """Initialise as PyTorch does, for a prefix that no checkpoint fills."""
         for module in (self.embedding, *self.trans.children()):
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
 
 class _PrefixOnly:
-    """Stands for a cache where none is kept: it stores nothing, so that a recomputed layer sees the same keys again."""
+    """Stand-in for a cache that stores nothing, so that a recomputed layer sees the same keys again."""
 
     def __init__(self, prefix: list[tuple[torch.Tensor, torch.Tensor]]):
         self._prefix = prefix
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prefix' and the given keys and values."""
+        """Return the prefix's keys and values with the given ones after them."""
         prefix_key, prefix_value = self._prefix[layer]
         return torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)

@@ -10,15 +10,14 @@ _ROWS = 2048
 class RotaryTable:
     """Tables of cos and sin by position, made on first use and kept per device and dtype.
 
-    The frequencies are rounded to float16 first, whatever the model's dtype: stock builds the model in float16, so the
-    trained weights and all published outputs rest on the rounded values. A float16 model rounds the angle itself too,
-    as stock does; bfloat16 keeps float32 angles, because stock's bfloat16 angles are wrong by radians on long prompts.
+    The frequencies are rounded to float16 first, whatever the model's dtype. Stock builds the model in float16, so the
+    trained weights and all published outputs rest on the rounded values. A float16 model rounds the angle too, as stock
+    does. bfloat16 keeps float32 angles: stock's bfloat16 angles are wrong by radians on long prompts.
 
-    It is not an ``nn.Module`` and holds no buffer: transformers 5 fills non-persistent buffers with uninitialised
-    memory.
+    The table is no ``nn.Module`` and has no buffer: transformers 5 leaves non-persistent buffers uninitialised.
 
     Args:
-        dim: rotated width, in values; ``dim / 2`` frequencies.
+        dim: rotated width, in values; it has ``dim / 2`` frequencies.
     """
 
     def __init__(self, dim: int):
@@ -35,7 +34,7 @@ class RotaryTable:
         return table
 
     def _make(self, positions: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        # On the CPU and by name, so that a model built under a "meta" default device still gets real values.
+        # The CPU by name: a model built under a "meta" default device needs real values too.
         exponent = torch.arange(0, self.dim, 2, dtype=torch.float32, device="cpu") / self.dim
         frequency = (1.0 / _BASE**exponent).half()
         angle_dtype = torch.float16 if dtype == torch.float16 else torch.float32

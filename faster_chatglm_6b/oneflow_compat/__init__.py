@@ -1,9 +1,13 @@
-"""``import torch`` means OneFlow while this is enabled: OneFlow's own mock of torch, and what it lacks.
+"""Make ``import torch`` mean OneFlow, with OneFlow's own mock of torch and what that lacks.
 
-PyPI's OneFlow 0.9.0 has an early mock; builds of 2023 and 1.0 have a fuller one. Every piece here is applied only where
-the installed OneFlow lacks it. One role per file: ``libraries`` finds the CUDA libraries that pip installed, ``mock``
-mends the mock's import machinery, ``distribution`` answers for torch's metadata, ``polyfills`` adds missing functions,
-``torch_files`` and ``safetensors_files`` read and write checkpoints without torch.
+PyPI's OneFlow 0.9.0 has an early mock; builds of 2023 and 1.0 have a fuller one. Each piece here is applied only if the
+installed OneFlow lacks it:
+
+- ``libraries`` loads the CUDA libraries that pip installed.
+- ``mock`` mends the mock's import machinery.
+- ``distribution`` answers for torch's metadata.
+- ``polyfills`` adds missing functions.
+- ``torch_files`` and ``safetensors_files`` read and write checkpoints without torch.
 """
 
 import os
@@ -11,7 +15,7 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
-# Read by OneFlow's C++ and by its nn.Linear and nn.Embedding: fused linear layers, and no random initialisation of
+# OneFlow's C++ and its nn.Linear and nn.Embedding read these: fused linear layers, and no random initialisation of
 # weights that a checkpoint overwrites. The last one keeps warnings about a missing CUDA driver off the terminal.
 ENVIRONMENT = {
     "ONEFLOW_KERNEL_ENABLE_FUSED_LINEAR": "1",
@@ -19,7 +23,7 @@ ENVIRONMENT = {
     "GLOG_minloglevel": "2",
 }
 
-# What only builds since April 2023 have, and what makes OneFlow worth choosing.
+# Only builds since April 2023 have these, and they make OneFlow worth choosing.
 FUSED_OPERATORS = (
     "fused_apply_rotary_emb",
     "fused_attention_concat_past_key_value",
@@ -27,15 +31,15 @@ FUSED_OPERATORS = (
     "fused_linear_with_groupwise_quantized_weight",
     "skip_layer_norm",
 )
-# Major compute capabilities that OneFlow's attention is made for. On every other GPU it ends the process with a fatal
-# log message: it must not be called there.
+# Major compute capabilities of OneFlow's attention. Never call it on another GPU: it ends the process with a fatal log
+# message.
 ATTENTION_CAPABILITIES = (7, 8)
 
 _undo: list[Callable[[], None]] = []
 
 
 def prepare_oneflow() -> ModuleType:
-    """Import OneFlow with its environment variables set (the user's own values stay) and its libraries found.
+    """Import OneFlow after setting its environment variables (the user's own values stay) and loading its libraries.
 
     Raises:
         ImportError: OneFlow is not installed or cannot be loaded.
@@ -70,18 +74,18 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """``import torch`` means PyTorch again, where it is installed. Models that were loaded keep working."""
+    """Make ``import torch`` mean PyTorch again, if it is installed. Models that were loaded keep working."""
     while _undo:
         _undo.pop()()
 
 
 def is_enabled() -> bool:
-    """Whether ``import torch`` means OneFlow through us."""
+    """Tell whether ``import torch`` means OneFlow because of ``enable``."""
     return bool(_undo)
 
 
 def why_not_fused() -> str | None:
-    """Why OneFlow's fused operators cannot run on this machine; None where they can. Loads OneFlow."""
+    """Load OneFlow and say why its fused operators cannot run on this machine; None if they can."""
     try:
         oneflow = prepare_oneflow()
     except Exception as error:
@@ -98,5 +102,5 @@ def why_not_fused() -> str | None:
 
 
 def is_oneflow(module: ModuleType | None) -> bool:
-    """Whether a module that is known as "torch" is OneFlow in truth."""
+    """Tell whether a module that is known as "torch" is really OneFlow."""
     return getattr(module, "__name__", "").split(".")[0] == "oneflow"

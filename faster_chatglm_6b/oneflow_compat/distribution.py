@@ -1,4 +1,4 @@
-"""transformers asks importlib.metadata which torch is installed: an answer, where there is none."""
+"""Answer transformers, which asks importlib.metadata for the installed torch, if there is none."""
 
 import importlib.metadata as metadata
 import sys
@@ -20,7 +20,7 @@ class _Distribution(metadata.Distribution):
 
 
 class _Finder(metadata.DistributionFinder):
-    """Stands last on the import path, so that a real torch is found before it; it finds no modules."""
+    """The last finder on the import path, so that a real torch is found first; finds no modules."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
         return None
@@ -31,7 +31,7 @@ class _Finder(metadata.DistributionFinder):
 
 
 def answer_for_torch() -> Callable[[], None]:
-    """Answer for the distribution "torch" unless it is installed; returns what undoes it."""
+    """Answer for the distribution "torch" unless it is installed; return a function that undoes it."""
     try:
         metadata.version("torch")
     except metadata.PackageNotFoundError:

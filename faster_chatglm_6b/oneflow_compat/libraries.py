@@ -1,4 +1,4 @@
-"""The CUDA libraries that pip installed beside OneFlow: its wheel expects the loader to find them by itself."""
+"""Load the CUDA libraries that pip installed beside OneFlow, whose wheel expects the loader to find them."""
 
 import ctypes
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ _LIBRARIES = {
 
 
 def preload_cuda_libraries() -> list[str]:
-    """Load the libraries of CUDA 11 that are installed as Python packages; returns their names.
+    """Load the libraries of CUDA 11 that are installed as Python packages; return their names.
 
-    Where there are none (CUDA installed system-wide, another CUDA), nothing happens, and OneFlow looks for itself.
+    If there are none (CUDA installed system-wide, another CUDA), do nothing: OneFlow looks for itself.
     """
     loaded = []
     for package, names in _LIBRARIES.items():

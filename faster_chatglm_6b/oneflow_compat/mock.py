@@ -1,4 +1,4 @@
-"""OneFlow's mock of torch: switched on and off, and mended where it is the one of 0.9.0."""
+"""Switch OneFlow's mock of torch on and off, and mend that of 0.9.0."""
 
 import importlib.util
 import inspect
@@ -12,7 +12,7 @@ _MENDED_MARK = "__faster_chatglm_6b_mended__"
 
 
 class _Shelf:
-    """Modules that wait for "torch" to mean again what it meant when they were imported."""
+    """Modules put aside until "torch" means again what it meant when they were imported."""
 
     def __init__(self) -> None:
         self.with_oneflow: dict[str, ModuleType] = {}
@@ -24,9 +24,9 @@ _shelf = _Shelf()
 
 
 def enable(oneflow: ModuleType) -> Callable[[], None]:
-    """Switch the mock on; returns what switches it off and gives real torch back.
+    """Switch the mock on; return a function that switches it off and gives real torch back.
 
-    It is not lazy unless ``ONEFLOW_MOCK_TORCH_LAZY`` says so: a lazy mock invents objects for everything that OneFlow
+    The mock is lazy only if ``ONEFLOW_MOCK_TORCH_LAZY`` says so: a lazy one invents objects for everything that OneFlow
     lacks, and calls of them do nothing.
     """
     mock = oneflow.mock_torch
@@ -56,7 +56,7 @@ def _take(names: Iterable[str]) -> dict[str, ModuleType]:
 
 
 def _since_last_switch() -> list[str]:
-    """Modules of source code that were imported since. Extension modules stay: most cannot be loaded twice."""
+    """List modules imported since the last switch, except extension modules: most cannot be loaded twice."""
     return [
         name
         for name, module in list(sys.modules.items())
@@ -67,7 +67,7 @@ def _since_last_switch() -> list[str]:
 
 
 def _bound_to(wrapper: type) -> list[str]:
-    """Modules that were imported since, of packages that hold the mock's modules in a variable."""
+    """List modules imported since the last switch, of packages that hold the mock's modules in a variable."""
     since = _since_last_switch()
     packages = {
         name.split(".")[0]
@@ -78,7 +78,7 @@ def _bound_to(wrapper: type) -> list[str]:
 
 
 def _mend(mock: ModuleType, oneflow: ModuleType) -> None:
-    """0.9.0: a missing attribute or module raises what Python expects, and attributes that are set stay."""
+    """Mend 0.9.0: raise what Python expects for a missing attribute or module, and keep attributes that are set."""
     wrapper, importer = mock.ModuleWrapper, mock.OneflowImporter
     if hasattr(wrapper, _MENDED_MARK):
         return

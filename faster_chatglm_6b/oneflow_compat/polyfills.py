@@ -1,4 +1,4 @@
-"""What OneFlow 0.9.0 lacks of torch's interface and transformers or our model use; each only where it is missing."""
+"""Add what transformers or our model use of torch's interface and OneFlow 0.9.0 lacks, each only if it is missing."""
 
 import inspect
 import math
@@ -14,17 +14,17 @@ APPLIED: list[str] = []
 
 
 class MissingType:
-    """Stands for a dtype that OneFlow has not got: it can be a key of a table and equals no real dtype."""
+    """Stand-in for a dtype that OneFlow lacks: it can be a key of a table and equals no real dtype."""
 
     def __init__(self, name: str):
         self.name = name
 
     def __repr__(self) -> str:
-        return f"<torch.{self.name}, which OneFlow has not got>"
+        return f"<torch.{self.name}, which OneFlow lacks>"
 
 
 def apply(oneflow: ModuleType) -> None:
-    """Add what is missing. Nothing that OneFlow has is replaced, but for what a ``_mend`` function names."""
+    """Add what is missing. Replace nothing that OneFlow has, except what a ``_mend`` function names."""
     tensor = oneflow.Tensor
     # Table keys of safetensors.torch.
     for name in ("int16", "complex64", "complex128"):
@@ -56,18 +56,21 @@ def _add(owner: Any, name: str, value: Any) -> None:
 
 
 def _add_fx(oneflow: ModuleType) -> None:
-    """transformers asks whether a tensor is a proxy of torch.fx; none is."""
+    """Add a torch.fx without proxies: transformers asks whether a tensor is one."""
     if "oneflow.fx" in sys.modules or find_spec("oneflow.fx") is not None:
         return
-    module = ModuleType("oneflow.fx", "Stands for torch.fx, which OneFlow has not got.")
+    module = ModuleType("oneflow.fx", "Stand-in for torch.fx, which OneFlow lacks.")
     module.Proxy = type("Proxy", (), {})
     sys.modules[module.__name__] = module
     _add(oneflow, "fx", module)
 
 
 def skip_init(module_class: type, *args: Any, **kwargs: Any) -> Any:
-    """torch.nn.utils.skip_init: a module with uninitialised parameters, of the ``dtype`` and on the ``device`` asked
-    for, which OneFlow 0.9.0's Embedding and LayerNorm do not take."""
+    """Make a module with uninitialised parameters, as ``torch.nn.utils.skip_init`` does.
+
+    ``dtype`` and ``device`` are applied afterwards if its class does not take them: OneFlow 0.9.0's Embedding and
+    LayerNorm do not.
+    """
     accepted = inspect.signature(module_class.__init__).parameters
     later = {name: kwargs.pop(name) for name in ("dtype", "device") if name in kwargs and name not in accepted}
     reset = module_class.__dict__.get("reset_parameters")
@@ -83,7 +86,7 @@ def skip_init(module_class: type, *args: Any, **kwargs: Any) -> Any:
 
 
 def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that puts the result into the tensor itself; autograd does not pass it."""
+    """Make a method that puts the result into the tensor itself; autograd does not pass it."""
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.data = function(self, *args, **kwargs)
@@ -102,7 +105,7 @@ def _new(self: Any, *args: Any, device: Any = None) -> Any:
 
 
 def _data_ptr(self: Any) -> int:
-    """The address on the CPU; elsewhere a number that tells tensors apart, which is what transformers does with it."""
+    """Return the address on the CPU, elsewhere a number that tells tensors apart: transformers needs no more."""
     return self.numpy().ctypes.data if self.device.type == "cpu" else id(self)
 
 
@@ -115,19 +118,19 @@ def _nan_to_num(tensor: Any, nan: float = 0.0, posinf: float | None = None, negi
 
 
 def _shift_right(self: Any, count: int) -> Any:
-    """Arithmetic, in float64 on the tensor's device: int4 weights are unpacked with it at every step."""
+    """Shift arithmetically, in float64 on the tensor's device: every step unpacks int4 weights with it."""
     return (self.double() / 2**count).floor().to(self.dtype)
 
 
 def _shift_left(self: Any, count: int) -> Any:
-    """As torch's: bits that leave the dtype are lost."""
+    """Shift as torch does: bits that leave the dtype are lost."""
     span = 2.0 ** (8 * self.element_size())
     values = self.double() * 2**count
     return (values - ((values + span / 2) / span).floor() * span).to(self.dtype)
 
 
 def _on_bits(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    """An operation on the bits of integers through numpy, which keeps the dtype as torch does."""
+    """Make an operation on the bits of integers through numpy, which keeps the dtype as torch does."""
 
     def method(self: Any, other: Any) -> Any:
         import oneflow
@@ -140,7 +143,7 @@ def _on_bits(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 
 
 def _mend_bits(oneflow: ModuleType) -> None:
-    """0.9.0: & and | of integers tell whether they are not zero, as of bools; torch's work on their bits."""
+    """Mend 0.9.0, whose & and | of integers only tell whether they are not zero; torch's work on their bits."""
     if int(oneflow.tensor([6]) & oneflow.tensor([3])) == 2:
         return
     for name, function in {"__and__": np.bitwise_and, "__or__": np.bitwise_or}.items():
@@ -158,7 +161,7 @@ def _mend_operator(oneflow: ModuleType, name: str, on_integers: Callable[..., An
 
 
 def _mend_scatter(oneflow: ModuleType) -> None:
-    """0.9.0: scatter without ``reduce`` asks its kernel for the reduction "", which there is none of."""
+    """Mend 0.9.0, whose scatter without ``reduce`` asks its kernel for the reduction "", which does not exist."""
     reduce = inspect.signature(oneflow.Tensor.scatter).parameters.get("reduce")
     if reduce is None or reduce.default != "":
         return
@@ -171,7 +174,7 @@ def _mend_scatter(oneflow: ModuleType) -> None:
 
 
 def _mend_division(oneflow: ModuleType) -> None:
-    """0.9.0: div knows no ``rounding_mode``, which beam search of transformers 4.28 and later asks for."""
+    """Mend 0.9.0, whose div lacks ``rounding_mode``, which beam search of transformers 4.28 and later asks for."""
     try:
         oneflow.div(oneflow.ones(1), oneflow.ones(1), rounding_mode="floor")
         return

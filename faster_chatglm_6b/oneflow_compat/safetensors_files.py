@@ -1,4 +1,4 @@
-"""safetensors for OneFlow: the library's torch part moves bytes through torch functions that OneFlow lacks."""
+"""Read and write safetensors for OneFlow: the library's part for torch needs functions that OneFlow lacks."""
 
 import json
 import os
@@ -53,15 +53,15 @@ class SafeOpen:
         self._bytes = None
 
     def metadata(self) -> dict[str, str] | None:
-        """The texts that the file carries beside its tensors, or None."""
+        """Return the texts that the file carries beside its tensors, or None."""
         return self._header.get("__metadata__")
 
     def keys(self) -> list[str]:
-        """Names of the tensors."""
+        """Return the names of the tensors."""
         return [name for name in self._header if name != "__metadata__"]
 
     def get_tensor(self, name: str) -> Any:
-        """One tensor, on the device that was asked for."""
+        """Read one tensor, onto the device that was asked for."""
         entry = self._header[name]
         begin, end = entry["data_offsets"]
         try:
@@ -73,13 +73,13 @@ class SafeOpen:
 
 
 def load_file(filename: str | os.PathLike, device: Any = "cpu") -> dict[str, Any]:
-    """All tensors of a file by name."""
+    """Read all tensors of a file by name."""
     with SafeOpen(filename, device=device) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 SafeOpen is no mapping
 
 
 def save_file(tensors: dict[str, Any], filename: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors by name, each aligned to its element: the widest come first, and of one width by name."""
+    """Write tensors by name, each aligned to its element: the widest first, those of one width by name."""
     names = _names()
     widths = {name: np.dtype(_ELEMENTS[names[tensor.dtype]]).itemsize for name, tensor in tensors.items()}
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
@@ -129,7 +129,7 @@ def _damaged(filename: Any, reason: Any) -> Exception:
 
 
 def install() -> Callable[[], None]:
-    """Put these in the place of the library's functions for torch; returns what undoes it."""
+    """Replace the library's functions for torch by these; return a function that undoes it."""
     import safetensors
     import safetensors.torch
 
@@ -151,7 +151,7 @@ def install() -> Callable[[], None]:
 
 def _open_for(original: Any) -> Callable[..., Any]:
     def safe_open(filename: Any, framework: str, device: Any = "cpu", **kwargs: Any) -> Any:
-        """The library's own for other frameworks than torch."""
+        """Open a file; for frameworks other than torch, with the library's own function."""
         if framework not in ("pt", "torch", "pytorch"):
             return original(filename, framework=framework, device=device, **kwargs)
         return SafeOpen(filename, framework, device)

@@ -1,4 +1,4 @@
-"""``torch.load`` and ``torch.save`` of .bin files without torch: zip archives of one pickle and raw storages.
+"""Load and save torch's .bin files without torch: zip archives of one pickle and raw storages.
 
 OneFlow's own load imports real torch for them, and its save writes a directory. Only tensors, numbers, texts and plain
 containers are read; a pickle that names anything else is refused.
@@ -31,7 +31,7 @@ _ELEMENTS = {
 
 
 def install(oneflow: ModuleType) -> Callable[[], None]:
-    """Replace ``load`` and ``save``, which still serve OneFlow's own directories; returns what undoes it."""
+    """Replace ``load`` and ``save``, which still serve OneFlow's directories; return a function that undoes it."""
     own_load, own_save = oneflow.load, oneflow.save
 
     def load(f: Any, *args: Any, **kwargs: Any) -> Any:
@@ -54,7 +54,7 @@ def install(oneflow: ModuleType) -> Callable[[], None]:
 
 
 def to_tensor(array: np.ndarray, is_bfloat16: bool = False) -> Any:
-    """A OneFlow tensor of a numpy array, or of bfloat16 bits. int16, which OneFlow lacks, becomes int32."""
+    """Make a OneFlow tensor of a numpy array, or of bfloat16 bits. int16, which OneFlow lacks, becomes int32."""
     import oneflow
 
     if is_bfloat16:
@@ -67,7 +67,7 @@ def to_tensor(array: np.ndarray, is_bfloat16: bool = False) -> Any:
 
 
 def to_array(tensor: Any) -> np.ndarray:
-    """A contiguous numpy array of a OneFlow tensor; of bfloat16 its bits."""
+    """Make a contiguous numpy array of a OneFlow tensor; of bfloat16 take the bits."""
     import oneflow
 
     tensor = tensor.detach().cpu()
@@ -77,7 +77,7 @@ def to_array(tensor: Any) -> np.ndarray:
 
 
 def load_file(path: str | os.PathLike, map_location: Any = None) -> Any:
-    """What ``torch.load`` returns, with OneFlow's tensors, on the CPU or on the device ``map_location``.
+    """Load as ``torch.load`` does, with OneFlow's tensors, on the CPU or on the device ``map_location``.
 
     Raises:
         pickle.UnpicklingError: the file is no zip archive of torch's, is damaged, or names code to run.
@@ -141,14 +141,14 @@ def _rebuild_parameter(data: Any, requires_grad: bool, _hooks: Any) -> Any:
 
 
 class _Global:
-    """Written to the pickle as a name."""
+    """An object that is written to the pickle as a name."""
 
     def __init__(self, module: str, name: str):
         self.reference = f"c{module}\n{name}\n".encode()
 
 
 class _Storage:
-    """Written to the pickle as a reference to a raw file of the archive."""
+    """An object that is written to the pickle as a reference to a raw file of the archive."""
 
     def __init__(self, pid: tuple):
         self.pid = pid
@@ -158,7 +158,7 @@ _REBUILD_TENSOR = _Global("torch._utils", "_rebuild_tensor_v2")
 
 
 class _Pickler(pickle._Pickler):
-    """Python's own pickler, whose ``save`` can be extended by objects that have no module to import."""
+    """Python's own pickler: its ``save`` can be extended by objects that have no module to import."""
 
     def __init__(self, file: Any, storage_of: dict[Any, str]):
         super().__init__(file, protocol=2)
@@ -182,7 +182,7 @@ class _Pickler(pickle._Pickler):
     def _save_tensor(self, tensor: Any) -> None:
         array = to_array(tensor)
         kind = _Global("torch", self._storage_of[tensor.dtype])
-        # Tied weights are one storage.
+        # Tied weights share one storage.
         place = (array.ctypes.data, array.nbytes, array.dtype.str)
         if place not in self._places:
             self._places[place] = len(self.records)
@@ -195,7 +195,7 @@ class _Pickler(pickle._Pickler):
 
 
 def save_file(obj: Any, path: str | os.PathLike) -> None:
-    """Write a tensor or a dict of tensors as ``torch.save`` does; torch reads it, with ``weights_only`` too."""
+    """Write a tensor or a dict of tensors as ``torch.save`` does; torch reads it, also with ``weights_only``."""
     import oneflow
 
     storage_of = {

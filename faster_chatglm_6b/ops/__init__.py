@@ -1,4 +1,4 @@
-"""The fused operators: which implementation serves each of them, decided once when a model is loaded or moved.
+"""Choose the implementation of each fused operator, once, when a model is loaded or moved.
 
 The model calls operators only through an ``Operators`` table. Their contracts are the docstrings of ``ops.reference``.
 """
@@ -17,11 +17,11 @@ _chosen: dict[tuple[torch.device, torch.dtype, int], Operators] = {}
 
 
 def operators_for(device: torch.device, dtype: torch.dtype, head_size: int, differentiable: bool) -> Operators:
-    """The table for models on ``device`` in ``dtype``; chosen once per combination and reported by ``status()``.
+    """Return the table for models on ``device`` in ``dtype``, chosen once per combination and shown by ``status()``.
 
     Args:
         head_size: width of one attention head.
-        differentiable: whether autograd must be able to pass, which the fused kernels cannot.
+        differentiable: whether autograd must pass; it cannot pass the fused kernels.
     """
     if differentiable:
         return _DIFFERENTIABLE
@@ -46,7 +46,7 @@ def _choose(device: torch.device, dtype: torch.dtype, head_size: int) -> Operato
     reason = switch_refusal() if device.type == "cpu" else kernels_refusal(device, dtype)
     if reason is not None:
         return reference_operators(reason)
-    # Imported only where Triton is installed and works.
+    # Import it only after Triton was found to be installed and to work.
     from . import cuda
 
     return cuda.choose(device)

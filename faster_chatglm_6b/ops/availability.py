@@ -9,14 +9,14 @@ import torch
 from ..versions import installed_version, is_too_old
 
 OLDEST_CAPABILITY = (8, 0)
-# Before it, the instructions by which a kernel starts the next one are missing or cannot be called.
+# Older ones lack the instructions by which a kernel starts the next one, or cannot call them.
 OLDEST_TRITON = "3.5"
 SWITCH = "FASTER_CHATGLM_6B_KERNELS"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def switch_refusal() -> str | None:
-    """Why the user wants the definitions alone, on any device; None where the switch is not set to off."""
+    """Say why the user wants the definitions alone, on any device; None if the switch is not set to off."""
     if os.environ.get(SWITCH, "").lower() in ("off", "0"):
         return f"{SWITCH}={os.environ[SWITCH]}"
     return None
@@ -24,10 +24,10 @@ def switch_refusal() -> str | None:
 
 @functools.cache
 def kernels_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot serve this device and dtype; None where they can.
+    """Say why the Triton kernels cannot serve this device and dtype; None if they can.
 
-    A CPU passes in Triton's interpreter only (``TRITON_INTERPRET=1``), which is for tests. Users turn the kernels off,
-    and the captured loop with them, with ``FASTER_CHATGLM_6B_KERNELS=off``.
+    A CPU passes only in Triton's interpreter (``TRITON_INTERPRET=1``), which is for tests. Users turn off the kernels,
+    and with them the captured loop, by ``FASTER_CHATGLM_6B_KERNELS=off``.
     """
     if switch_refusal() is not None:
         return switch_refusal()
@@ -58,7 +58,7 @@ def kernels_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _trial(device: torch.device) -> str | None:
-    """Compile and run the smallest kernel: Triton needs a C compiler and a driver that it knows."""
+    """Compile and run the smallest kernel and say why it fails: Triton needs a C compiler and a driver it knows."""
     try:
         from . import triton as kernels
 

@@ -1,5 +1,7 @@
-"""The key-value cache between two steps: transformers' own, or a list of tensors where transformers has none yet; and
-what the installed release calls it."""
+"""Read, make and check the key-value cache between two steps, under the names of the installed transformers.
+
+It is transformers' own cache, or a list of tensors if transformers has none yet.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ class CacheLayer(NamedTuple):
 
 
 class ListCache:
-    """What the model and beam search need of transformers' ``DynamicCache``, for transformers before 4.36.
+    """The part of transformers' ``DynamicCache`` that the model and beam search need, for transformers before 4.36.
 
     Attributes:
         layers: one ``CacheLayer`` per layer that was filled.
@@ -29,7 +31,7 @@ class ListCache:
         self.layers: list[CacheLayer] = []
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append key and value [B, H, M, K] to a layer and return all of the layer's."""
+        """Append key and value [B, H, M, K] to a layer, and return all keys and values of that layer."""
         if layer < len(self.layers):
             past = self.layers[layer]
             key, value = torch.cat((past.keys, key), dim=2), torch.cat((past.values, value), dim=2)
@@ -41,11 +43,11 @@ class ListCache:
         self.layers[layer : layer + 1] = [CacheLayer(key, value)]
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """How many keys a layer holds."""
+        """Count the keys that a layer holds."""
         return self.layers[layer].keys.shape[2] if layer < len(self.layers) else 0
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Take the rows that beam search goes on with, int64 [B]."""
+        """Keep the rows with which beam search continues, int64 [B]."""
         self.layers = [
             CacheLayer(*(tensor.index_select(0, beam_idx.to(tensor.device)) for tensor in layer))
             for layer in self.layers
@@ -65,20 +67,20 @@ except ImportError:
 
 
 def _name_in(output_class: type) -> str:
-    """The field of a class of model outputs that holds the cache: a known name, else what is annotated as one."""
+    """Find the field of a class of model outputs that holds the cache, by a known name, else by its annotation."""
     fields = dataclasses.fields(output_class)
     known = [name for name in ("cache", "past_key_values") if name in {field.name for field in fields}]
     annotated = [field.name for field in fields if "Cache" in str(field.type)]
     return [*known, *annotated, "past_key_values"][0]
 
 
-# In the outputs of a model and in the arguments of generate(): "past_key_values", and "cache" since transformers 5.24.
+# The name in a model's outputs and generate()'s arguments: "past_key_values", and "cache" since transformers 5.24.
 CACHE_NAME = _name_in(CausalLMOutputWithPast)
 CACHE_NAMES = tuple(dict.fromkeys((CACHE_NAME, "past_key_values", "cache")))
 
 
 def cache_in(arguments: Mapping[str, Any]) -> Any:
-    """The cache among keyword arguments: what goes by one of its names, else what is one; None without any.
+    """Find the cache among keyword arguments, by one of its names, else by its class; None if there is none.
 
     Raises:
         ValueError: two different caches.
@@ -92,7 +94,11 @@ def cache_in(arguments: Mapping[str, Any]) -> Any:
 
 
 def take_cache(arguments: MutableMapping[str, Any]) -> Any:
-    """Take the cache out of keyword arguments, under whatever name; None without any. Raises as ``cache_in``."""
+    """Take the cache out of keyword arguments, under whatever name; None if there is none.
+
+    Raises:
+        ValueError: two different caches.
+    """
     cache = cache_in(arguments)
     names = [name for name, value in arguments.items() if value is not None and value is cache]
     for name in {*names, *CACHE_NAMES}:
@@ -101,7 +107,15 @@ def take_cache(arguments: MutableMapping[str, Any]) -> Any:
 
 
 def as_cache(past_key_values: Any, use_cache: bool) -> Any:
-    """A transformers cache of what was given: a cache, stock's tuple of (key, value) [T, B, H, K], or nothing."""
+    """Make a transformers cache of what was given.
+
+    Args:
+        past_key_values: a cache, stock's tuple of (key, value) [T, B, H, K] per layer, or None.
+        use_cache: make an empty cache of None.
+
+    Raises:
+        ValueError: a tuple of anything else.
+    """
     if past_key_values is None:
         return DynamicCache() if use_cache else None
     if not isinstance(past_key_values, (tuple, list)):
@@ -119,8 +133,15 @@ def as_cache(past_key_values: Any, use_cache: bool) -> Any:
 
 
 def check_cache(cache: Any, config: Any, layers: int) -> None:
-    """Raise ValueError unless a cache, filled or empty, is one that a model of this configuration, with so many layers,
-    can append to."""
+    """Check that a model can append to a cache, filled or empty.
+
+    Args:
+        config: the model's.
+        layers: the number of the model's layers.
+
+    Raises:
+        ValueError: the model cannot.
+    """
     kind, prefix = type(cache).__name__, config.pre_seq_len or 0
     of_two = hasattr(cache, "cross_attention_cache")
     if of_two or not (hasattr(cache, "update") and hasattr(cache, "get_seq_length")):
@@ -157,7 +178,11 @@ def check_cache(cache: Any, config: Any, layers: int) -> None:
 
 
 def check_cached_batch(cache: Any, inputs: torch.Tensor) -> None:
-    """Raise ValueError where a filled cache holds another number of sequences than ``inputs`` [batch, length, ...]."""
+    """Check that a filled cache holds as many sequences as ``inputs`` [batch, length, ...].
+
+    Raises:
+        ValueError: it holds more or fewer.
+    """
     keys = _first_keys(cache)
     if keys is not None and keys.shape[0] != inputs.shape[0]:
         raise ValueError(
@@ -166,12 +191,12 @@ def check_cached_batch(cache: Any, inputs: torch.Tensor) -> None:
         )
 
 
-# By one of these names a cache, or its layers, tells the length that it is cut or filled up to.
+# By one of these names a cache, or its layers, tells the length to which it is cut or filled up.
 _FIXED_SIZE = ("max_cache_len", "sliding_window", "window_length")
 
 
 def _first_keys(cache: Any) -> torch.Tensor | None:
-    """Keys [B, H, T, K] of the first layer where they are to be seen: a quantised cache keeps other tensors."""
+    """Return keys [B, H, T, K] of the first layer; None if there are none: a quantised cache keeps other tensors."""
     layers = getattr(cache, "layers", None)
     keys = getattr(layers[0], "keys", None) if layers else next(iter(getattr(cache, "key_cache", ())), None)
     return keys if isinstance(keys, torch.Tensor) and keys.dim() == 4 else None

@@ -1,4 +1,4 @@
-"""The operators on NVIDIA GPUs: Triton kernels, PyTorch's attention for prompts, the definition where neither fits."""
+"""The operators on NVIDIA GPUs: Triton kernels, PyTorch's attention for prompts, else the definition."""
 
 import contextlib
 import functools
@@ -21,9 +21,9 @@ _MOST_GEMV_ROWS = 4
 def choose(device: torch.device) -> Operators:
     """Return the table for models on ``device``, whose kernels ``kernels_refusal`` does not refuse.
 
-    It serves prompts and the plain path, where the host's time to launch counts most (a Triton launch costs about
-    twice a PyTorch call): PyTorch's own kernel is taken where one does the whole operator. The captured loop calls the
-    Triton kernels itself.
+    The table serves prompts and the plain path. There the host's time to launch counts most, and a Triton launch costs
+    about twice a PyTorch call: if one kernel of PyTorch's does the whole operator, it is taken. The captured loop calls
+    the Triton kernels itself.
     """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -35,7 +35,7 @@ def choose(device: torch.device) -> Operators:
     captured = f"{reason}; Triton in the captured decode loop"
     choices |= {
         "fast_gelu": ("torch gelu", captured),
-        "skip_layer_norm": ("torch layer_norm", f"{captured}, and where there is a skip"),
+        "skip_layer_norm": ("torch layer_norm", f"{captured}, and if there is a skip"),
         "fused_attention_concat_past_key_value": ("cache update", captured),
         "fused_matmul_bias": (f"cuBLAS; triton up to {_MOST_GEMV_ROWS} rows", captured),
         "fused_multi_head_attention_inference_v2": ("torch scaled_dot_product_attention", captured),
@@ -52,7 +52,7 @@ def choose(device: torch.device) -> Operators:
 
 
 def _on_its_device(function: Callable) -> Callable:
-    """Launch on the device of the first argument: Triton launches on the current one, whatever its tensors say."""
+    """Launch on the device of the first argument: Triton launches on the current one, wherever its tensors are."""
 
     @functools.wraps(function)
     def launch(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -65,7 +65,7 @@ def _on_its_device(function: Callable) -> Callable:
 
 
 def _share_dtype(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether the tensors that are given share the first one's device and dtype, and the kernels take that."""
+    """Tell whether the given tensors share the first one's device and dtype, and the kernels take that dtype."""
     device, dtype = first.device, first.dtype
     if dtype not in DTYPES:
         return False
@@ -159,15 +159,15 @@ def fused_multi_head_attention_inference_v2(
 ) -> torch.Tensor:
     """See ``reference.fused_multi_head_attention_inference_v2``.
 
-    A generation prompt ends in its ``<sop>``, the only row that is not context: the context's rows see one another (and
-    a P-Tuning prefix) without any mask, and the last row sees all, so that two unmasked calls do without a bias.
+    Of a generation prompt only the last row, ``<sop>``, is not context. The context's rows see one another, and a
+    P-Tuning prefix, without any mask, and the last row sees all: two unmasked calls need no bias.
     """
     with attention_kernels():
         return _attend(query, key, value, attn_bias, prefix_length, scale)
 
 
 def attention_kernels() -> contextlib.AbstractContextManager:
-    """Without cuDNN's attention, which prepares itself anew for every length of a prompt."""
+    """Return a context without cuDNN's attention, which prepares itself again for every length of a prompt."""
     if not getattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)():
         return contextlib.nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

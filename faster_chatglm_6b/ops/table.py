@@ -1,4 +1,4 @@
-"""The table of operators that a model calls, and the one that serves each by its definition."""
+"""Define the table of operators that a model calls, and make the one that serves each by its definition."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -8,9 +8,10 @@ from . import reference
 
 @dataclass(frozen=True)
 class Operators:
-    """One callable per operator, and why it was chosen.
+    """One callable per operator.
 
-    ``choices`` maps an operator's name to (implementation, reason), for ``faster_chatglm_6b.status()``.
+    Attributes:
+        choices: maps an operator's name to (implementation, reason), for ``faster_chatglm_6b.status()``.
     """
 
     fast_gelu: Callable

@@ -1,1 +1,1 @@
-"""How a conversation is written as one prompt; knows no tokenizer and no model."""
+"""Write a conversation as one prompt, without a tokenizer or a model."""

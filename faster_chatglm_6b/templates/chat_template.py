@@ -1,19 +1,20 @@
-"""Role messages to ids in ChatGLM-6B's own chat format: ``apply_chat_template`` and the template behind it.
+"""Turn role messages into ids in ChatGLM-6B's own chat format: ``apply_chat_template`` and its template.
 
-What a conversation becomes, with the ids of the prompt text exactly as ``prompts.build_prompt`` and ``encode_text``
-give them to ``chat``:
+The ids of the prompt text are exactly those that ``chat`` gets from ``prompts.build_prompt`` and ``encode_text``.
+A conversation becomes:
 
-- The user's text is the last one: the prompt text, then [gMASK] <sop> with ``add_generation_prompt``.
-- The assistant's is the last one (a conversation for training, as the official P-Tuning script builds it): the prompt
-  text with all earlier rounds, [gMASK] <sop>, the answer, <eop>.
-- System texts, each with a line break, come before the first user text: the model has no system role.
+- if the last text is the user's: the prompt text, then [gMASK] <sop> with ``add_generation_prompt``;
+- if it is the assistant's (for training, as in the official P-Tuning script): the prompt text with all earlier rounds,
+  [gMASK] <sop>, the answer, <eop>.
 
-Rendered as text, a conversation begins with a mark, a control character that the vocabulary drops, and its own
-control tokens stand after one each. ``tokenize`` takes no other control token of such a text for one, and texts in
-messages lose their marks. So the text can be tokenized later, with special tokens or without, to the same ids.
+System texts, each with a line break, come before the first user text: the model has no system role.
 
-A user's own text belongs into a message or into ``encode_text``: ``tokenizer(text)`` takes control tokens for real,
-marked ones as, in stock, those without a mark.
+Rendered as text, a conversation begins with a mark, a control character that the vocabulary drops. Another mark stands
+before each of its control tokens. ``tokenize`` takes only these for control tokens, and texts in messages lose their
+marks. So the text can be tokenized later, with special tokens or without, to the same ids.
+
+Put a user's own text into a message or through ``encode_text``. ``tokenizer(text)`` takes control tokens for real:
+the marked ones in a text with marks, all of them in one without, as in stock.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from typing import Any
 from .history import read_messages
 
 MARK = "\x10"
-# Takes the place of a mark in a message: the vocabulary drops it as it drops the mark, so that the ids stay the same.
+# Replaces a mark in a message: the vocabulary drops both, so that the ids stay the same.
 HARMLESS = "\x11"
-# Before everything else: with a mark alone, a text that begins with "<sop>" would be taken for the control token.
+# Begins a rendered text: after a mark alone, a user's text that begins with "<sop>" would be the control token.
 START = MARK + HARMLESS
 _MARKED = re.compile(rf"{MARK}(\[gMASK\]|<sop>|<eop>)")
 
 _NO_TOOLS = "ChatGLM-6B was trained with neither tools nor documents; leave {} out and write what it needs into a text."
 
-# Rendered by transformers; whoever renders the text itself (a server, a trainer) gets the same from the saved file.
+# transformers renders it. A server or a trainer that renders the saved file gets the same text.
 CHAT_TEMPLATE = r"""
 {%- if tools or documents -%}
   {{- raise_exception('ChatGLM-6B was trained with neither tools nor documents; leave them out.') -}}
@@ -79,10 +80,10 @@ CHAT_TEMPLATE = r"""
 
 
 class ChatTemplateMixin:
-    """Chat messages for ``ChatGLMTokenizer``; stands before ``PreTrainedTokenizer`` among its bases."""
+    """Chat messages for ``ChatGLMTokenizer``; comes before ``PreTrainedTokenizer`` among its bases."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take ``chat_template`` of the checkpoint's files or ``CHAT_TEMPLATE``, where transformers has templates."""
+        """Take the checkpoint's ``chat_template``, else ``CHAT_TEMPLATE``, if this transformers has templates."""
         if hasattr(super(), "apply_chat_template") and kwargs.get("chat_template") is None:
             kwargs["chat_template"] = CHAT_TEMPLATE
         super().__init__(*args, **kwargs)
@@ -98,23 +99,23 @@ class ChatTemplateMixin:
         tokenize: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """transformers' ``apply_chat_template``, with the installed release's arguments, defaults and results.
+        """Apply the template as transformers does, with the installed release's arguments, defaults and results.
 
         Args:
             conversation: one conversation or a list of several; messages as ``history.read_messages`` takes them.
-            tools, documents: refused, unless a template of the caller's own has a use for them.
-            chat_template: another template, which transformers then renders and tokenizes as it does anywhere.
+            tools, documents: refused, unless a template of the caller's own uses them.
+            chat_template: another template, which transformers renders and tokenizes as usual.
             add_generation_prompt: end in [gMASK] <sop>, ready for ``generate``.
             continue_final_message: end after the assistant's last text, without <eop>.
-            tokenize: ids; otherwise text, which ``tokenizer(text)`` turns into the same ids.
+            tokenize: return ids; otherwise text, which ``tokenizer(text)`` turns into the same ids.
             kwargs: ``padding``, ``truncation``, ``max_length``, ``return_tensors``, ``return_dict`` and others.
                 ``truncation`` shortens the answer and the prompt text and keeps [gMASK] <sop>.
-                ``return_assistant_tokens_mask`` marks the last answer and its <eop>: earlier answers are part of the
+                ``return_assistant_tokens_mask`` marks the last answer and its <eop>. Earlier answers belong to the
                 prompt, which the model reads in both directions and cannot learn to predict.
 
         Raises:
-            ValueError: messages without a reading (see ``read_messages``), tools or documents, or arguments that
-                contradict each other.
+            ValueError: messages that ``read_messages`` refuses, tools or documents, or arguments that contradict each
+                other.
         """
         arguments = {
             "chat_template": chat_template,
@@ -133,7 +134,7 @@ class ChatTemplateMixin:
                 "continue_final_message and return_assistant_tokens_mask do not go together: a conversation for "
                 "training is finished; give one of them."
             )
-        # Control tokens that a user typed stay text in any case.
+        # Control tokens that a user typed stay text, whatever is asked for.
         kwargs.pop("sanitize_control_tokens", None)
         is_batch = isinstance(conversation, (list, tuple)) and any(
             isinstance(item, (list, tuple)) or hasattr(item, "messages") for item in conversation[:1]
@@ -156,7 +157,7 @@ class ChatTemplateMixin:
         return encoded
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        """Pieces of ``text``; in a rendered conversation only marked control tokens are pieces of their own."""
+        """Split ``text`` into pieces; in a rendered conversation only marked control tokens are their own pieces."""
         if MARK not in text:
             return super().tokenize(text, **kwargs)
         pieces: list[str] = []
@@ -168,7 +169,7 @@ class ChatTemplateMixin:
     def prepare_for_model(
         self, ids: list[int], pair_ids: list[int] | None = None, add_special_tokens: bool = True, **kwargs: Any
     ) -> Any:
-        """transformers' ``prepare_for_model``; [gMASK] <sop> that a rendered conversation has are not added again."""
+        """Prepare as transformers does, but add no second [gMASK] <sop> to a rendered conversation."""
         end = self._prompt_end(ids) if add_special_tokens else None
         if end is not None and pair_ids is None:
             add_special_tokens = False
@@ -184,10 +185,10 @@ class ChatTemplateMixin:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[list[int], list[int] | None, list[int]]:
-        """transformers' ``truncate_sequences``; a rendered conversation keeps its [gMASK] <sop>.
+        """Truncate as transformers does, but keep the [gMASK] <sop> of a rendered conversation.
 
-        On the right, tokens go from the answer's end first, then from the prompt text's; on the left, from the prompt
-        text's beginning first, then from the answer's.
+        On the right, tokens go from the answer's end first, then from the prompt text's. On the left, they go from the
+        prompt text's beginning first, then from the answer's.
         """
         end = self._prompt_end(ids)
         if end is None or pair_ids is not None or num_tokens_to_remove <= 0:
@@ -203,7 +204,7 @@ class ChatTemplateMixin:
         return kept, None, [*prompt[prompt_length:], *answer[answer_length:]]
 
     def _prompt_end(self, ids: list[int]) -> int | None:
-        """Where the answer begins: the slot after [gMASK] <sop>; None where they do not follow each other."""
+        """Find where the answer begins: the slot after [gMASK] <sop>; None if these do not follow each other."""
         gmask, sop = self.gmask_token_id, self.bos_token_id
         if gmask not in ids:
             return None
@@ -213,14 +214,14 @@ class ChatTemplateMixin:
         return None
 
     def _answer_mask(self, ids: list[int]) -> list[int]:
-        """1 for the answer and its <eop>, 0 for padding, prompt and [gMASK] <sop>."""
+        """Return 1 for the answer and its <eop>, 0 for padding, prompt and [gMASK] <sop>."""
         end = self._prompt_end([int(index) for index in ids])
         end = len(ids) if end is None else end
         return [0] * end + [1] * (len(ids) - end)
 
 
 def _read(conversation: Any, add_generation_prompt: bool) -> list[dict[str, str]]:
-    """Messages with no marks in them, checked for what the template needs."""
+    """Read messages, check them for what the template needs, and replace the marks in them."""
     messages = read_messages(conversation)
     role = messages[-1]["role"]
     if role == "system":

@@ -1,7 +1,7 @@
-"""Reads a conversation as callers hold it: rounds of (query, response), or messages with a role and a content.
+"""Read a conversation as callers hold it: rounds of (query, response), or messages with a role and a content.
 
-Both become what ``prompts.build_prompt`` takes. ChatGLM-6B knows no system role: the system text comes before the first
-user text, on lines of its own, as if the user had typed it.
+Both become arguments of ``prompts.build_prompt``. ChatGLM-6B knows no system role: the system text goes before the
+first user text, on lines of its own, as if the user had typed it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ORDER = "system messages come first, then user and assistant take turns, and us
 
 @dataclass(frozen=True)
 class History:
-    """Earlier rounds, oldest first, with the system text before them ('' for none)."""
+    """Earlier rounds, oldest first, and the system text before them ('' for none)."""
 
     rounds: tuple[tuple[str, str], ...] = ()
     system: str = ""
@@ -28,11 +28,11 @@ class History:
 
     @classmethod
     def of(cls, history: Any) -> History:
-        """Read what a caller gave as ``history``.
+        """Read a caller's ``history``.
 
         Args:
-            history: None; rounds, each a tuple or list of two texts (an empty one is no round and is left out); or
-                messages, in ``read_messages``' forms, that end with an answer.
+            history: None; or rounds, each a tuple or list of two texts; or messages in a form of ``read_messages``
+                that end with an answer. An empty round is left out.
 
         Raises:
             ValueError: anything else.
@@ -58,7 +58,7 @@ class History:
         return cls(tuple(zip(texts[::2], texts[1::2], strict=True)), system, given, is_messages=True)
 
     def prompt(self, query: str) -> str:
-        """The prompt text in which ``query`` is the last turn."""
+        """Build the prompt text in which ``query`` is the last turn."""
         rounds = [*self.rounds]
         if not self.system:
             return build_prompt(query, rounds)
@@ -68,23 +68,23 @@ class History:
         return build_prompt(query, [(f"{self.system}\n{question}", answer), *later])
 
     def with_round(self, query: str, response: str) -> list[Any]:
-        """A new list in the form that was given, one round longer."""
+        """Return a new list in the given form, one round longer."""
         if not self.is_messages:
             return [*self.given, (query, response)]
         return [*self.given, {"role": "user", "content": query}, {"role": "assistant", "content": response}]
 
 
 def read_messages(messages: Any, name: str = "conversation") -> list[dict[str, str]]:
-    """The messages of one conversation, each as {"role": str, "content": str}.
+    """Read the messages of one conversation, each as {"role": str, "content": str}.
 
     Args:
         messages: mappings with "role" and "content", or objects with these attributes. A content is a text, or a list
             of {"type": "text", "text": ...} parts, which are joined without anything between them.
-        name: what the messages are called in an error.
+        name: names the messages in an error.
 
     Raises:
-        ValueError: a message that is none, a role other than system, user and assistant, a content that is no text,
-            no message at all, or an order in which no turns can be seen.
+        ValueError: something that is no message, a role other than system, user and assistant, a content that is no
+            text, no message at all, or an order without turns.
     """
     if hasattr(messages, "messages"):
         messages = messages.messages
@@ -109,7 +109,7 @@ def read_messages(messages: Any, name: str = "conversation") -> list[dict[str, s
 
 
 def split_system(messages: list[dict[str, str]]) -> tuple[str, list[str]]:
-    """The system texts of read messages, empty ones left out, joined by line breaks; and all other texts in order."""
+    """Return the system texts of read messages, joined by line breaks without empty ones; and all other texts."""
     system = [message["content"] for message in messages if message["role"] == "system" and message["content"]]
     return "\n".join(system), [message["content"] for message in messages if message["role"] != "system"]
 

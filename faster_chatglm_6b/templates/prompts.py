@@ -1,8 +1,8 @@
-"""The text around a query, and the clean-up of an answer, as ChatGLM-6B was trained and published with."""
+"""Put the text around a query and clean up an answer, as ChatGLM-6B was trained and published."""
 
 import re
 
-# Half-width marks beside a Chinese character become full-width ones, because the tokenizer's NFKC made them half-width.
+# The tokenizer's NFKC made these marks half-width: beside a Chinese character they become full-width again.
 _MARKS = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 _AFTER_CHINESE = [(re.compile(rf"(?<=[\u4e00-\u9fff]){re.escape(half)}"), full) for half, full in _MARKS.items()]
 _BEFORE_CHINESE = [(re.compile(rf"{re.escape(half)}(?=[\u4e00-\u9fff])"), full) for half, full in _MARKS.items()]
@@ -10,10 +10,10 @@ _TRAINING_TIME, _YEAR = "[[训练时间]]", "2023年"
 
 
 def build_prompt(query: str, history: list[tuple[str, str]]) -> str:
-    """The prompt of a chat turn.
+    """Build the prompt of a chat turn.
 
     Args:
-        query: what the user says now.
+        query: the user's text of this turn.
         history: earlier (query, response) rounds, oldest first; without any the prompt is the bare query.
     """
     if not history:

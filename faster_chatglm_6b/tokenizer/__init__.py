@@ -1,1 +1,1 @@
-"""What the tokenizer is made of; ``tokenization_chatglm`` joins it."""
+"""The parts of the tokenizer; ``tokenization_chatglm`` joins them."""

@@ -1,4 +1,4 @@
-"""What a tokenizer learns from the config.json in the same directory where tokenizer_config.json does not say it."""
+"""Learn from the config.json in the same directory what tokenizer_config.json does not say."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_BYTES = 2**20
 
 
 def read_companion(vocab_file: str | Path) -> dict[str, Any]:
-    """config.json beside `vocab_file`; empty if there is none, or none that can be read."""
+    """Read config.json beside ``vocab_file``; return an empty dict if there is none that can be read."""
     path = Path(vocab_file).parent / "config.json"
     try:
         if not path.is_file() or path.stat().st_size > _MOST_BYTES:
@@ -27,10 +27,10 @@ def read_companion(vocab_file: str | Path) -> dict[str, Any]:
 
 
 def image_tokens(config: dict[str, Any], pieces: IceTextTokenizer) -> int:
-    """Number of image tokens before the ids of `pieces`.
+    """Return the number of image tokens before the ids of ``pieces``.
 
-    <sop> and <eop> of the model's config tell it. Without a config the file does: that of the first checkpoints goes
-    with image tokens.
+    The ids of <sop> and <eop> in the model's config tell it. Without a config the vocabulary file does: only that of
+    the first checkpoints goes with image tokens.
     """
     places = [
         config[name] - pieces.model.PieceToId(token)
@@ -43,6 +43,6 @@ def image_tokens(config: dict[str, Any], pieces: IceTextTokenizer) -> int:
 
 
 def longest_sequence(config: dict[str, Any]) -> int:
-    """The model's `max_sequence_length`."""
+    """Return the model's ``max_sequence_length``, or ChatGLM-6B's if it is no sensible number."""
     length = config.get("max_sequence_length")
     return length if type(length) is int and 0 < length < 2**24 else LONGEST_SEQUENCE

@@ -1,4 +1,4 @@
-"""Ids to text: what ``ChatGLMTokenizer`` says for the ids that the model gave."""
+"""Turn the ids that a model gave into text."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ class DecodingMixin:
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs: Any,
     ) -> str | list[str]:
-        """Text of an id, of ids in any sequence or tensor, or (transformers 5) texts of a batch.
+        """Return the text of an id, of ids in any sequence or tensor, or (transformers 5) the texts of a batch.
 
-        Control tokens are dropped, and so are the 184 ids after the vocabulary, which ChatGLM-6B's embedding has rows
-        but ice_text.model no pieces for. `skip_special_tokens=False`, given explicitly, shows control tokens by their
-        names; left out (or None), it is stock's decode. The label -100 and image tokens are `<image_-100>`,
-        `<image_5>`, as in stock. Blanks before English punctuation are removed unless
-        `clean_up_tokenization_spaces=False`. Raises ValueError for another negative or a larger id.
+        Control tokens are dropped. So are the 184 ids after the vocabulary, for which ChatGLM-6B's embedding has rows
+        and ice_text.model no pieces. The label -100 and image tokens are ``<image_-100>``, ``<image_5>``, as in stock.
+
+        Args:
+            skip_special_tokens: False, given explicitly, shows control tokens by their names; None decodes as stock.
+            clean_up_tokenization_spaces: False keeps the blanks before English punctuation.
+
+        Raises:
+            ValueError: another negative id, or a larger one.
         """
         kwargs |= {
             "skip_special_tokens": skip_special_tokens,
@@ -46,8 +50,8 @@ class DecodingMixin:
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs: Any,
     ) -> list[str]:
-        """`decode` of each sequence."""
-        # The base class hands its own default on to decode, where it would be as good as given.
+        """Decode each sequence; arguments and errors as in ``decode``."""
+        # The base class hands its own default on to decode, which would take it for a given one.
         return super().batch_decode(
             sequences,
             skip_special_tokens=skip_special_tokens,
@@ -76,9 +80,10 @@ class DecodingMixin:
         return clean_up_spacing(text) if clean_up_tokenization_spaces else text
 
     def decodable_ids(self, ids: list[int], skip_special_tokens: bool = False) -> list[int]:
-        """`ids` without <pad>, without ids that have no piece, and, if asked, without special tokens.
+        """Return ``ids`` without <pad>, without ids that have no piece, and, if asked, without special tokens.
 
-        Raises ValueError for an id that neither this vocabulary nor ChatGLM-6B's embedding has.
+        Raises:
+            ValueError: an id that neither this vocabulary nor ChatGLM-6B's embedding has.
         """
         return self._ids_with_text(ids, skip_special_tokens)
 
@@ -114,7 +119,7 @@ class DecodingMixin:
         return texts
 
     def _text_of_pieces(self, ids: Sequence[int], names: Mapping[int, str]) -> str:
-        """Text of ids below `vocab_size`, those in `names`, image tokens and labels by their names."""
+        """Return the text of ids below ``vocab_size``; those in ``names``, image tokens and labels by their names."""
         first = self.num_image_tokens
         if not names and (not ids or min(ids) >= first):
             return self.sp_tokenizer.decode(ids)
@@ -130,7 +135,7 @@ class DecodingMixin:
         return text
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Text of a list of pieces."""
+        """Return the text of a list of pieces."""
         return self.sp_tokenizer.decode_tokens(tokens)
 
     def _convert_id_to_token(self, index: int) -> str:

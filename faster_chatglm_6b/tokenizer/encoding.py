@@ -1,4 +1,4 @@
-"""What goes around a text's ids, and which arguments of a call have an effect."""
+"""Put control tokens around a text's ids, and name arguments of a call that have no effect."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ _KNOWN_ARGUMENTS = _OTHER_ARGUMENTS.union(signature(PreTrainedTokenizer.__call__
 
 
 class EncodingMixin:
-    """[gMASK] <sop> after a text and <eop> after a second one; every argument has its effect or is named."""
+    """Ids with [gMASK] <sop> after a text and <eop> after a second one."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """`PreTrainedTokenizer.__call__`; an argument that it does not know is logged.
+        """Encode as ``PreTrainedTokenizer.__call__`` does; log an argument that it does not know.
 
-        Raises NotImplementedError for `return_offsets_mapping`, which needs a fast tokenizer.
+        Raises:
+            NotImplementedError: ``return_offsets_mapping``, which needs a fast tokenizer.
         """
         self._check_arguments({**(kwargs.get("tokenizer_kwargs") or {}), **kwargs})
         return super().__call__(*args, **kwargs)
 
     def encode(self, *args: Any, **kwargs: Any) -> list[int]:
-        """`PreTrainedTokenizer.encode`; arguments and errors as in a call."""
+        """Encode as ``PreTrainedTokenizer.encode`` does; arguments and errors as in a call."""
         self._check_arguments(kwargs)
         return super().encode(*args, **kwargs)
 
@@ -46,10 +47,12 @@ class EncodingMixin:
     def get_special_tokens_mask(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
     ) -> list[int]:
-        """1 for each id that `build_inputs_with_special_tokens` adds, or, with `already_has_special_tokens`, for each
-        special id of `token_ids_0`; 0 for the others.
+        """Return 1 for each id that ``build_inputs_with_special_tokens`` adds and 0 for the others.
 
-        Raises ValueError for a second sequence together with `already_has_special_tokens`.
+        With ``already_has_special_tokens`` return 1 for each special id of ``token_ids_0`` instead.
+
+        Raises:
+            ValueError: a second sequence together with ``already_has_special_tokens``.
         """
         if already_has_special_tokens:
             if token_ids_1 is not None:
@@ -62,14 +65,14 @@ class EncodingMixin:
     def create_token_type_ids_from_sequences(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """0 for each id up to <sop>, 1 for each after it. ChatGLM-6B itself has no token types."""
+        """Return 0 for each id up to <sop> and 1 for each after it. ChatGLM-6B itself has no token types."""
         types = [0] * (len(token_ids_0) + 2)
         return types if token_ids_1 is None else types + [1] * (len(token_ids_1) + 1)
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """`token_ids_0` [gMASK] <sop>, then, if there is a second sequence, `token_ids_1` <eop>."""
+        """Return ``token_ids_0`` [gMASK] <sop>, then ``token_ids_1`` <eop> if there is a second sequence."""
         ids = [*token_ids_0, self.gmask_token_id, self.bos_token_id]
         return ids if token_ids_1 is None else [*ids, *token_ids_1, self.eos_token_id]
 
@@ -81,7 +84,7 @@ class EncodingMixin:
         truncation_strategy: str | TruncationStrategy = "longest_first",
         stride: int = 0,
     ) -> tuple[list[int], list[int] | None, list[int]]:
-        """`PreTrainedTokenizer.truncate_sequences`; what would lose all tokens stays whole, as in transformers 4."""
+        """Truncate as ``PreTrainedTokenizer`` does, but keep what would lose all tokens whole, as in transformers 4."""
         strategy = TruncationStrategy(truncation_strategy)
         shortened = pair_ids if strategy == TruncationStrategy.ONLY_SECOND else ids
         is_one_shortened = strategy != TruncationStrategy.LONGEST_FIRST or pair_ids is None

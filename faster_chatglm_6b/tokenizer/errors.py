@@ -1,4 +1,4 @@
-"""What goes wrong while a tokenizer is read, in one sentence each."""
+"""Say in one sentence each what is wrong with a tokenizer's files and settings."""
 
 import json
 from collections.abc import Iterator
@@ -16,18 +16,27 @@ _NO_LIMIT = 1e20
 
 
 def check_files(name: Any, subfolder: str | None = None) -> None:
-    """Raise ValueError, with the file's path, if a JSON file of the directory `name` cannot be that of a tokenizer."""
+    """Check the JSON files of a tokenizer in the directory ``name``, as far as there are any.
+
+    Raises:
+        ValueError: a file, named by its path, is no JSON object that transformers can read.
+    """
     try:
         folder = Path(name) / (subfolder or "")
         paths = [folder / file for file in _JSON_FILES if (folder / file).is_file()]
     except (TypeError, ValueError, OSError):
-        return  # no directory: transformers says what is wrong, or downloads the files
+        # No directory: transformers says what is wrong, or downloads the files.
+        return
     for path in paths:
         check_json_object(path)
 
 
 def check_json_object(path: Path) -> None:
-    """Raise ValueError, with the path, unless the file holds a JSON object that transformers can read."""
+    """Check that a file holds a JSON object that transformers can read.
+
+    Raises:
+        ValueError: it does not; the path is named.
+    """
     size = path.stat().st_size
     if size > _MOST_BYTES:
         raise _wrong_file(path, f"it has {size} bytes, and more than {_MOST_BYTES} are refused")
@@ -47,15 +56,15 @@ def _wrong_file(path: Path, what: str) -> ValueError:
 
 @contextmanager
 def clear_errors(name: Any) -> Iterator[None]:
-    """Say so where tokenizer_config.json cannot be that of a tokenizer.
+    """Turn what transformers raises for a wrong tokenizer_config.json into one sentence.
 
     Raises:
-        ValueError: a setting has a value that transformers fails on, or what the constructor raises.
+        ValueError: a setting has a value that transformers fails on. The constructor's own errors pass unchanged.
     """
     try:
         yield
     except ImportError as error:
-        # transformers up to 5.0 asks for protobuf as soon as a constructor raises anything, and hides what it was.
+        # transformers up to 5.0 asks for protobuf if a constructor raises anything, and hides what it raised.
         cause = error.__context__
         if isinstance(cause, (ValueError, OSError)):
             raise cause from None
@@ -66,7 +75,7 @@ def clear_errors(name: Any) -> Iterator[None]:
         raise _wrong_setting(name, error) from error
 
 
-# transformers checks no types: it fails where it comes upon one that it did not expect.
+# transformers checks no types: it fails when it comes upon one that it did not expect.
 _WRONG_TYPES = (TypeError, AttributeError, LookupError, AssertionError)
 
 
@@ -78,7 +87,11 @@ def _wrong_setting(name: Any, error: BaseException) -> ValueError:
 
 
 def check_settings(model_max_length: Any) -> None:
-    """Raise ValueError for settings that would fail only when a text is encoded."""
+    """Check settings that would fail only when a text is encoded.
+
+    Raises:
+        ValueError: ``model_max_length`` is no number.
+    """
     if isinstance(model_max_length, bool) or not isinstance(model_max_length, (int, float)):
         raise ValueError(
             f"tokenizer_config.json gives model_max_length={model_max_length!r}, but a number is needed; take the "
@@ -87,7 +100,11 @@ def check_settings(model_max_length: Any) -> None:
 
 
 def check_image_tokens(count: Any) -> None:
-    """Raise ValueError if `count` cannot be the number of ids before those of the pieces."""
+    """Check the number of ids before those of the pieces.
+
+    Raises:
+        ValueError: ``count`` cannot be that number.
+    """
     if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= _MOST_IMAGE_TOKENS:
         raise ValueError(
             f"tokenizer_config.json or an argument gives num_image_tokens={count!r}, but a number from 0 to "
@@ -96,5 +113,5 @@ def check_image_tokens(count: Any) -> None:
 
 
 def is_unlimited(model_max_length: Any) -> bool:
-    """Whether no limit is given: none at all, or the number that transformers saves for none."""
+    """Tell whether no limit is given: none at all, or the number that transformers saves for none."""
     return model_max_length is None or (type(model_max_length) in (int, float) and model_max_length > _NO_LIMIT)

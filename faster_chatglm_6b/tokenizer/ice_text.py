@@ -23,7 +23,7 @@ _BLANK_RUN = re.compile(f" {{2,{LONGEST_BLANK_RUN}}}")
 _IMAGE_TOKEN = re.compile(r"<image_(\d+)>")
 _MARKER = re.compile(r"<(?:n|\|tab\||\|blank_([2-9]|[1-7][0-9]|80)\|)>")
 
-# What decode() does to English spacing (transformers 4.27's clean_up_tokenization, missing in 5.0.0), in this order.
+# decode() applies these to English spacing, in this order: clean_up_tokenization of transformers 4.27, gone in 5.0.0.
 _SPACING_RULES = (
     (" .", "."),
     (" ?", "?"),
@@ -39,12 +39,12 @@ _SPACING_RULES = (
 
 
 def image_token(index: int) -> str:
-    """The stock tokenizer's name for an image token, and for the label -100."""
+    """Return the stock tokenizer's name for an image token, and for the label -100."""
     return f"<image_{index}>"
 
 
 def mark_whitespace(text: str, linebreak: bool = True, whitespaces: bool = True) -> str:
-    """Spell line breaks (`linebreak`) and tabs and runs of 2 to 80 blanks (`whitespaces`) as marker pieces."""
+    """Spell line breaks (``linebreak``) and tabs and runs of 2 to 80 blanks (``whitespaces``) as marker pieces."""
     if linebreak:
         text = text.replace("\n", LINE_BREAK_PIECE)
     if whitespaces:
@@ -86,42 +86,42 @@ class TextTokenizer:
         return self.num_tokens
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`."""
+        """Return the ids of ``text``."""
         return self.sp.EncodeAsIds(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`, markers and all."""
+        """Return the text of ``ids``, markers and all."""
         return self.sp.DecodeIds(ids)
 
     def tokenize(self, text: str) -> list[str]:
-        """Pieces of `text`."""
+        """Split ``text`` into pieces."""
         return self.sp.EncodeAsPieces(text)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Text of pieces, markers and all."""
+        """Return the text of pieces, markers and all."""
         return self.sp.DecodePieces(tokens)
 
     def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]:
-        """Ids of pieces."""
+        """Return the ids of pieces."""
         return self.sp.PieceToId(list(tokens))
 
     def convert_token_to_id(self, token: str) -> int:
-        """Id of a piece."""
+        """Return the id of a piece."""
         return self.sp.PieceToId(token)
 
     def convert_id_to_token(self, idx: int) -> str:
-        """Piece of an id."""
+        """Return the piece of an id."""
         return self.sp.IdToPiece(idx)
 
 
 class IceTextTokenizer:
-    """Plain text <-> ids and pieces by sentencepiece; knows nothing of special tokens added around a text.
+    """Plain text <-> ids and pieces by sentencepiece; adds no special tokens around a text.
 
-    Control pieces ([gMASK], <sop>, ...) never come out of a text: typed in a text they are split like any other
+    Control pieces ([gMASK], <sop>, ...) never come out of a text: if typed in one, they are split like any other
     characters. Decoding drops them.
 
-    With `num_image_tokens` the first ids stand for images (`<image_0>`, ...), as in the first ChatGLM-6B checkpoints;
-    the pieces' ids follow them.
+    With ``num_image_tokens`` the first ids stand for images (``<image_0>``, ...), as in the first ChatGLM-6B
+    checkpoints. The pieces' ids follow them.
     """
 
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
@@ -129,10 +129,11 @@ class IceTextTokenizer:
     byte_fallback = True
 
     def __init__(self, model_file: str | Path, num_image_tokens: int = 0):
-        """Load `model_file`.
+        """Load ``model_file``.
 
-        Raises VocabularyError if the file is missing or not a sentencepiece model, or if it lacks the byte, blank and
-        line break pieces of ChatGLM-6B's vocabulary.
+        Raises:
+            VocabularyError: the file is missing or no sentencepiece model, or it lacks the byte, blank and line break
+                pieces of ChatGLM-6B's vocabulary.
         """
         self.vocab_file = model_file
         self.num_image_tokens = num_image_tokens
@@ -146,7 +147,7 @@ class IceTextTokenizer:
         self.byte_of_id: dict[int, int] = {self.model.PieceToId(f"<0x{byte:02X}>"): byte for byte in range(256)}
 
     def wrong_vocabulary(self, model_file: str | Path, missing: Sequence[str]) -> VocabularyError:
-        """The error that tells why `model_file` is not ChatGLM-6B's vocabulary."""
+        """Return the error that tells why ``model_file`` is not ChatGLM-6B's vocabulary."""
         return VocabularyError(
             f"{model_file} has {self.num_text_tokens} pieces and no {', '.join(missing)}: it is not the vocabulary of "
             f"ChatGLM-6B; {WHERE_TO_GET_IT}."
@@ -184,9 +185,9 @@ class IceTextTokenizer:
         }
 
     def bytes_of_ids(self) -> list[bytes]:
-        """What each id adds to a text, in UTF-8; nothing for image tokens and control pieces.
+        """Return what each id adds to a text, in UTF-8; nothing for image tokens and control pieces.
 
-        For grammars and other constraints (`xgrammar.TokenizerInfo`, say), which would take markers for text.
+        Grammars and other constraints (``xgrammar.TokenizerInfo``, say) need it: they would take markers for text.
         """
         texts = [b""] * self.num_image_tokens
         for index, piece in enumerate(self.pieces):
@@ -200,20 +201,20 @@ class IceTextTokenizer:
 
     @staticmethod
     def get_blank_token(length: int) -> str:
-        """The marker piece of a run of `length` blanks."""
+        """Return the marker piece of a run of ``length`` blanks."""
         return f"<|blank_{length}|>"
 
     @staticmethod
     def get_tab_token() -> str:
-        """The marker piece of a tab."""
+        """Return the marker piece of a tab."""
         return TAB_PIECE
 
     def postprocess(self, text: str) -> str:
-        """`unmark_whitespace`."""
+        """Turn marker pieces back into whitespace, under the stock tokenizer's name."""
         return unmark_whitespace(text)
 
     def __getitem__(self, key: int | str) -> int | str:
-        """The piece of an id or the id of a piece (the id of <unk> if there is no such piece)."""
+        """Return the piece of an id, or the id of a piece: that of <unk> if there is no such piece."""
         if isinstance(key, str):
             image = _IMAGE_TOKEN.fullmatch(key)
             return int(image[1]) if image else self.num_image_tokens + self.model.PieceToId(key)
@@ -224,9 +225,16 @@ class IceTextTokenizer:
     def encode(
         self, text: str, linebreak: bool = True, whitespaces: bool = True, add_dummy_prefix: bool = True
     ) -> list[int]:
-        """Ids of `text`; options as in the stock tokenizer (`add_dummy_prefix=False`: no blank before the text).
+        """Return the ids of ``text``.
 
-        Raises TypeError if `text` is not a string and ValueError if it is not valid Unicode.
+        Args:
+            linebreak: spell line breaks as marker pieces.
+            whitespaces: spell tabs and runs of blanks as marker pieces.
+            add_dummy_prefix: put a blank before the text. These three are the stock tokenizer's options.
+
+        Raises:
+            TypeError: ``text`` is not a string.
+            ValueError: ``text`` is not valid Unicode.
         """
         text = self._prepare(text, linebreak, whitespaces)
         if add_dummy_prefix:
@@ -240,15 +248,20 @@ class IceTextTokenizer:
     def tokenize(
         self, text: str, linebreak: bool = True, whitespaces: bool = True, add_dummy_prefix: bool = True
     ) -> list[str]:
-        """Pieces of `text`; arguments and errors as in `encode`."""
+        """Split ``text`` into pieces; arguments and errors as in ``encode``."""
         text = self._prepare(text, linebreak, whitespaces)
         if add_dummy_prefix:
             return self.model.EncodeAsPieces(text)
         return self.model.EncodeAsPieces(LINE_BREAK_PIECE + text)[2:]
 
     def decode(self, ids: list[int], is_start: bool = True) -> str:
-        """Text of `ids`, each below num_tokens; image tokens have none. Bytes that are not UTF-8 become U+FFFD, one
-        each. Without `is_start` the text is one that follows other text: its first blank stays."""
+        """Return the text of ``ids``, each below ``num_tokens``; image tokens have none.
+
+        Bytes that are not UTF-8 become U+FFFD, one each.
+
+        Args:
+            is_start: whether the ids begin a text. If they follow other text, their first blank stays.
+        """
         first = self.num_image_tokens
         if first:
             ids = [index - first for index in ids if index >= first]
@@ -261,7 +274,7 @@ class IceTextTokenizer:
         return unmark_whitespace(self.model.DecodeIds([anchor, *ids])[len(LINE_BREAK_PIECE) :])
 
     def decode_tokens(self, tokens: list[str]) -> str:
-        """Text of a list of pieces."""
+        """Return the text of a list of pieces."""
         return unmark_whitespace(self.model.DecodePieces(tokens)) if tokens else ""
 
     def _prepare(self, text: str, linebreak: bool, whitespaces: bool) -> str:

@@ -1,4 +1,4 @@
-"""Reading ``ice_text.model``, in its current state and in that of the first ChatGLM-6B checkpoints."""
+"""Read ``ice_text.model``, in its current state and in that of the first ChatGLM-6B checkpoints."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ class VocabularyError(ValueError):
 
 
 def read_vocabulary(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, bool]:
-    """The vocabulary, and whether the file is that of the first checkpoints (2699926 bytes, 130000 pieces).
+    """Read the vocabulary, and add the control, blank and byte pieces that the first checkpoints' file lacks.
 
-    Such a file lacks the control, blank and byte pieces of the current one; they are added here.
+    Returns:
+        the vocabulary, and whether the file is that of the first checkpoints (2699926 bytes, 130000 pieces).
 
     Raises:
         VocabularyError: the file is missing, far too large or no sentencepiece model.
@@ -77,7 +78,7 @@ def _is_first_file(model: sentencepiece.SentencePieceProcessor) -> bool:
 
 
 def _missing_pieces() -> Iterator[bytes]:
-    """The added pieces as protobuf writes them: appended to a serialized ModelProto, they are its last pieces."""
+    """Yield the added pieces as protobuf writes them: appended to a serialized ModelProto, they are its last ones."""
     for kind, names in (
         (_CONTROL, _CONTROL_PIECES),
         (_USER_DEFINED, _BLANK_PIECES),

@@ -1,7 +1,7 @@
 """Triton kernels for NVIDIA GPUs and the functions that launch them. Importing this package needs Triton.
 
-Every function can be captured in a CUDA graph: it never synchronises, and allocates nothing if it is given ``out`` and
-``workspace``. On compute capability 9.0 and later kernels are launched before their predecessor ends and wait inside.
+A CUDA graph can capture every function: none synchronises, and none allocates if ``out`` and ``workspace`` are given.
+On compute capability 9.0 and later, kernels are launched before their predecessor ends and wait inside.
 """
 
 from .decode_attention import decode_attention
