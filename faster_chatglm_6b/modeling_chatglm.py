@@ -1,4 +1,4 @@
-"""ChatGLM-6B under Hugging Face's file name: the network joined with what it can do. Its bases are the architecture."""
+"""Join the network with what it can do, under Hugging Face's file name; the bases of the class are the architecture."""
 
 from transformers.generation.utils import GenerationMixin
 
@@ -13,7 +13,7 @@ from .network.model import ChatGLMModel, ChatGLMPreTrainedModel, ChatGLMWithHead
 from .network.quantization import QuantizationMixin
 from .network.stock_names import StockGenerationNames
 
-# With what scripts import from the checkpoint's file of this name.
+# Includes what scripts import from the checkpoint's file of this name.
 __all__ = [
     "ChatGLMConfig",
     "ChatGLMForConditionalGeneration",

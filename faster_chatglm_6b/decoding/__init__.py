@@ -1,1 +1,1 @@
-"""Token-by-token generation."""
+"""Serve a ``Request`` token by token in the captured loop, without knowing transformers."""

@@ -1,4 +1,4 @@
-"""What a model keeps for the captured loop between calls, and who may use it."""
+"""Keep the captured loop's sessions of a model between calls, for one request at a time."""
 
 import threading
 from collections import OrderedDict
@@ -9,19 +9,20 @@ from .refusal import CannotServe, check_sizes, too_little_for_the_loop
 from .session import Session, capacity_for
 from .shortage import is_out_of_memory
 
-# Sessions of other batch sizes stay as long as they are few and all caches together fit in this.
+# Sessions of several batch sizes are kept as long as they are few and their caches together fit in this.
 _MOST_IDLE_BYTES = 2 << 30
 _MOST_SESSIONS = 4
 
 
 class DecodeEngine:
-    """One request at a time; others wait, and a thread that would wait for itself is told so.
+    """Owner of a model's sessions: one request runs at a time, and others wait.
 
-    It is no part of the model's state: copies and pickles of the model start with an empty one.
+    A thread that would wait for itself gets an error. The engine is no part of the model's state: copies and pickles
+    of the model start with an empty one.
     """
 
     def __init__(self) -> None:
-        # Held by the running request. Taken with a bare ``with``, in which no interrupt can fall between the two.
+        # Held by the running request. Take it by a bare ``with``, which lets no interrupt fall between.
         self.lock = threading.Lock()
         self._owner: int | None = None
         self._key: tuple | None = None
@@ -35,16 +36,16 @@ class DecodeEngine:
         return DecodeEngine, ()
 
     def refuse_own_thread(self) -> None:
-        """Call before waiting for the lock.
+        """Refuse a thread that would wait for its own request; call before waiting for the lock.
 
         Raises:
-            CannotServe: this thread itself has a request open, a stream that is neither finished nor closed.
+            CannotServe: this thread has a stream open that is neither finished nor closed.
         """
         if self.lock.locked() and self._owner == threading.get_ident():
             raise CannotServe("another stream of this thread is open on the model")
 
     def touch(self) -> None:
-        """Note that the calling thread goes on with the request: a generator may be moved on by any thread."""
+        """Note that the calling thread continues the request: any thread may advance a generator."""
         self._owner = threading.get_ident()
 
     def end(self) -> None:
@@ -54,11 +55,11 @@ class DecodeEngine:
             self._drop()
 
     def give_up_sessions(self) -> None:
-        """Make everything anew after this request: a step was left half done, or memory ran out."""
+        """Drop all sessions after this request: a step was left half done, or memory ran out."""
         self._release_when_free = True
 
     def release(self) -> None:
-        """Give up all caches and graphs, now or when the running request ends."""
+        """Release all caches and graphs, now or when the running request ends."""
         self._release_when_free = True
         if self.lock.acquire(blocking=False):
             try:
@@ -72,19 +73,21 @@ class DecodeEngine:
         self._release_when_free = False
 
     def session(self, model: Any, key: tuple, batch: int, tokens: int) -> Session:
-        """A session for ``batch`` sequences of up to ``tokens`` cached ids and prefix keys; call with the lock held.
+        """Return a session for ``batch`` sequences of up to ``tokens`` cached ids and prefix keys.
+
+        Call with the lock held.
 
         Args:
-            key: where the weights lie, from ``check_model``; with other ones everything is made anew.
+            key: where the weights lie, from ``check_model``; another key drops all sessions.
 
         Raises:
-            CannotServe: weights of other sizes than the kernels' buffers, or not enough memory for its cache.
+            CannotServe: the weights do not fit the kernels' buffers, or memory is too short for the cache.
         """
         if key != self._key:
             self._drop()
             check_sizes(model)
             self._key = key
-        # No name is given to the session of before: it would hold its cache while the new one is made.
+        # The previous session gets no name here: a name would hold its cache while the new one is made.
         if batch not in self._sessions or self._sessions[batch].capacity < tokens:
             self._make(model, batch, capacity_for(tokens))
         self._sessions.move_to_end(batch)

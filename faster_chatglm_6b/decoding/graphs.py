@@ -1,4 +1,4 @@
-"""The captured graphs of a session, and a capture that leaves the process usable however it ends."""
+"""Capture a session's steps as CUDA graphs, and leave the process usable however a capture ends."""
 
 import contextlib
 import gc
@@ -14,18 +14,18 @@ from .shortage import is_out_of_memory
 
 _log = logging.getLogger("faster_chatglm_6b")
 
-# Graphs are few in practice: one or two lengths times the ways of sampling that an application uses.
+# An application needs few graphs: one or two lengths for each way of sampling that it uses.
 _MOST_GRAPHS = 8
 
 _idle_streams: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
 
 
 class StepGraphs:
-    """One captured graph for each kind of step, told apart by a key; the kind used longest ago goes first.
+    """Captured graphs, one for each kind of step. The least recently used one is dropped first.
 
     Attributes:
         captures: whether steps are captured at all; in Triton's interpreter they are not.
-        capture_failed: whether memory was too short for a capture. Later steps then run eagerly, only slower.
+        capture_failed: whether memory was too short for a capture. Later steps then run eagerly, which is only slower.
     """
 
     def __init__(self, device: torch.device):
@@ -39,11 +39,11 @@ class StepGraphs:
         return len(self._graphs)
 
     def values(self) -> list[torch.cuda.CUDAGraph]:
-        """Return the graphs, the one used last at the end."""
+        """Return the graphs, the most recently used one last."""
         return list(self._graphs.values())
 
     def run(self, key: tuple, step: Callable[[], None], counter: torch.Tensor) -> None:
-        """Queue a step: replay its graph, or run it eagerly, which compiles its kernels, and capture it for later.
+        """Queue a step by replaying its graph. Without one, run it eagerly, which compiles its kernels, and capture it.
 
         Args:
             key: everything that the launches of ``step`` depend on.
@@ -70,20 +70,20 @@ class StepGraphs:
             self._graphs.popitem(last=False)
 
     def _capture(self, step: Callable[[], None], counter: torch.Tensor) -> torch.cuda.CUDAGraph:
-        """Record the step without running it.
+        """Record the step without running it. Other threads and streams of the process go on, with one exception.
 
-        Other threads and streams of the process go on undisturbed, but for one thing: torch takes its default CUDA
-        generator into every capture, so that a thread that draws from it in these milliseconds gets an error.
+        torch includes its default CUDA generator in every capture. A thread that draws from it in these milliseconds
+        gets an error.
         """
         with torch.cuda.stream(self._stream), no_collection():
             return capture(self._pool, step, counter)
 
 
 def capture_stream(owner: Any, device: torch.device) -> torch.cuda.Stream:
-    """A stream for the owner's captures, its own for as long as it lives.
+    """Return a stream for the owner's captures, which belongs to the owner as long as it lives.
 
-    torch keeps the cuBLAS workspace of each stream on which a product was captured (33 MiB on an H200), and two owners
-    whose graphs may run side by side must not share one. So streams are taken up again, not made anew for each owner.
+    torch keeps a cuBLAS workspace for each stream on which a product was captured (33 MiB on an H200). Two owners whose
+    graphs may run side by side must not share one. So each owner takes an idle stream before a new one is made.
     """
     idle = _idle_streams[device]
     try:
@@ -96,8 +96,11 @@ def capture_stream(owner: Any, device: torch.device) -> torch.cuda.Stream:
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """Hold Python's garbage collector off: what it finds may be an older graph, and torch (2.11 at least) destroys that
-    with a call that CUDA forbids during a capture of the same thread, which spoils the capture."""
+    """Pause Python's garbage collector, which may find an older graph.
+
+    torch (2.11 at least) destroys a graph with a call that CUDA forbids while the same thread captures. That call
+    would spoil the capture.
+    """
     enabled = gc.isenabled()
     try:
         gc.disable()
@@ -108,17 +111,19 @@ def no_collection() -> Iterator[None]:
 
 
 def capture(pool: tuple[int, int], run: Callable[[], None], counter: torch.Tensor) -> torch.cuda.CUDAGraph:
-    """The graph of what ``run`` queues on the current stream, which must not be the default one.
+    """Return the graph of what ``run`` queues on the current stream, which must not be the default one.
 
     Args:
-        pool: the graph's memory. counter: any tensor on the device; it is not written to.
+        pool: the graph's memory.
+        run: queues the kernels.
+        counter: any tensor on the device; it is not written to.
     """
     graph = torch.cuda.CUDAGraph()
     try:
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         run()
     except BaseException:
-        # The end of a spoilt capture has an error of its own, which would hide the cause.
+        # Ending a spoilt capture raises an error of its own, which would hide the cause.
         with contextlib.suppress(RuntimeError):
             _end(graph, pool, counter)
         raise
@@ -135,12 +140,12 @@ def _end(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], counter: torch.Tens
 
 
 def _leave(pool: tuple[int, int], counter: torch.Tensor) -> None:
-    """Undo what torch leaves where CUDA refuses to end a capture; the stream itself captures no more by then."""
+    """Undo what torch leaves if CUDA refuses to end a capture; the stream itself no longer captures by then."""
     with contextlib.suppress(RuntimeError, AttributeError):
-        # Only a pool that was still recorded to counts the failed graph among its users.
+        # The pool counts the failed graph among its users only if it was still recorded to.
         torch._C._cuda_endAllocateToPool(counter.device.index, pool)
         torch._C._cuda_releasePool(counter.device.index, pool)
-    # The default generator believes in the capture until the next one has ended well. This one is never replayed.
+    # The default generator stays in capture mode until a capture ends well. This one is never replayed.
     with contextlib.suppress(RuntimeError):
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(capture_error_mode="thread_local")

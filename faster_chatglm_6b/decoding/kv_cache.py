@@ -1,4 +1,4 @@
-"""Preallocated keys and values, written in place."""
+"""Keep keys and values in preallocated memory, and write them in place."""
 
 import torch
 
@@ -8,10 +8,14 @@ from ..ops.triton import fused_attention_concat_past_key_value
 class KVCache:
     """Keys and values of every layer in one tensor; a new token costs no copy of the old ones.
 
-    It has the part of transformers' ``Cache`` that the model's forward calls: ``update`` and ``get_seq_length``.
+    It offers what the model's forward calls of transformers' ``Cache``: ``update`` and ``get_seq_length``.
 
     Args:
-        layers, batch, heads, capacity, head_size: L, B, H, T and K of the storage [L, 2, B, H, T, K].
+        layers: L of the storage [L, 2, B, H, T, K].
+        batch: B.
+        heads: H.
+        capacity: T, most tokens per sequence.
+        head_size: K.
     """
 
     def __init__(
@@ -31,23 +35,23 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens that each sequence has room for."""
+        """Most tokens per sequence."""
         return self.storage.shape[4]
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one layer, [B, H, T, K] each, filled or not."""
+        """Return keys and values of one layer, [B, H, T, K] each, filled or not."""
         return self.storage[index, 0], self.storage[index, 1]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens that ``update`` has stored so far."""
+        """Return the number of tokens that ``update`` has stored so far."""
         return self._lengths[layer_idx]
 
     def reset(self) -> None:
-        """Start with an empty cache; the memory stays."""
+        """Empty the cache; its memory stays allocated."""
         self._lengths = [0] * len(self._lengths)
 
     def move_head(self, row: int, length: int, slot: int) -> None:
-        """Move the first ``length`` keys and values of one sequence to the slots from ``slot`` on, in every layer."""
+        """Copy the first ``length`` keys and values of one sequence to the slots from ``slot`` on, in every layer."""
         head = self.storage[:, :, row, :, :length].clone()
         self.storage[:, :, row, :, slot : slot + length].copy_(head)
 
@@ -55,7 +59,8 @@ class KVCache:
         """Make room for ``rows`` more tokens in a layer.
 
         Returns:
-            the slot of the first of them, and the keys and values so far with them, views [B, H, length + rows, K].
+            The slot of the first new token, and the layer's keys and values up to the last new one, views
+            [B, H, length + rows, K].
 
         Raises:
             ValueError: the cache is full.
@@ -73,7 +78,7 @@ class KVCache:
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, cache_kwargs: dict | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store key and value [B, H, M, K] after what the layer holds and return all of it, [B, H, length, K] each."""
+        """Append key and value [B, H, M, K] to a layer and return all that it holds, [B, H, length, K] each."""
         start, keys, values = self.grow(layer_idx, key.shape[2])
         fits = all(one.dtype == self.storage.dtype and one.device == self.storage.device for one in (key, value))
         if fits and key.stride(3) == value.stride(3) == 1:

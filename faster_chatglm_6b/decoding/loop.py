@@ -15,13 +15,13 @@ from .shortage import is_out_of_memory, reclaim
 
 
 def captured_tokens(model: Any, request: Request) -> Iterator[torch.Tensor]:
-    """Yield the next tokens, int64 [B] on the CPU, the pad id for sequences that ended before.
+    """Yield the next tokens, int64 [B] on the CPU, with the pad id for sequences that ended before.
 
-    It waits for the requests of other threads first, and lets go of the model at its end, however that comes.
+    It first waits for the requests of other threads. It releases the model at its end, however that comes.
 
     Raises:
-        CannotServe: before the first token: the model is none for the captured loop or in use by this very thread, or
-            there is not enough memory.
+        CannotServe: before the first token: the captured loop cannot run the model, this thread already uses it, or
+            memory is too short.
     """
     engine = engine_of(model)
     engine.refuse_own_thread()
@@ -42,7 +42,7 @@ class CapturedRun:
     """One request on the model's engine, whose lock the caller holds.
 
     Raises:
-        CannotServe: the model cannot be run by the captured loop, or lacks memory.
+        CannotServe: the captured loop cannot run the model, or memory is too short.
     """
 
     def __init__(self, model: Any, request: Request, engine: DecodeEngine):
@@ -51,7 +51,7 @@ class CapturedRun:
         self._limit = max(request.max_length - length, 1)
         self._finished = torch.zeros(batch, dtype=torch.bool)
         self._eos_ids = torch.tensor(request.eos_ids, dtype=torch.int64)
-        # Checked with the engine in hand: nobody else generates now, who could be the one to change the model.
+        # Checked with the lock held: no other request can change the model now.
         key = check_model(model)
         with self._on_device():
             keys = (model.config.pre_seq_len or 0) + length + self._limit
@@ -61,13 +61,13 @@ class CapturedRun:
         device = self._model.lm_head.weight.device
         return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
-    # Entered anew for each token: a generator that held it over a yield would switch the caller's autograd off.
+    # Entered for each token: held over a yield, it would switch the caller's autograd off.
     @torch.no_grad()
     def next(self, index: int) -> tuple[torch.Tensor, bool]:
-        """Token ``index`` and whether it is the last. Later ones are queued first, so that the device never waits.
+        """Return token ``index`` and whether it is the last; queue later ones first, so that the device never waits.
 
         Raises:
-            CannotServe: there is not enough memory to begin.
+            CannotServe: memory is too short to begin.
         """
         self._engine.touch()
         request, session = self._request, self._session
@@ -82,7 +82,7 @@ class CapturedRun:
         return token, index + 1 >= self._limit or bool(self._finished.all())
 
     def _queue(self, index: int) -> None:
-        """Queue token ``index`` and some of those after it."""
+        """Queue token ``index`` and some after it."""
         request, session = self._request, self._session
         try:
             if index == 0:
@@ -90,7 +90,7 @@ class CapturedRun:
             while session.launched < min(index + 1 + LOOKAHEAD, self._limit):
                 session.advance(self._model)
         except BaseException as error:
-            # Whatever came in between, an interrupt perhaps: nobody goes on with half a step.
+            # Whatever ended the step half way, even an interrupt: no request may continue from there.
             self._engine.give_up_sessions()
             if index or not is_out_of_memory(error):
                 raise
@@ -105,12 +105,12 @@ class CapturedRun:
         """Evaluate the criteria that have no kernel on the ids up to token ``index``."""
         request, start = self._request, self._request.input_ids.shape[1]
         answer = self._session.ids(start + index + 1)[:, start:]
-        # The device does not know of sequences that these criteria ended before.
+        # The device does not know which sequences these criteria ended before.
         answer[:, -1].copy_(token)
         ids = torch.cat((request.input_ids, answer), dim=1)
         self._finished |= request.host_criteria(ids, None).cpu()
 
 
 def engine_of(model: Any) -> DecodeEngine:
-    """What the model keeps for the captured loop; made at the first call."""
+    """Return the model's engine; the first call makes it."""
     return model.__dict__.setdefault("_decode_engine", DecodeEngine())

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-# Bytes per id of the vocabulary and sequence: scores in float32 and what a full sort for top-p makes of them.
+# Bytes per sequence and id of the vocabulary: scores in float32, and what a full sort for top-p adds.
 _SCORE_BYTES = 64
 # cuBLAS' workspaces, and the scratch memory of the prompt's kernels and of the captured step.
 _FIXED_BYTES = 256 << 20
@@ -13,22 +13,23 @@ _FIXED_BYTES_PER_SEQUENCE = 3 << 20
 
 
 def cache_bytes(model: Any, batch: int, capacity: int) -> int:
-    """Bytes of the keys and values of ``batch`` sequences of ``capacity`` tokens."""
+    """Return the bytes of keys and values of ``batch`` sequences of ``capacity`` tokens."""
     config = model.config
     return 2 * config.num_layers * batch * capacity * config.hidden_size * _element_size(model)
 
 
 def workspace_bytes(model: Any, batch: int, prompt: int) -> int:
-    """Most bytes that a generation takes beside the weights and the cache; an estimate where it is not on a GPU.
+    """Return the most bytes that a generation takes beside weights and cache; without a GPU, an estimate.
 
     Args:
-        batch: sequences. prompt: tokens of the longest prompt, with its padding.
+        batch: number of sequences.
+        prompt: tokens of the longest prompt, with its padding.
     """
     config, size = model.config, _element_size(model)
-    # Of one layer, in its MLP or its attention: what goes in, the residual, the widened and what comes out.
+    # The input, residual, widened activations and output of one layer, in its MLP or its attention.
     widths = max(4 * config.hidden_size + 2 * config.inner_hidden_size, 10 * config.hidden_size)
     needed = batch * prompt * widths * size + batch * config.vocab_size * _SCORE_BYTES
-    # Which keys are hidden, as a mask, a bias and an aligned copy of that.
+    # The hidden keys, as a mask, as a bias and as an aligned copy of the bias.
     needed += batch * prompt * prompt * (2 * size + 2)
     if config.quantization_bit:
         needed += config.hidden_size * max(config.inner_hidden_size, 3 * config.hidden_size) * size
@@ -39,7 +40,7 @@ def workspace_bytes(model: Any, batch: int, prompt: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that this process could still take on the device; None where that cannot be told."""
+    """Return the bytes that this process could still take on the device; None if that cannot be told."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device)
@@ -68,6 +69,7 @@ def _free_cpu_bytes() -> int | None:
 
 
 def what_fits(model: Any, batch: int, prompt: int, total: int, free: int) -> str:
+    """Describe, for an error message, the requests for which ``free`` bytes are enough."""
     tokens = most_tokens(model, batch, prompt, free)
     if tokens >= total:
         return "that would do, so something else took memory in between: try again, or ask for less"
@@ -83,28 +85,29 @@ def what_fits(model: Any, batch: int, prompt: int, total: int, free: int) -> str
 
 
 def most_tokens(model: Any, batch: int, prompt: int, free: int) -> int:
-    """Tokens per sequence, prompt included, for which ``free`` bytes are enough."""
+    """Return the tokens per sequence, prompt included, for which ``free`` bytes are enough."""
     room = free - workspace_bytes(model, batch, prompt)
     return max(room // _bytes_per_token(model, batch), 0)
 
 
 def most_sequences(model: Any, prompt: int, total: int, free: int) -> int:
-    """Sequences of ``total`` tokens for which ``free`` bytes are enough."""
+    """Return the number of sequences of ``total`` tokens for which ``free`` bytes are enough."""
     one, two = (workspace_bytes(model, n, prompt) + n * total * _bytes_per_token(model, 1) for n in (1, 2))
     return 0 if free < one else 1 + (free - one) // (two - one)
 
 
 def _bytes_per_token(model: Any, batch: int) -> int:
-    """Of a cache that grows by copying, one layer after the other, as the plain path's does."""
+    """Return the bytes per token of a cache that grows by copying layer after layer, as the plain path's does."""
     return cache_bytes(model, batch, 1) * (model.config.num_layers + 1) // model.config.num_layers
 
 
 def _element_size(model: Any) -> int:
-    # Of a parameter, not of the weight: the embedding may be wrapped.
+    # Asked of any parameter, because a wrapped embedding may have no ``weight``.
     return next((parameter.element_size() for parameter in model.transformer.word_embeddings.parameters()), 2)
 
 
 def shown(size: int) -> str:
+    """Format a number of bytes for a message."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
         if size >= unit:
             return f"{size / unit:.1f} {name}"

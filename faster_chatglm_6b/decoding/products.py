@@ -1,4 +1,4 @@
-"""The products of a decode step with float and with integer weights; which kernel is decided at capture."""
+"""Compute a decode step's products with float or integer weights; the kernel is chosen at capture."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..ops import triton as kernels
 def product(
     linear: Any, x: torch.Tensor, residual: torch.Tensor, beta: float, out: torch.Tensor, workspace: Any
 ) -> None:
-    """out = linear(x) + beta * residual; x [B, K], residual and out [B, N]."""
+    """Compute out = linear(x) + beta * residual; x is [B, K], residual and out are [B, N]."""
     if isinstance(linear, QuantizedLinear):
         kernels.fused_linear_with_groupwise_quantized_weight(
             x,
@@ -34,7 +34,7 @@ def product(
 def normed_product(
     norm: Any, linear: Any, x: torch.Tensor, gelu: bool, normed_out: torch.Tensor, out: torch.Tensor, workspace: Any
 ) -> None:
-    """out = linear(norm(x)), with ``fast_gelu`` behind it where asked, and normed_out = norm(x); x [B, K]."""
+    """Compute normed_out = norm(x) and out = linear(normed_out), then ``fast_gelu`` if asked; x is [B, K]."""
     parameters = (x, norm.weight, norm.bias, norm.eps, linear.weight)
     rest = {"gelu": gelu, "normed_out": normed_out, "out": out, "workspace": workspace}
     if isinstance(linear, QuantizedLinear):

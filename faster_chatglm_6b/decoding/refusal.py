@@ -1,4 +1,4 @@
-"""Which models the captured loop can run: it calls kernels on the weights and never the modules themselves."""
+"""Refuse models that the captured loop cannot run: it calls kernels on the weights, never the modules."""
 
 import logging
 from typing import Any
@@ -37,12 +37,13 @@ _EXPECTED = (
 
 
 def check_model(model: Any) -> tuple:
-    """Where the model's weights lie, with their shapes, for ``DecodeEngine.session``: captured graphs hold them.
+    """Check a model and return where its weights lie, the key of ``DecodeEngine.session``.
 
-    It runs before every request, so it walks over the modules once and builds no names unless something is wrong.
+    Captured graphs hold these addresses. The check runs before every request, so it walks over the modules once and
+    builds names only if something is wrong.
 
     Raises:
-        CannotServe: a model whose step would not be what its modules compute; the message says why.
+        CannotServe: the captured step would not compute what the modules compute; the message says why.
     """
     places = spread_over(model)
     if places is not None:
@@ -60,12 +61,21 @@ def check_model(model: Any) -> tuple:
     _check_forward(model)
     if model.transformer.word_embeddings.max_norm is not None:
         raise CannotServe("the embedding has a max_norm")
+    return device, dtype, *_weights(model, device, dtype)
+
+
+def _weights(model: Any, device: torch.device, dtype: torch.dtype) -> list[Any]:
+    """Return the addresses and shapes of all weights.
+
+    Raises:
+        CannotServe: a module or a weight that has no kernel.
+    """
     usual = {kind: not _is_patched(kind) for kind in (*_EXPECTED, type(model))}
     addresses = []
     for module in _modules(model):
         if not usual.get(type(module)) or _has_hooks(module) or not _is_whole(module):
             raise CannotServe(_what_is_wrong(model, module))
-        # Integers and their scales, of whatever float, have kernels of their own.
+        # Integers have kernels of their own, which take scales of any float dtype.
         any_dtype = ("weight", "weight_scale") if isinstance(module, QuantizedLinear) else ()
         for name, parameter in module._parameters.items():
             if parameter is None:
@@ -81,31 +91,33 @@ def check_model(model: Any) -> tuple:
                     f"a weight of {_name(model, module)} is {parameter.dtype} on {parameter.device} with strides "
                     f"{list(parameter.stride())}; all must be contiguous and {dtype} on {device} like the embedding's"
                 )
-            # A smaller tensor may get the place of one that was freed.
+            # A smaller tensor may take the address of a freed one.
             addresses.append(parameter.data_ptr())
             addresses.append(parameter.shape)
         if type(module) is nn.LayerNorm:
             addresses.append(module.eps)
     if not addresses:
         raise CannotServe("the weights are no parameters")
-    return device, dtype, *addresses
+    return addresses
 
 
 def _modules(module: nn.Module) -> list[nn.Module]:
-    """The module and all below it, by their places: a shared one comes more than once. Without a P-Tuning prefix, which
-    the prompt runs as the module that it is."""
+    """List the module and all below it; a shared one comes once for each of its places.
+
+    A P-Tuning prefix is left out, because the prompt runs it as a module.
+    """
     modules = [module]
-    # The list grows while it is walked over, which takes half the time of generators in each other.
+    # The list grows during the walk, which takes half the time of nested generators.
     for one in modules:
         modules += [child for child in one._modules.values() if child is not None and type(child) is not PrefixEncoder]
     return modules
 
 
 def check_ends(model: Any) -> None:
-    """Whether the embedding and the head are such that their weights may be looked at, before all else is checked.
+    """Check that the weights of the embedding and the head may be read; do so before all other checks.
 
     Raises:
-        CannotServe: they are not, or the model below the head is another one.
+        CannotServe: they may not, or the model below the head is another one.
     """
     network = model.transformer
     if not isinstance(network, nn.Module) or not isinstance(getattr(network, "layers", None), nn.ModuleList):
@@ -117,10 +129,10 @@ def check_ends(model: Any) -> None:
 
 
 def check_sizes(model: Any) -> None:
-    """Whether the weights of a model that ``check_model`` accepts fit the kernels' buffers: a pruned model's do not.
+    """Check that the weights of a model that ``check_model`` accepts fit the kernels' buffers.
 
     Raises:
-        CannotServe: another number of layers than in the configuration, or a weight of another shape.
+        CannotServe: the number of layers or the shape of a weight differs from the configuration, as in a pruned model.
     """
     config, layers = model.config, model.transformer.layers
     hidden, inner = config.hidden_size, config.inner_hidden_size
@@ -161,17 +173,19 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _is_patched(kind: type) -> bool:
-    """Whether somebody put another forward into the class."""
+    """Tell whether somebody put another forward into the class."""
     owner = next((one for one in kind.__mro__ if "forward" in one.__dict__), nn.Module)
     forward = owner.__dict__["forward"]
     return getattr(forward, "__module__", None) != owner.__module__ or hasattr(forward, "__wrapped__")
 
 
 def _is_whole(module: nn.Module) -> bool:
-    """Whether the weights are parameters, by whose addresses graphs are told apart, and a norm has both of its
-    vectors, which the kernels read."""
+    """Tell whether the weights are parameters, and a norm has both of its vectors, which the kernels read.
+
+    The addresses of parameters tell graphs apart.
+    """
     state = module.__dict__
-    # None there is a layer that has none, such as a quantised head without a bias.
+    # None means that the layer lacks it, such as the bias of a quantised head.
     if state.get("weight") is not None or state.get("bias") is not None:
         return False
     if type(module) is not nn.LayerNorm:
@@ -198,10 +212,13 @@ def _what_is_wrong(model: Any, module: nn.Module) -> str:
 
 
 def too_little_for_the_loop(model: Any, what: str, batch: int, prompt: int, total: int) -> CannotServe:
-    """The refusal of the captured loop for lack of memory; users are warned, because the plain path is much slower.
+    """Return the refusal for lack of memory, and warn users, because the plain path is much slower.
 
     Args:
-        what: found no room. batch, prompt, total: as in the sentence of ``memory_explained``.
+        what: what found no room.
+        batch: number of sequences.
+        prompt: tokens of each prompt.
+        total: tokens of each sequence with the longest answer.
     """
     free = memory.free_bytes(model.device)
     fits = "" if free is None else f" ({memory.what_fits(model, batch, prompt, total, free)})"

@@ -1,4 +1,4 @@
-"""What one generation asks of the captured loop, whoever read it from whatever arguments."""
+"""Describe what one generation asks of the captured loop, whatever arguments it was read from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,17 +12,23 @@ MOST_END_TOKENS = 16
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """What follows the logits in every step.
+    """The steps from logits to tokens: processors, warpers and the sampler.
 
-    Which kernels run is part of a captured graph (``graph_key``); the values are read from device memory.
+    A captured graph depends on which kernels run (``graph_key``). Their parameters are read from device memory. None
+    stands for no such processor or warper.
 
     Attributes:
         kernel: "greedy", "top_k" (at most ``capacity`` candidates) or "full".
         capacity: of the "top_k" kernel, else 0.
-        invalid_rule, invalid_token: rows with NaN or +inf become that token.
-        penalty, ngram_size, minimum: repetition penalty, n-gram size and fewest ids; None for no such processor.
-        minimum_eos: the tokens that ``minimum`` forbids.
-        temperature, top_k, top_p: of the samplers; None where there is no such warper.
+        invalid_rule: whether rows with NaN or +inf become ``invalid_token``.
+        invalid_token: the id that they become.
+        penalty: repetition penalty.
+        ngram_size: length of the n-grams that may not repeat.
+        minimum: fewest ids of a sequence, prompt included.
+        minimum_eos: the end tokens that ``minimum`` forbids.
+        temperature: divides the scores.
+        top_k: most candidates.
+        top_p: probability that the candidates reach together.
         penalised_from: first slot per row that the penalty counts, int64 [B]; None for all.
     """
 
@@ -41,7 +47,7 @@ class SamplingPlan:
 
     @property
     def graph_key(self) -> tuple:
-        """What a captured graph depends on."""
+        """The part that a captured graph depends on."""
         processors = (self.penalty is not None, self.ngram_size is not None, self.minimum is not None)
         warpers = (self.top_k is not None, self.top_p is not None) if self.kernel == "full" else ()
         return self.kernel, self.capacity, self.invalid_rule, self.invalid_token, processors, warpers
@@ -57,13 +63,17 @@ class Request:
     """A request that the captured loop can serve.
 
     Attributes:
-        input_ids: int64 [B, L] on the model's device. attention_mask: [B, L] or None. layout: of the prompts.
-        plan: what follows the logits.
+        input_ids: int64 [B, L] on the model's device.
+        attention_mask: [B, L], or None without padding.
+        layout: of the prompts.
+        plan: the steps from logits to tokens.
         max_length: ids per sequence at which generation ends, prompt included.
-        eos_ids: the end tokens. pad_id: what a sequence gets once it ended.
-        has_end: whether ended sequences are padded, as transformers does where there are end tokens.
-        host_criteria: the stopping criteria that only the host can evaluate, None if there are none. Called with the
-            ids, int64 [B, L], and None, they return the rows that end, bool [B].
+        eos_ids: the end tokens.
+        pad_id: fills sequences that ended.
+        has_end: whether ended sequences are padded, as transformers does if there are end tokens.
+        host_criteria: stopping criteria that only the host can evaluate, or None. Called with the ids, int64 [B, L],
+            and None, they return the rows that end, bool [B].
+        do_sample: whether tokens are drawn at random.
         generator: source of the seed, or None for torch's default generator.
     """
 
@@ -80,9 +90,9 @@ class Request:
     generator: torch.Generator | None
 
     def history(self) -> torch.Tensor:
-        """The ids that the processors look at, int64 [B, L].
+        """Return the ids that the processors look at, int64 [B, L].
 
-        Where the penalty leaves the padding out, a pad becomes the row's first token: a token that occurs twice is
+        If the penalty leaves the padding out, a pad becomes the row's first token: a token that occurs twice is
         penalised once.
         """
         first_slot = self.plan.penalised_from
@@ -93,7 +103,7 @@ class Request:
         return torch.where(slots < first_slot, self.input_ids.gather(1, first_slot), self.input_ids)
 
     def seed(self) -> torch.Tensor:
-        """A seed for the random numbers, int64 [1], drawn from the generator; greedy search draws none."""
+        """Draw a seed for the random numbers from the generator, int64 [1]; greedy search draws none."""
         if not self.do_sample:
             return torch.zeros(1, dtype=torch.int64)
         device = "cpu" if self.generator is None else self.generator.device

@@ -9,7 +9,7 @@ from .request import MOST_END_TOKENS, SamplingPlan
 
 
 class Sampler:
-    """Runs a plan on logits [B, V]; its buffers live as long as the graphs that read them."""
+    """Turn logits [B, V] into tokens by a plan; the buffers live as long as the graphs that read them."""
 
     def __init__(self, batch: int, vocab_size: int, device: torch.device):
         self._shape, self._device = (batch, vocab_size), device

@@ -17,13 +17,13 @@ LOOKAHEAD = 3
 _RING_ROWS = 16
 _SMALLEST_CAPACITY = 256
 _DOUBLED_UP_TO = 2048
-# How many keys there are at most decides how attention is split, so each bucket is a graph of its own.
+# The most keys that there can be decide how attention is split, so each bucket has a graph of its own.
 _SHORTEST_KEYS = 512
 _KEYS_GROW_BY = 4
 
 
 def capacity_for(tokens: int) -> int:
-    """Cache slots for sequences of ``tokens``, rounded up so that requests of similar length share a session."""
+    """Round ``tokens`` up to a number of cache slots, so that requests of similar length share a session."""
     capacity = _SMALLEST_CAPACITY
     while capacity < min(tokens, _DOUBLED_UP_TO):
         capacity *= 2
@@ -32,7 +32,7 @@ def capacity_for(tokens: int) -> int:
 
 
 def key_bucket(keys: int, capacity: int) -> int:
-    """Round a number of keys up to one of few, for which attention is split and a graph captured."""
+    """Round a number of keys up to one of a few, each with its own split of attention and its own graph."""
     most_keys = _SHORTEST_KEYS
     while most_keys < keys:
         most_keys *= _KEYS_GROW_BY
@@ -90,7 +90,7 @@ class Session:
         self._plan, self._launched = request.plan, 0
         self._prompt_keys = self._prefix + request.input_ids.shape[1]
         self._reset(request, seed)
-        # Chosen once for the whole prompt and not by every layer's operator.
+        # Choose the kernels once for the whole prompt, not in every layer's operator.
         with attention_kernels():
             outputs = model(
                 input_ids=request.input_ids,
@@ -110,7 +110,7 @@ class Session:
         self.sampler.configure(request.plan)
         state.ids[:, :length].copy_(request.history())
         state.ids_length.fill_(length)
-        # The first token comes from the prompt's last logits: it advances the counter to the prompt's own length.
+        # The prompt's last logits give the first token, which advances this counter to the prompt's own length.
         state.cache_length.fill_(self._prompt_keys - 1)
         state.step.zero_()
         state.finished.zero_()
@@ -122,11 +122,11 @@ class Session:
 
     @property
     def launched(self) -> int:
-        """Tokens of this request that were computed or are queued."""
+        """Tokens of this request that are computed or queued."""
         return self._launched
 
     def advance(self, model: Any) -> None:
-        """Compute one more token of every sequence, or queue it."""
+        """Compute or queue one more token of every sequence."""
         self._follow()
         most_keys = key_bucket(self._prompt_keys + self._launched, self.capacity)
         key = (most_keys, self.state.pad_id, self._plan.graph_key)
@@ -140,7 +140,7 @@ class Session:
         self.sampler.run(self._plan, logits, self.state, self.step.workspace)
 
     def _follow(self) -> None:
-        """Queue after what was queued last, by this request or an abandoned one, if that was on another stream."""
+        """Wait on the device for the last work, of this request or an abandoned one, if another stream runs it."""
         if self.on_gpu:
             stream = torch.cuda.current_stream(self.device)
             if self._last is not None and stream != self._stream:
@@ -154,19 +154,19 @@ class Session:
         self._launched += 1
 
     def read(self, index: int) -> torch.Tensor:
-        """Token ``index`` of every sequence, int64 [B] on the CPU; waits until it is there.
+        """Wait for token ``index`` of every sequence and return it, int64 [B] on the CPU.
 
-        Only the last ``_RING_ROWS`` launched ones can be read.
+        Only the last ``_RING_ROWS`` launched tokens can be read.
         """
         if self.on_gpu:
             self._events[index % _RING_ROWS].synchronize()
         return self.state.ring[index % _RING_ROWS].clone()
 
     def ids(self, length: int) -> torch.Tensor:
-        """The first ``length`` ids of every sequence, a view [B, length] in device memory."""
+        """Return the first ``length`` ids of every sequence, a view [B, length] in device memory."""
         return self.state.ids[:, :length]
 
     def wait(self) -> None:
-        """Wait for everything that is queued, before the buffers are given up."""
+        """Wait for everything that is queued, before the buffers are released."""
         if self._stream is not None:
             self._stream.synchronize()

@@ -1,4 +1,4 @@
-"""Memory that ran out: the error that says what was asked for and would fit, and nothing held after it."""
+"""Report memory that ran out, with what was asked for and would fit, and release what the failure holds."""
 
 import contextlib
 import traceback
@@ -30,7 +30,9 @@ class GenerationOutOfMemoryError(_OutOfMemoryError):
     It is a ``torch.cuda.OutOfMemoryError``, on a CPU too.
 
     Args:
-        prompt, total: tokens of each sequence, without and with the longest answer.
+        batch: sequences or beams.
+        prompt: tokens of each sequence without its answer.
+        total: tokens of each sequence with the longest answer.
     """
 
     def __init__(self, model: Any, batch: int, prompt: int, total: int):
@@ -38,18 +40,18 @@ class GenerationOutOfMemoryError(_OutOfMemoryError):
         super().__init__(_sentence(*self._asked))
 
     def measure_again(self) -> None:
-        """Say how much is free now, after the failed frames gave back what they held; let go of the model."""
+        """Update the message to what is free after the failed frames are cleared, and drop the model."""
         asked, self._asked = self._asked, None
         if asked is not None:
             self.args = (_sentence(*asked),)
 
     def __reduce__(self) -> tuple:
-        # To another process goes what it can read without the model.
+        # Another process gets an error that it can read without the model.
         return _OutOfMemoryError, self.args
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether the exception says that memory, of whatever device, ran out."""
+    """Tell whether the exception says that memory of any device ran out."""
     if isinstance(error, (_OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
@@ -57,14 +59,14 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def memory_explained(model: Any, input_ids: torch.Tensor, max_length: int | None) -> Iterator[None]:
-    """If memory runs out inside, return what the failed generation held and say what was asked for and would fit.
+    """If memory runs out inside, free what the failed generation held and say what was asked for and would fit.
 
     Args:
         input_ids: int64 [B, L], one row for every sequence or beam.
         max_length: tokens per sequence, prompt included, at which generation would have ended.
 
     Raises:
-        GenerationOutOfMemoryError: on a CPU too.
+        GenerationOutOfMemoryError: memory ran out, on a GPU or a CPU.
     """
     try:
         yield
@@ -79,20 +81,20 @@ def memory_explained(model: Any, input_ids: torch.Tensor, max_length: int | None
 def memory_returned() -> Iterator[None]:
     """If memory runs out inside, release what the failed frames still reference, above all the cache.
 
-    A traceback would keep it for as long as somebody looks at the exception.
+    Otherwise the traceback keeps the cache for as long as somebody holds the exception.
     """
     try:
         yield
     except _OutOfMemoryError as error:
         _clear_frames(error)
-        # What transformers' frames held, the plain path's cache, is free only now.
+        # Only now is the plain path's cache free, which transformers' frames held.
         if isinstance(error, GenerationOutOfMemoryError):
             error.measure_again()
         raise
 
 
 def reclaim(model: Any, error: BaseException) -> None:
-    """Free what generation keeps between calls, and what the frames that failed hold."""
+    """Free what generation keeps between calls, and what the failed frames hold."""
     _clear_frames(error)
     model.release_cache()
     if model.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""One token of every sequence through the whole network, on preallocated buffers."""
+"""Run one token of every sequence through the whole network, on preallocated buffers."""
 
 from typing import Any
 
@@ -14,12 +14,13 @@ from .products import normed_product, product
 class DecodeStep:
     """The buffers of a decode step and the kernels that fill them: five launches per layer, or fewer.
 
-    Weights are read from the model at every run and never held here, so that weights that the model gives up are freed.
-    A captured graph holds their addresses; see ``refusal.check_model``.
+    Weights are read from the model at every run and never held here, so that the model can free them. A captured graph
+    holds their addresses; see ``refusal.check_model``.
 
     Args:
         model: a ``ChatGLMForConditionalGeneration`` that ``refusal.check_model`` accepts.
-        batch: B. capacity: most tokens per sequence.
+        batch: B.
+        capacity: most tokens per sequence.
     """
 
     def __init__(self, model: Any, batch: int, capacity: int):
@@ -29,30 +30,30 @@ class DecodeStep:
         self.batch, self.capacity, self.vocab_size = batch, capacity, model.lm_head.weight.shape[0]
         self.cache = KVCache(config.num_layers, batch, heads, capacity, head_size, dtype, device)
         with torch.inference_mode(False):
-            # Held here, because the model's table is made anew when a longer one is asked for.
+            # Held here, because the model replaces its table when a longer one is needed.
             self.cos, self.sin = model.transformer.rotary.get(capacity + 2, device, dtype)
             self.workspace = kernels.Workspace(device, batch, heads, head_size, self.vocab_size)
             widths = (hidden, hidden, 3 * hidden, hidden, config.inner_hidden_size, self.vocab_size)
             self._hidden, self._normed, self._packed, self._context, self._inner, self._logits = (
                 torch.empty(batch, width, dtype=dtype, device=device) for width in widths
             )
-            # Where each row's first real token and its <sop> stand, and the position of its mask token. One tensor
-            # each, so that kernels see the same alignment whatever the batch.
+            # Slots of each row's first real token and of its <sop>, and the position of its mask token. Each is a
+            # tensor of its own, so that kernels see the same alignment whatever the batch.
             self._first_key, self._sop_index, self._position = (
                 torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(3)
             )
 
     def place(self, layout: PromptLayout, prefix_length: int = 0) -> None:
-        """Start with prompts of this layout, behind a P-Tuning prefix of so many keys."""
+        """Start with prompts of this layout, after a P-Tuning prefix of ``prefix_length`` keys."""
         self.cache.reset()
         self._first_key.copy_(layout.first_slot)
         self._sop_index.copy_(layout.sop_slot + prefix_length)
         self._position.copy_(layout.mask_position)
 
     def close_gaps(self, layout: PromptLayout, prefix_length: int) -> None:
-        """Move each row's prefix from the head of the cache over its padding, so that the keys it sees lie together.
+        """Copy each row's prefix from the head of the cache over its padding, so that the keys it sees lie together.
 
-        Keys of a prefix carry no position, and attention does not ask in which order it meets them.
+        The order of keys does not matter to attention, and those of a prefix carry no position.
         """
         if prefix_length:
             for row, first_slot in enumerate(layout.first_slot.tolist()):
@@ -60,18 +61,19 @@ class DecodeStep:
                     self.cache.move_head(row, prefix_length, first_slot)
 
     def run(self, model: Any, tokens: torch.Tensor, length: torch.Tensor, most_keys: int) -> torch.Tensor:
-        """Feed one token per sequence behind ``length`` cached ones.
+        """Feed one token per sequence after ``length`` cached ones.
 
         Args:
-            tokens: int64 [B]. length: int32 [1]; the new keys go to this slot.
-            most_keys: how many keys there will be at most, which decides how attention is split; any number is right.
+            tokens: int64 [B].
+            length: int32 [1]; the new keys go to this slot.
+            most_keys: most keys that there will be. It only decides how attention is split: any number is right.
 
         Returns:
-            logits [B, V], a buffer that the next run overwrites.
+            Logits [B, V], a buffer that the next run overwrites.
         """
         network, workspace = model.transformer, self.workspace
-        # A graph holds exactly this step, and one graph ends before the next starts: nothing but the projection that
-        # attention waits for is written while it runs. Steps that run as they are may overlap the one before.
+        # Inside a graph only the projection is written while attention waits, so everything else may be read early.
+        # Eager steps may overlap the previous step, so there it may not.
         stable_state = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
         hidden, normed = self._hidden, self._normed
         kernels.embedding(tokens, network.word_embeddings.weight, out=hidden)
@@ -99,5 +101,5 @@ class DecodeStep:
         return self._logits
 
     def _normed_product(self, norm: Any, linear: Any, out: torch.Tensor, gelu: bool = False) -> None:
-        """out = linear(norm(hidden)), and the normalised rows for the residual behind it."""
+        """Compute out = linear(norm(hidden)), and keep the normalised rows for the residual after it."""
         normed_product(norm, linear, self._hidden, gelu, self._normed, out, self.workspace)

@@ -1,1 +1,1 @@
-"""transformers' ``generate()``: read its arguments, choose the path that serves them, run the plain one."""
+"""Read the arguments of transformers' ``generate()``, choose the path that serves them, and run the plain one."""

@@ -1,4 +1,4 @@
-"""What ``generate()`` needs to know of a prefix LM, and token-by-token generation, over transformers' own machinery."""
+"""Adapt transformers' ``generate()`` to a prefix LM, and stream its tokens."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ class PrefixGenerationMixin(SearchMixin):
     """Overrides of ``GenerationMixin``; stands before it among a model's bases."""
 
     def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
-        """transformers' ``generate``, after a check of the prompt.
+        """Run transformers' ``generate`` after a check of the prompt.
 
-        ``generator``, a ``torch.Generator``, makes sampling repeatable; without one torch's default generator does. A
-        stock tokenizer's 4-D mask and position ids are accepted beside transformers' 2-D mask. A cache may be given as
+        ``generator``, a ``torch.Generator``, makes sampling repeatable; the default is torch's own. The mask may be
+        transformers' 2-D one or a stock tokenizer's 4-D one, with its position ids. A cache may be given as
         ``past_key_values`` or as ``cache``, whatever the installed transformers calls it. Hidden states and attentions
         have stock's layouts, see ``ChatGLMModel.forward``.
 
         Raises:
             ValueError: no room for an answer, ids that are no ChatGLM prompt, a mask that ``generate`` cannot follow,
-            a cache of another model or two caches, or a search that cannot follow a prefix LM.
+                a cache of another model or two caches, or a search that cannot follow a prefix LM.
         """
         refuse_prompt_learning(self)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is None:
             raise ValueError(
                 "generate() needs input_ids of shape [batch, length] that hold the prompt (inputs_embeds may be given "
-                "besides)."
+                "as well)."
             )
         check_ids(input_ids)
         if kwargs.get("cache_implementation") == "paged":
             raise no_continuous_batching()
-        # Where memory runs out, this frame stays with the exception: it names nothing but the caller's own tensors.
-        # A decoding loop of the caller's own may well begin anew at every step.
+        # If memory runs out, this frame stays with the exception, so it names only the caller's own tensors.
+        # The caller's own decoding loop is not watched: it may begin again at every step.
         watched = steps_watched() if kwargs.get("custom_generate") is None else nullcontext()
         with memory_returned(), watched:
             return super().generate(
@@ -76,12 +76,10 @@ class PrefixGenerationMixin(SearchMixin):
             yield input_ids
 
     def stream_tokens(self, input_ids: torch.Tensor, **kwargs: Any) -> Iterator[torch.Tensor]:
-        """Iterator over the new tokens, int64 [B] on the CPU each. Arguments are checked at the call, before the first
-        token.
+        """Return an iterator over the new tokens, int64 [B] on the CPU each; the call itself checks the arguments.
 
         Raises:
-            ValueError: modes that do not produce one token at a time (beams, assisted decoding).
-            Otherwise as ``generate``.
+            ValueError: a search that does not go one token at a time (beams, assisted decoding); else as ``generate``.
         """
         reset = streaming.set(True)
         try:
@@ -107,13 +105,14 @@ class PrefixGenerationMixin(SearchMixin):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Inputs of the next forward: what the cache does not hold yet of input_ids [B, L], with positions and mask.
+        """Return the next forward's inputs: the ids of [B, L] that the cache does not hold, their positions and mask.
 
-        They lie on the model's device, also where the ids do not.
+        They lie on the model's device, even if the ids do not.
 
         Args:
-            past_key_values, cache: names of the cache; one under a third name is found among ``kwargs``.
-            prompt_position_ids: positions of the prompt that the caller chose himself; later tokens count on from them.
+            past_key_values: the cache; one under a third name is found among ``kwargs``.
+            cache: another name of ``past_key_values``.
+            prompt_position_ids: the caller's own positions of the prompt; later tokens count on from them.
             generator: of ``generate``, named here so that transformers lets it through.
         """
         past_key_values = cache_in({"past_key_values": past_key_values, "cache": cache, **kwargs})
@@ -149,7 +148,7 @@ class PrefixGenerationMixin(SearchMixin):
         return getattr(prepare, "__func__", prepare) is not PrefixGenerationMixin.prepare_inputs_for_generation
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: transformers' continuous batching cannot follow a prefix LM.
+        """Refuse: transformers' continuous batching cannot follow a prefix LM.
 
         Raises:
             ValueError: always.
@@ -157,17 +156,17 @@ class PrefixGenerationMixin(SearchMixin):
         raise no_continuous_batching()
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``generate_batch``, which ends here, as do servers."""
+        """Refuse, as ``generate_batch`` does; transformers' servers call this."""
         raise no_continuous_batching()
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' settings of one call, gathered from everywhere, as far as this model follows them."""
+        """Gather the settings of one call as transformers does, and adapt them to this model."""
         config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
         follow_settings(config)
         return config, model_kwargs
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' processors of one call; guidance is ours."""
+        """Gather the processors of one call as transformers does, but with our guidance."""
         processors = super()._get_logits_processor(*args, **kwargs)
         prompts = kwargs.get("encoder_input_ids")
         return guided(processors, self, 1 if prompts is None else prompts.shape[0])
@@ -175,7 +174,7 @@ class PrefixGenerationMixin(SearchMixin):
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """transformers' arguments of the next step, with the cache in any case."""
+        """Prepare the arguments of the next step as transformers does, but always with the cache."""
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         cache = getattr(outputs, CACHE_NAME, None)
         if cache is not None and cache_in(model_kwargs) is None:
@@ -183,30 +182,30 @@ class PrefixGenerationMixin(SearchMixin):
         return model_kwargs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """transformers' check for unused arguments; a cache is used, whatever its name."""
+        """Refuse unused arguments as transformers does, but accept a cache under any of its names."""
         model_kwargs = dict(model_kwargs)
         take_cache(model_kwargs)
         super()._validate_model_kwargs(model_kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
-        """None: positions follow from the ids at every step (transformers 5 would count all axes on by one)."""
+        """Return None: the ids give the positions at every step (transformers 5 would count all axes on by one)."""
         return None
 
     def _prompt_arguments(
         self, input_ids: torch.Tensor, generation_config: Any, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Check the prompt and turn stock's mask and positions into what transformers' ``generate`` understands."""
+        """Check the prompt, and translate stock's mask and positions for transformers' ``generate``."""
         kwargs = dict(kwargs)
         mask, position_ids = kwargs.get("attention_mask"), kwargs.pop("position_ids", None)
         if getattr(generation_config, "is_assistant", False):
-            # A main model of another class hands on positions of its own kind.
+            # A main model of another class passes on positions of its own kind.
             position_ids = None
         cache = take_cache(kwargs)
         if cache is not None:
             kwargs[CACHE_NAME] = cache = as_cache(cache, True)
             self._check_cache(cache, input_ids)
         if isinstance(cache, Cache):
-            # Newer transformers mark it themselves: the caller wants to find it filled.
+            # Newer transformers set the mark themselves: the caller expects to find the cache filled.
             cache._is_user_defined = True
         if kwargs.get("inputs_embeds") is not None:
             check_embeddings(kwargs["inputs_embeds"], input_ids, self.config.hidden_size)
@@ -225,9 +224,8 @@ class PrefixGenerationMixin(SearchMixin):
             highest_position(position_ids, None, self.config.vocab_size)
             if not torch.equal(position_ids.long().cpu(), derived):
                 kwargs["prompt_position_ids"] = position_ids
-        self._check_lengths(
-            input_ids.shape[1], int((input_ids.shape[1] - layout.first_slot).max()), generation_config, kwargs
-        )
+        self._check_trained_length(int((input_ids.shape[1] - layout.first_slot).max()))
+        _check_room(input_ids.shape[1], generation_config, kwargs)
         return kwargs
 
     def _check_cache(self, cache: Any, input_ids: torch.Tensor) -> None:
@@ -242,28 +240,30 @@ class PrefixGenerationMixin(SearchMixin):
                 "sequence, with at least one token that the cache does not hold yet."
             )
 
-    def _check_lengths(self, length: int, real_length: int, generation_config: Any, kwargs: dict[str, Any]) -> None:
+    def _check_trained_length(self, length: int) -> None:
         limit = self.config.max_sequence_length
-        if real_length > limit:
+        if length > limit:
             raise ValueError(
-                f"The prompt has {real_length} tokens, but this model was trained for at most {limit}; shorten the "
+                f"The prompt has {length} tokens, but this model was trained for at most {limit}; shorten the "
                 "query or drop the oldest rounds of the history."
             )
-        max_length = kwargs.get("max_length")
-        max_new_tokens = kwargs.get("max_new_tokens")
-        if generation_config is not None:
-            max_length = max_length if max_length is not None else getattr(generation_config, "max_length", None)
-            max_new_tokens = (
-                max_new_tokens if max_new_tokens is not None else getattr(generation_config, "max_new_tokens", None)
-            )
-            if kwargs.get("max_length") is None and max_length == type(generation_config)().max_length:
-                max_length = None
-        if max_length is not None and max_new_tokens is None and length >= max_length:
-            raise no_room(length, max_length)
+
+
+def _check_room(length: int, generation_config: Any, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError if prompts of ``length`` slots fill the call's ``max_length``."""
+    max_length, max_new_tokens = (
+        getattr(generation_config, name, None) if kwargs.get(name) is None else kwargs[name]
+        for name in ("max_length", "max_new_tokens")
+    )
+    if max_length is None or max_new_tokens is not None or length < max_length:
+        return
+    # Nobody asked for a config's max_length that is the default of its class.
+    if kwargs.get("max_length") is not None or max_length != type(generation_config)().max_length:
+        raise no_room(length, max_length)
 
 
 def no_room(length: int, max_length: int) -> ValueError:
-    """What is raised where a prompt of ``length`` tokens fills ``max_length``."""
+    """Return the error for a prompt of ``length`` tokens that fills ``max_length``."""
     return ValueError(
         f"The prompt has {length} tokens and max_length is {max_length}, which leaves no room for an answer; "
         "raise max_length, shorten the query or drop the oldest rounds of the history."
@@ -271,7 +271,7 @@ def no_room(length: int, max_length: int) -> ValueError:
 
 
 def _continued(prompt_position_ids: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Positions of the slots start to stop where the prompt's are given: the last axis of the last one counts on."""
+    """Return positions of the slots ``start`` to ``stop``; after the prompt's given ones, the last axis counts on."""
     given = prompt_position_ids.cpu()
     steps = torch.arange(1, stop - given.shape[-1] + 1)
     later = given[..., -1:].repeat(*[1] * (given.dim() - 1), steps.shape[0])
@@ -283,10 +283,10 @@ def _continued(prompt_position_ids: torch.Tensor, start: int, stop: int) -> torc
 
 
 def _padding_of(mask: torch.Tensor, input_ids: torch.Tensor, config: Any) -> torch.Tensor:
-    """The 2-D mask behind the stock tokenizer's 4-D one.
+    """Return the 2-D mask that corresponds to the stock tokenizer's 4-D one.
 
     Raises:
-        ValueError: the mask is not the one that follows from the ids and a left padding.
+        ValueError: the 4-D mask does not follow from the ids and a left padding.
     """
     length = input_ids.shape[1]
     if mask.shape == (input_ids.shape[0], 1, length, length):

@@ -1,7 +1,7 @@
-"""Classifier-free guidance (``guidance_scale``; Sanchez et al. 2023) for the prompts of a prefix LM.
+"""Apply classifier-free guidance (``guidance_scale``; Sanchez et al. 2023) to the prompts of a prefix LM.
 
-transformers' own processor feeds the last token of the prompt, and later one token at a time without positions, which
-no ChatGLM prompt survives.
+transformers' own processor feeds only the prompt's last token, and later one token at a time without positions. That
+breaks every ChatGLM prompt.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _THEIRS = getattr(logits_process, "UnbatchedClassifierFreeGuidanceLogitsProcesso
 
 
 class PrefixGuidanceLogitsProcessor(LogitsProcessor):
-    """Scores ``g * log p(x | prompt) + (1 - g) * log p(x | negative prompt)``.
+    """Compute scores ``g * log p(x | prompt) + (1 - g) * log p(x | negative prompt)``.
 
     Args:
         guidance_scale: g; above 1, answers keep closer to the prompt.
         model: a ``ChatGLMForConditionalGeneration``.
-        negative_prompt_ids: int64 [B or 1, N], prompts of the model. None: the prompt without its context, that is its
-            [gMASK] or [MASK], <sop> and what follows.
+        negative_prompt_ids: int64 [B or 1, N], prompts of the model. None: the prompt without its context, that is
+            [gMASK] or [MASK], <sop> and the rest.
         negative_prompt_attention_mask: [B or 1, N], 0 for padding.
         use_cache: keep the keys of the negative prompt from token to token.
 
@@ -73,7 +73,7 @@ class PrefixGuidanceLogitsProcessor(LogitsProcessor):
             self._negative, self._mask = _without_context(prompt, self._model.config)
         if self._mask is None:
             self._mask = (torch.arange(self._negative.shape[1]) >= self._first_slots()[:, None]).long()
-        # Beams and several answers to one prompt stand next to each other.
+        # Beams and several answers to one prompt are neighbouring rows.
         repeats = prompt.shape[0] // self._negative.shape[0]
         self._negative, self._mask = (
             one.to(prompt.device).repeat_interleave(repeats, dim=0) for one in (self._negative, self._mask)
@@ -83,10 +83,10 @@ class PrefixGuidanceLogitsProcessor(LogitsProcessor):
         return PromptLayout.of(self._negative, self._model.config).first_slot
 
     def _logits(self, answer: torch.Tensor) -> torch.Tensor:
-        """Logits [B, vocab_size] after the negative prompt and the answer so far."""
+        """Compute logits [B, vocab_size] after the negative prompt and the answer so far."""
         ids = torch.cat((self._negative, answer), dim=1)
         mask = torch.cat((self._mask, self._mask.new_ones(answer.shape)), dim=1)
-        # Beam search goes on with other rows, and assisted decoding takes tokens back: their cache is of no use.
+        # Beam search changes the rows, and assisted decoding takes tokens back: the cache is of no use then.
         if self._cached_ids is None or not torch.equal(self._cached_ids, ids[:, :-1]):
             self._cache = None
         with torch.no_grad():
@@ -100,7 +100,7 @@ class PrefixGuidanceLogitsProcessor(LogitsProcessor):
 
 
 def _without_context(prompt: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask [B, N], padded on the left, of prompts whose context is left out."""
+    """Return ids and mask [B, N], padded on the left, of the prompts without their context."""
     layout = PromptLayout.of(prompt, config)
     rows = []
     for ids, sop, has_gmask in zip(prompt.tolist(), layout.sop_slot.tolist(), layout.has_gmask.tolist(), strict=True):
@@ -112,10 +112,10 @@ def _without_context(prompt: torch.Tensor, config: Any) -> tuple[torch.Tensor, t
 
 
 def guided(processors: Any, model: Any, batch: int) -> LogitsProcessorList:
-    """The processors with ours in the place of transformers' own guidance of this model.
+    """Return the processors with ours in the place of transformers' own guidance of this model.
 
     Raises:
-        ValueError: as ``PrefixGuidanceLogitsProcessor``.
+        ValueError: as in ``PrefixGuidanceLogitsProcessor``.
     """
     return LogitsProcessorList(_ours(one, model, batch) if isinstance(one, _THEIRS) else one for one in processors)
 

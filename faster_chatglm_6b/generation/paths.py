@@ -29,7 +29,7 @@ def generate_ids(
     """Return what transformers' ``_sample`` returns, with its arguments: int64 [B, prompt + tokens].
 
     Args:
-        plain: transformers' own loop, called with nothing if the captured one cannot serve the request.
+        plain: transformers' own loop, called without arguments if the captured one cannot serve the request.
     """
     arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
     try:
@@ -38,7 +38,7 @@ def generate_ids(
         report.record_generation("plain", str(reason))
         tokens = None
     if tokens is None:
-        # transformers' loop knows no generator.
+        # transformers' own loop takes no generator.
         if model_kwargs.get("generator") is None:
             return plain()
         tokens = list(plain_tokens(model, *arguments, streamer, model_kwargs))
@@ -56,8 +56,8 @@ def generate_tokens(
 ) -> Iterator[torch.Tensor]:
     """Return an iterator over the next tokens, int64 [B] on the CPU each, until every row has ended.
 
-    Arguments are those of transformers' ``_sample``. Rows that ended yield the pad id. Nothing is computed, and the
-    model not reserved, before the first token is asked for.
+    Arguments are those of transformers' ``_sample``. Rows that ended yield the pad id. Nothing is computed or reserved
+    before the first token is asked for.
     """
     arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
     try:
@@ -67,8 +67,8 @@ def generate_tokens(
     return _returning_memory(_captured_or_plain(model, request, arguments, streamer, model_kwargs))
 
 
-# Two functions, and neither inside another one: the frame of one that failed can let go of what it was called with, but
-# not while it runs, and never of a closure.
+# Two functions, neither a closure: the frame of a failed function can release its arguments once it has ended, but
+# never what it closes over.
 def _returning_memory(tokens: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
     with memory_returned():
         yield from tokens
@@ -111,7 +111,7 @@ def _captured(model: Any, request: Request, streamer: Any) -> Iterator[torch.Ten
 
 
 def _check_kernels(model: Any) -> None:
-    """Raise CannotServe unless the model's weights lie where kernels run, and its inputs are prepared by us."""
+    """Raise CannotServe unless kernels run where the weights lie and our own code prepares the inputs."""
     places = spread_over(model)
     if places is not None:
         raise CannotServe(f"device_map spreads the model over {places}; the captured loop needs it on one GPU")

@@ -1,4 +1,4 @@
-"""Token by token through the model's own forward, for what the captured loop does not serve."""
+"""Generate token by token with the model's own forward, for what the captured loop does not serve."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def plain_tokens(
 ) -> Iterator[torch.Tensor]:
     """Yield the next tokens, int64 [B] on the CPU, until every row has ended.
 
-    Arguments are those of transformers' ``_sample``. Rows that ended yield the pad id. The tokens are
-    those of transformers' own loop with the same seed.
+    Arguments are those of transformers' ``_sample``. Rows that ended yield the pad id. transformers' own loop gives the
+    same tokens with the same seed.
     """
     generator = _on_device(model_kwargs.get("generator"), input_ids.device)
     pad = pad_token(generation_config)
     finished = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     cache = take_cache(model_kwargs)
     while not bool(finished.all()):
-        # Entered anew for each token: a generator that held it over a yield would switch the caller's autograd off.
+        # Entered for each token: held over a yield, it would switch the caller's autograd off.
         with torch.no_grad():
             inputs = model.prepare_inputs_for_generation(input_ids, past_key_values=cache, **model_kwargs)
             outputs = model(**inputs, return_dict=True)
@@ -57,7 +57,7 @@ def plain_tokens(
 
 
 def _on_device(generator: torch.Generator | None, device: torch.device) -> torch.Generator | None:
-    """The generator, or one seeded from it where it lives on another device than the scores."""
+    """Return the generator, or one seeded from it if it lives on another device than the scores."""
     if generator is None or generator.device.type == device.type:
         return generator
     seed = torch.randint(2**62, (1,), generator=generator, device=generator.device)

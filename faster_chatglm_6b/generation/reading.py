@@ -1,7 +1,7 @@
-"""What transformers hands to a decoding loop, read in one place.
+"""Read what transformers passes to a decoding loop, all in one place.
 
-Releases rename arguments and add new ones. None of that is an error here, and none of it costs the cache: what this
-version does not know becomes a line in ``status()`` and in the log.
+Releases rename arguments and add new ones. None of that is an error here or costs the cache: what this version does not
+know becomes a line in ``status()`` and in the log.
 """
 
 import functools
@@ -18,13 +18,13 @@ from transformers.generation.utils import GenerationMixin
 from .. import report, versions
 from ..ops.caches import CACHE_NAMES, Cache
 
-# Arguments of transformers' loop that the captured loop follows or has no use for.
-# What is to be put out is asked for with return_dict_in_generate, which the captured loop leaves to the plain one.
+# Arguments of transformers' loop that the captured loop follows or does not need. Outputs other than tokens also take
+# return_dict_in_generate, which the captured loop leaves to the plain one.
 _FOLLOWED = {"attention_mask", "use_cache", "logits_to_keep", "cache_position", "generator", "tokenizer"}
 _FOLLOWED |= {"output_attentions", "output_hidden_states"}
 
 # The fields of GenerationConfig from transformers 4.45 to 5.24. Each acts through a logits processor or a stopping
-# criterion, which are read one by one, or is read by ``Request``, or chooses another search than ``_sample``.
+# criterion, which are read one by one, or is read into a ``Request``, or chooses another search than ``_sample``.
 _KNOWN_SETTINGS = frozenset(
     """
     assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind bad_words_ids
@@ -44,13 +44,13 @@ _KNOWN_SETTINGS = frozenset(
 
 
 def unfollowed_arguments(model: Any, model_kwargs: Mapping[str, Any]) -> list[str]:
-    """Names of the arguments of ``_sample`` that ask for something which the captured loop does not do.
+    """Return the names of arguments of ``_sample`` that ask for something that the captured loop does not do.
 
-    An argument that neither transformers' loop nor the model names is read on neither path: it is recorded, no more.
+    An argument that neither transformers' loop nor the model names is read on neither path: it is only recorded.
     """
     known = _defaults(GenerationMixin._sample) | _defaults(type(model).forward)
     of_the_instance = model.__dict__.get("prepare_inputs_for_generation")
-    # What somebody put on the instance may hold the model: it is not kept.
+    # A function on the instance may hold the model, so it is not kept in a cache.
     known |= _named(of_the_instance) if of_the_instance else _defaults(type(model).prepare_inputs_for_generation)
     unfollowed = []
     for name, value in model_kwargs.items():
@@ -70,7 +70,7 @@ def unfollowed_arguments(model: Any, model_kwargs: Mapping[str, Any]) -> list[st
 
 
 def unfollowed_settings(generation_config: Any) -> list[str]:
-    """Names of the fields of a ``GenerationConfig`` that newer releases have and that are set to something."""
+    """Return the names of fields of a ``GenerationConfig`` that only newer releases have and that are set."""
     return sorted(
         name
         for name, values in _setting_defaults().items()
@@ -79,7 +79,7 @@ def unfollowed_settings(generation_config: Any) -> list[str]:
 
 
 def pad_token(generation_config: Any) -> torch.Tensor | None:
-    """What rows get once they ended, a tensor without axes; None: they go on. ``generate`` derived it beforehand."""
+    """Return the id for rows that ended, a tensor without axes that ``generate`` derived, or None if they go on."""
     if hasattr(generation_config, "_pad_token_tensor"):
         return generation_config._pad_token_tensor
     report.record_notice(
@@ -89,14 +89,14 @@ def pad_token(generation_config: Any) -> torch.Tensor | None:
     return None if pad_token_id is None else torch.tensor(pad_token_id)
 
 
-# Of the generate() call of this context: the length of the sequences at the last step (0 before the first), and how
-# many later steps had no cache.
+# For the generate() call of this context: the length of the sequences at the last step (0 before the first), and the
+# number of later steps that had no cache.
 _steps: ContextVar[list[int] | None] = ContextVar("faster_chatglm_6b_steps", default=None)
 
 
 @contextmanager
 def steps_watched() -> Iterator[None]:
-    """Around one call of ``generate``: ``watch_step`` can tell the first step from later ones."""
+    """Let ``watch_step`` tell the first step from later ones, during one call of ``generate``."""
     token = _steps.set([0, 0])
     try:
         yield
@@ -105,7 +105,7 @@ def steps_watched() -> Iterator[None]:
 
 
 def watch_step(length: int, past_length: int, use_cache: bool) -> None:
-    """Record that later steps read the whole sequences, of ``length`` tokens, although a cache is wanted.
+    """Record if later steps read the whole sequences, of ``length`` tokens, although a cache is wanted.
 
     One such step is no sign: transformers 5.0 prepares the first step of assisted decoding twice.
     """
@@ -124,7 +124,7 @@ def watch_step(length: int, past_length: int, use_cache: bool) -> None:
 
 
 def check_searches(owner: type) -> None:
-    """Record which of the functions that ``generate`` ends in, and that we extend, transformers has no longer."""
+    """Record which functions that ``generate`` calls, and that we extend, transformers no longer has."""
     for name in ("_sample", "_beam_search", "_assisted_decoding"):
         if not hasattr(owner, name):
             report.record_notice(
@@ -144,19 +144,19 @@ def _release() -> str | None:
 
 @functools.cache
 def _defaults(function: Callable) -> dict[str, Any]:
-    """As ``_named``, of functions that live as long as the process."""
+    """Return ``_named`` of a function that lives as long as the process."""
     return _named(function)
 
 
 def _named(function: Callable) -> dict[str, Any]:
-    """The default of each named parameter; ``Parameter.empty`` where there is none."""
+    """Return the default of each named parameter; ``Parameter.empty`` if it has none."""
     kinds = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     return {name: one.default for name, one in signature(function).parameters.items() if one.kind not in kinds}
 
 
 @functools.cache
 def _setting_defaults() -> dict[str, tuple]:
-    """The defaults of each field that we do not know: in a new object, and what ``generate`` fills it with."""
+    """Return the defaults of each field that we do not know: in a new object, and as ``generate`` fills it."""
     filled = getattr(GenerationConfig, "_get_default_generation_params", dict)()
     return {
         name: (value, filled.get(name, value))

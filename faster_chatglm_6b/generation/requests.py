@@ -1,4 +1,4 @@
-"""Read the arguments of transformers' ``_sample`` as a ``Request`` to the captured loop, or say why it is none."""
+"""Read the arguments of transformers' ``_sample`` as a ``Request`` to the captured loop, or say why not."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +15,7 @@ from .processors import InvalidScoreLogitsProcessor
 from .reading import pad_token, unfollowed_arguments, unfollowed_settings
 
 MOST_SEQUENCES = 128
-# Candidates that the one-launch sampler keeps, by the largest top_k that leaves it room for ties.
+# Candidates that the one-launch sampler keeps, by the largest top_k that leaves room for ties.
 _CAPACITIES = {50: 64, 100: 128}
 
 
@@ -30,14 +30,14 @@ def read_request(
     """Read the arguments of transformers' ``_sample`` as a request to the captured loop.
 
     Raises:
-        CannotServe: for what the loop cannot do; the message says why.
+        CannotServe: the loop cannot do what they ask; the message says why.
     """
     _check_mode(model, input_ids, generation_config, model_kwargs)
     check_ends(model)
     mask = model_kwargs.get("attention_mask")
     layout = PromptLayout.of(input_ids, model.config, mask)
     if layout.hidden_slots is not None:
-        raise CannotServe("attention_mask hides tokens behind the start of a row")
+        raise CannotServe("attention_mask hides tokens after the start of a row")
     processors = [] if logits_processor is None else logits_processor
     plan = plan_sampling(processors, bool(generation_config.do_sample), layout, model.lm_head.weight.shape[0])
     limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
@@ -65,7 +65,7 @@ def read_request(
 
 
 def _check_mode(model: Any, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
-    """Raise CannotServe for arguments that ask for something else than tokens from ids."""
+    """Raise CannotServe for arguments that ask for anything but tokens from ids."""
     if generation_config.return_dict_in_generate:
         raise CannotServe("return_dict_in_generate asks for what the loop does not keep")
     if not model_kwargs.get("use_cache", True):
@@ -89,7 +89,7 @@ def _check_mode(model: Any, input_ids: torch.Tensor, generation_config: Any, mod
 def _repetition_penalty(processor: Any, layout: PromptLayout) -> dict[str, Any]:
     ignored = getattr(processor, "prompt_ignore_length", None)
     if ignored is not None:
-        # transformers 5 leaves a row's left padding out; a number is what the caller chose himself.
+        # transformers 5 leaves each row's left padding out by a tensor; a number is the caller's choice.
         if not isinstance(ignored, torch.Tensor) or not torch.equal(ignored.cpu(), layout.first_slot):
             raise CannotServe("RepetitionPenaltyLogitsProcessor ignores a part of the prompt")
     return {"penalty": processor.penalty, "penalised_from": ignored if ignored is None else layout.first_slot}
@@ -121,7 +121,7 @@ def _invalid_rule(processor: Any, layout: PromptLayout) -> dict[str, Any]:
 
 
 def _known() -> dict[type, Any]:
-    """Reader of each known processor, by exact type, in the order in which transformers applies them."""
+    """Map each known processor, by exact type, to its reader, in the order in which transformers applies them."""
     readers = {
         "RepetitionPenaltyLogitsProcessor": _repetition_penalty,
         "NoRepeatNGramLogitsProcessor": lambda processor, layout: {"ngram_size": processor.ngram_size},
@@ -138,7 +138,7 @@ def _known() -> dict[type, Any]:
 
 
 def plan_sampling(processors: Iterable[Any], do_sample: bool, layout: PromptLayout, vocab_size: int) -> SamplingPlan:
-    """The plan that does what ``processors`` do.
+    """Return the plan that does what ``processors`` do.
 
     Raises:
         CannotServe: an unknown processor, another order than transformers' own, or a parameter that no kernel knows.

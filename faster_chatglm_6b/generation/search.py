@@ -1,4 +1,4 @@
-"""The searches that transformers' ``generate()`` ends in: greedy search and sampling through the captured loop."""
+"""Override the searches that ``generate()`` ends in, and send greedy search and sampling to the captured loop."""
 
 import functools
 from typing import Any
@@ -20,7 +20,7 @@ class SearchMixin:
     """Overrides of the searches of transformers 4.45 and later."""
 
     def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' beam search, where the caller does not ask for a stream."""
+        """Run transformers' beam search, unless the caller asks for a stream."""
         if streaming.get():
             raise no_single_next_token()
         report.record_generation("plain", "beam search")
@@ -28,7 +28,7 @@ class SearchMixin:
             return super()._beam_search(*args, **kwargs)
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' assisted decoding, where the caller does not ask for a stream."""
+        """Run transformers' assisted decoding, unless the caller asks for a stream."""
         if streaming.get():
             raise no_single_next_token()
         if self.config.pre_seq_len:
@@ -63,15 +63,15 @@ class SearchMixin:
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Greedy search and sampling, which transformers sends here after it prepared and checked everything.
+        """Run greedy search or sampling, which transformers sends here after it prepared and checked everything.
 
-        The captured loop serves it where it can, else transformers' own; ``status()`` tells which and why.
+        The captured loop serves it if it can, else transformers' own; ``status()`` tells which and why.
         """
         arguments = (self, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
         if streaming.get():
             return generate_tokens(*arguments, _with_sync(model_kwargs, synced_gpus))
 
-        # No function defined here: when memory runs out, its frame could not let go of what it closes over.
+        # No closure: when memory runs out, its frame could not release what it closes over.
         plain = functools.partial(
             super()._sample,
             input_ids,
@@ -88,9 +88,9 @@ class SearchMixin:
     def release_cache(self) -> None:
         """Free the GPU memory that generation keeps between calls: key-value cache, buffers and captured graphs.
 
-        A generation that runs now ends first. The next one makes them anew.
+        A running generation ends first. The next one allocates them again.
         """
-        # There is none where no kernels are.
+        # Without kernels there is no engine.
         engine = self.__dict__.get("_decode_engine")
         if engine is not None:
             engine.release()

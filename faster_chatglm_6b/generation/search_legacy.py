@@ -1,4 +1,4 @@
-"""The searches of transformers 4.27 to 4.29, which are the versions that OneFlow's mock of torch can carry."""
+"""Override the searches of transformers 4.27 to 4.29, the versions that OneFlow's mock of torch can carry."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ _SETTINGS = (
 
 
 class SearchMixin:
-    """Overrides of the searches; the captured loop is not there, transformers' own loops or a stream of tokens are."""
+    """Overrides of the searches. There is no captured loop: transformers' own loops run, or a stream of tokens."""
 
-    # A tied head is in no checkpoint that newer versions saved; these versions would warn of it.
+    # Checkpoints that newer versions saved hold no tied head; these versions would warn of that.
     _keys_to_ignore_on_load_missing = [r"^lm_head\.weight$"]
 
     @classmethod
     def can_generate(cls) -> bool:
-        """True; transformers would take our class for one without generation, by the name of its functions."""
+        """Return True; by its functions' names, transformers would take the class for one that cannot generate."""
         return True
 
     def greedy_search(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """transformers' greedy search, or an iterator over its tokens."""
+        """Run transformers' greedy search, or return an iterator over its tokens."""
         return self._one_by_one("greedy search", super().greedy_search, input_ids, *args, **kwargs)
 
     def sample(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """transformers' sampling, or an iterator over its tokens."""
+        """Run transformers' sampling, or return an iterator over its tokens."""
         return self._one_by_one("sampling", super().sample, input_ids, *args, **kwargs)
 
     def _one_by_one(
@@ -78,23 +78,23 @@ class SearchMixin:
         return torch.cat((input_ids, torch.stack(list(tokens), dim=1).to(input_ids.device)), dim=1)
 
     def beam_search(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' beam search, where the caller does not ask for a stream."""
+        """Run transformers' beam search, unless the caller asks for a stream."""
         return self._many_at_once("beam search", super().beam_search, *args, **kwargs)
 
     def beam_sample(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``beam_search``."""
+        """Run transformers' beam sampling, as in ``beam_search``."""
         return self._many_at_once("beam sampling", super().beam_sample, *args, **kwargs)
 
     def group_beam_search(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``beam_search``."""
+        """Run transformers' group beam search, as in ``beam_search``."""
         return self._many_at_once("group beam search", super().group_beam_search, *args, **kwargs)
 
     def constrained_beam_search(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``beam_search``."""
+        """Run transformers' constrained beam search, as in ``beam_search``."""
         return self._many_at_once("constrained beam search", super().constrained_beam_search, *args, **kwargs)
 
     def contrastive_search(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: transformers 4.27's own takes the cache apart in a way that only its own layouts allow."""
+        """Refuse: transformers 4.27's own takes the cache apart in a way that only its own layouts allow."""
         raise ValueError(
             "Contrastive search (penalty_alpha) cannot follow ChatGLM's cache on this transformers; leave it out."
         )
@@ -107,16 +107,16 @@ class SearchMixin:
 
     @staticmethod
     def _reorder_cache(past_key_values: Any, beam_idx: torch.Tensor) -> Any:
-        """The cache with the rows that beam search goes on with."""
+        """Return the cache with the rows that beam search continues."""
         past_key_values.reorder_cache(beam_idx)
         return past_key_values
 
     def release_cache(self) -> None:
-        """Nothing: without the captured loop, generation keeps no memory between calls."""
+        """Do nothing: without the captured loop, generation keeps no memory between calls."""
 
 
 class _PerRow:
-    """Which rows have ended, as later versions of transformers ask their criteria."""
+    """Stopping criteria that answer for each row, as in later versions of transformers."""
 
     def __init__(self, criteria: Any, eos_token_id: int | list[int] | None):
         self._criteria = criteria if criteria is not None else []
@@ -124,7 +124,7 @@ class _PerRow:
         self._eos_ids = ids if isinstance(ids, (list, tuple)) else [ids]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any) -> torch.Tensor:
-        """bool [B]."""
+        """Return the rows that have ended, bool [B]."""
         last = input_ids[:, -1]
         ended = torch.zeros(last.shape, dtype=torch.bool, device=last.device)
         for eos_id in self._eos_ids:

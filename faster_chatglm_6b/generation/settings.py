@@ -1,5 +1,7 @@
-"""What of a ``GenerationConfig`` this model follows in a way of its own, whoever set it: an argument, a config given to
-``generate``, or the checkpoint's generation_config.json."""
+"""Adapt the settings of a ``GenerationConfig`` that this model follows in its own way.
+
+They may come from an argument, a config given to ``generate``, or the checkpoint's generation_config.json.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,16 @@ import torch
 
 _log = logging.getLogger("faster_chatglm_6b")
 
-# They ask for speed or memory in a way that a prefix LM cannot follow; the tokens are the same without.
+# Caches that save time or memory in a way that a prefix LM cannot follow; the tokens are the same without them.
 _FIXED_SIZES = ("static", "offloaded_static", "sliding_window", "hybrid", "hybrid_chunked")
 _FIXED_SIZES += ("offloaded_hybrid", "offloaded_hybrid_chunked")
 
 
 def follow_settings(config: Any) -> None:
-    """Change in ``config``, which belongs to one call of ``generate``, what only asks for speed or memory.
+    """Change settings in the ``config`` of one ``generate`` call that only ask for speed or memory.
 
     Raises:
-        ValueError: a search that reads what this model gives otherwise.
+        ValueError: a search that needs what this model lacks or gives in another layout.
     """
     _refuse_searches(config)
     if getattr(config, "stop_strings", None) in ([], ()):  # transformers would ask for a tokenizer to find none of them
@@ -66,7 +68,7 @@ def _refuse_searches(config: Any) -> None:
 
 
 def no_continuous_batching() -> ValueError:
-    """What is raised where transformers would read prompts in pieces, into pages of keys that many requests share."""
+    """Return the error for reading prompts in pieces, into pages of keys that many requests share."""
     return ValueError(
         "Continuous batching (generate_batch, cache_implementation='paged') packs tokens of many prompts into one row, "
         "which the mask of a prefix LM does not allow; call generate() with a padded batch, or chat_batch()."

@@ -1,4 +1,4 @@
-"""Hidden states and attentions of assisted decoding.
+"""Compute hidden states and attentions of assisted decoding.
 
 transformers cuts them out of forwards of several tokens: along the wrong axis for stock's layouts, and at the first
 step from the wrong rows. One forward over the finished sequence gives the same values, because no row of a prefix LM
@@ -16,7 +16,7 @@ _FLAGS = ("output_hidden_states", "output_attentions")
 
 
 def take_states(arguments: dict[str, Any]) -> tuple[str, ...]:
-    """Take out of the arguments of a search what asks for states, and return the names of it."""
+    """Remove the flags that ask for states from the arguments of a search, and return their names."""
     for name in _FLAGS:
         arguments.pop(name, None)
     config = arguments["generation_config"]
@@ -29,8 +29,10 @@ def take_states(arguments: dict[str, Any]) -> tuple[str, ...]:
 
 
 def with_states(model: Any, output: Any, prompt: int, asked: tuple[str, ...], arguments: dict[str, Any]) -> Any:
-    """The output of a search for one sequence, with its states as the other searches give them: those of the prompt,
-    of ``prompt`` tokens, and then those of each token that was read."""
+    """Add states to the output of a search for one sequence, as the other searches give them.
+
+    The first are those of the prompt, of ``prompt`` tokens, and the others those of each token that was read.
+    """
     ids = output.sequences[:, :-1]
     mask = arguments.get("attention_mask")
     if mask is not None:

@@ -1,4 +1,4 @@
-"""Whether ``generate`` is asked for a stream of tokens instead of finished sequences."""
+"""Tell ``generate`` to return a stream of tokens instead of finished sequences."""
 
 from contextvars import ContextVar
 
@@ -7,7 +7,7 @@ streaming: ContextVar[bool] = ContextVar("faster_chatglm_6b_streaming", default=
 
 
 def no_single_next_token() -> ValueError:
-    """What is raised where a stream is asked for and the search does not go one token at a time."""
+    """Return the error for a stream from a search that does not go one token at a time."""
     return ValueError(
         "Streaming yields one token at a time, which beams and assisted decoding cannot; call generate() for them, or "
         "leave num_beams, prompt_lookup_num_tokens and assistant_model out."

@@ -1,1 +1,1 @@
-"""The network, from one block to the model with its head; it knows no generation."""
+"""Define the network, from one block to the model with its head, without knowing generation."""

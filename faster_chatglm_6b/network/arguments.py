@@ -1,6 +1,6 @@
-"""What ``forward`` and ``generate`` are given: each wrong tensor ends in one sentence, before any work.
+"""Check what ``forward`` and ``generate`` are given: each wrong tensor ends in one sentence, before any work.
 
-Shapes and dtypes cost nothing to ask for. Values are read where the forward waits for the device anyhow.
+Shapes and dtypes cost nothing to check. Values are read when the forward waits for the device anyway.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def check_ids(input_ids: Any) -> None:
 
 
 def check_mask(attention_mask: Any, batch: int, rows: int, keys: int) -> None:
-    """Raise ValueError unless a mask is [batch, keys], or 4-D and spreads to [batch, 1, rows, keys]."""
+    """Raise ValueError unless a mask is [batch, keys], or 4-D and broadcasts to [batch, 1, rows, keys]."""
     check_tensor("attention_mask", attention_mask, "one 0 or 1 for each token")
     shape = list(attention_mask.shape)
     if len(shape) not in (2, 4):
@@ -92,7 +92,7 @@ def check_embeddings(inputs_embeds: Any, input_ids: torch.Tensor | None, hidden_
 def check_labels(labels: Any, inputs: Any, vocab_size: int) -> None:
     """Raise ValueError unless ``labels`` are ids or -100, one for each token of ``inputs`` [batch, length, ...].
 
-    Their values are read on the CPU alone, where nothing waits for a device.
+    Values are read only on the CPU, where nothing waits for a device.
     """
     check_tensor("labels", labels, "int64 [batch, length]")
     wanted = list(getattr(inputs, "shape", ()))[:2]
@@ -111,13 +111,13 @@ def check_labels(labels: Any, inputs: Any, vocab_size: int) -> None:
 
 
 def highest_position(position_ids: torch.Tensor, input_ids: torch.Tensor | None, vocab_size: int) -> int:
-    """The highest of the positions; positions and ids are read from the device together.
+    """Return the highest position; positions and ids are read from the device together.
 
     Args:
-        input_ids: the ids to embed, or None where embeddings are given.
+        input_ids: the ids to embed, or None if embeddings are given.
 
     Raises:
-        ValueError: a negative or absurd position, or an id out of the vocabulary.
+        ValueError: a negative or absurdly high position, or an id out of the vocabulary.
     """
     ends = [position_ids.min(), position_ids.max()]
     if input_ids is not None:

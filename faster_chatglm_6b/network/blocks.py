@@ -1,4 +1,4 @@
-"""The layers of the network: attention, MLP and block, with the checkpoint's parameter names."""
+"""Define the layers of the network with the checkpoint's parameter names: attention, MLP and block."""
 
 import math
 from typing import Any
@@ -13,15 +13,16 @@ from ..ops import Operators, operators_for
 from ..ops.reference import attention_probabilities
 from .stock_names import StockAttentionNames
 
-# GLMBlock's default depth, which stock never overrides: the residual weight of every checkpoint, whatever its
-# num_layers.
+# The residual weight of every checkpoint, whatever its num_layers: stock never overrides GLMBlock's default depth, 28.
 RESIDUAL_ALPHA = math.sqrt(2 * 28)
 
 
 class Step(dict):
-    """What all layers of one forward share: position_ids, cos, sin, attn_bias, prefix_length, past_key_values and
-    output_attentions; and layer_id, the layer's place. It is a dict, so that accelerate moves its tensors to each
-    layer's device."""
+    """Arguments that all layers of one forward share, and layer_id, the layer's place.
+
+    The shared ones are position_ids, cos, sin, attn_bias, prefix_length, past_key_values and output_attentions. It is a
+    dict, so that accelerate moves its tensors to each layer's device.
+    """
 
     def __getattr__(self, name: str) -> object:
         try:
@@ -43,8 +44,10 @@ class SelfAttention(StockAttentionNames, AdapterHost):
     def forward(
         self, hidden_states: torch.Tensor, ops: Operators, step: Step, residual: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Map hidden_states [B, M, hidden] to attention(hidden_states) + RESIDUAL_ALPHA * residual, if there is one,
-        and to the probabilities [B * H, M, T] or None."""
+        """Return attention over hidden_states [B, M, hidden], and its probabilities [B * H, M, T] or None.
+
+        The first includes RESIDUAL_ALPHA * residual, if there is one.
+        """
         packed = project(self.query_key_value, hidden_states, ops)
         batch, rows, width = packed.shape
         rotary = {"position_ids": step.position_ids, "cos": step.cos, "sin": step.sin, "k_size": self.head_size}
@@ -57,12 +60,12 @@ class SelfAttention(StockAttentionNames, AdapterHost):
         )
         probabilities = None
         if step.output_attentions:
-            # Kept apart from the operator, whose fused implementations never form the probabilities.
+            # Computed apart, because the operator's fused implementations never form the probabilities.
             probabilities = attention_probabilities(query, key, step.attn_bias).flatten(0, 1)
         return project(self.dense, context, ops, residual, RESIDUAL_ALPHA), probabilities
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
-        # Stock's checkpoints hold it, and stock computes it anew all the same. ``state_dict`` is a copy.
+        # Stock's checkpoints hold it, although stock computes it again. ``state_dict`` is a copy.
         state_dict.pop(f"{prefix}rotary_emb.inv_freq", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -81,7 +84,7 @@ class GLU(AdapterHost):
     ) -> torch.Tensor:
         """Map hidden_states [B, M, hidden] to MLP(hidden_states) + RESIDUAL_ALPHA * residual, if there is one.
 
-        Without ``ops``, as a wrapper calls it, they are those of hidden_states' device and dtype.
+        A wrapper calls it without ``ops``: they are then those of hidden_states' device and dtype.
         """
         if ops is None:
             ops = operators_for(
@@ -106,7 +109,7 @@ class GLMBlock(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Map hidden_states [B, M, hidden] to the same shape, and the attention's probabilities or None.
 
-        Attention and MLP add the residual in their last product, unless a hook or a wrapper is to see their own output.
+        Attention and MLP add the residual in their last product, unless a hook or a wrapper must see their own output.
         """
         normed = normalise(self.input_layernorm, hidden_states, ops)
         if _adds_residual(self.attention, SelfAttention):
@@ -117,7 +120,7 @@ class GLMBlock(nn.Module):
         normed = normalise(self.post_attention_layernorm, hidden_states, ops)
         if _adds_residual(self.mlp, GLU):
             return self.mlp(normed, ops, normed), probabilities
-        # With one argument, which is what every MLP takes.
+        # Called with one argument, which every MLP takes.
         return with_residual(self.mlp(normed), normed, RESIDUAL_ALPHA), probabilities
 
 

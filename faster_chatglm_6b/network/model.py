@@ -1,4 +1,4 @@
-"""The network with and without its head: the checkpoint's parameter names, and no product but through an operator."""
+"""Define the network with and without its head, by the checkpoint's parameter names; every product is an operator."""
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from .training import TrainingMixin, batch_first, check_loss_arguments
 
 
 class ChatGLMPreTrainedModel(CheckpointMixin, StockModelNames, PreTrainedModel):
-    """What both models share with transformers' loaders."""
+    """Base of both models: what transformers' loaders need."""
 
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
@@ -35,8 +35,10 @@ class ChatGLMPreTrainedModel(CheckpointMixin, StockModelNames, PreTrainedModel):
     _supports_cache_class = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Weights come from the checkpoint, and a fresh model keeps PyTorch's own initialisation; only a P-Tuning
-        prefix may be missing from a checkpoint, to be trained or loaded afterwards."""
+        """Initialise only a P-Tuning prefix, which a checkpoint may lack, to be trained or loaded afterwards.
+
+        Other weights come from the checkpoint, and a fresh model keeps PyTorch's own initialisation.
+        """
         if isinstance(module, PrefixEncoder):
             module.reset_parameters()
 
@@ -54,7 +56,7 @@ class ChatGLMPreTrainedModel(CheckpointMixin, StockModelNames, PreTrainedModel):
         def activation_checkpointing_enable(
             self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
         ) -> None:
-            """transformers' switch, as it is called since 5.24."""
+            """Enable gradient checkpointing, under transformers' name since 5.24."""
             kwargs = self._checkpointing_arguments(activation_checkpointing_kwargs)
             super().activation_checkpointing_enable(kwargs, every_n_layers, offload)
             self.base_model.checkpointed_every = every_n_layers
@@ -63,7 +65,7 @@ class ChatGLMPreTrainedModel(CheckpointMixin, StockModelNames, PreTrainedModel):
         def gradient_checkpointing_enable(
             self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: object
         ) -> None:
-            """transformers' switch."""
+            """Enable gradient checkpointing."""
             checkpointing_kwargs = self._checkpointing_arguments(gradient_checkpointing_kwargs)
             super().gradient_checkpointing_enable(checkpointing_kwargs, **kwargs)
             self.base_model.checkpointed_every = kwargs.get("every_n_layers", 1)
@@ -85,13 +87,13 @@ class ChatGLMModel(StockNetworkNames, ChatGLMPreTrainedModel):
         self.post_init()
 
     def freeze_below_prefix(self) -> None:
-        """With a P-Tuning prefix, leave the prefix alone trainable, as stock does."""
+        """Leave only the P-Tuning prefix trainable, if there is one, as stock does."""
         if self.config.pre_seq_len:
             self.requires_grad_(False)
             self.prefix_encoder.requires_grad_(True)
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding of the tokens."""
+        """Return the embedding of the tokens."""
         return self.word_embeddings
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
@@ -114,16 +116,16 @@ class ChatGLMModel(StockNetworkNames, ChatGLMPreTrainedModel):
         """Run the network; outputs have stock's layouts.
 
         Args:
-            input_ids: int64 [B, M]; may be left out where ``inputs_embeds``, ``position_ids`` and a 4-D mask are given.
-            position_ids: int64 [B, 2, M] (or [B, M] without 2-D positions); derived from input_ids when left out.
-            attention_mask: [B, T] with 0 for padding, or bool [B, 1, M, T] with True where hidden; derived from
-                input_ids when left out, a run of pad ids at the start counting as padding.
+            input_ids: int64 [B, M]; may be left out if ``inputs_embeds``, ``position_ids`` and a 4-D mask are given.
+            position_ids: int64 [B, 2, M] (or [B, M] without 2-D positions); derived from input_ids if left out.
+            attention_mask: [B, T] with 0 for padding, or bool [B, 1, M, T] with True where hidden. If left out, it
+                follows from input_ids, where a run of pad ids at the start of a row is padding.
             past_key_values: a transformers ``Cache``, or stock's tuple of (key, value) [T, B, H, K].
-            cache: another name of past_key_values, which transformers 5.24 brought.
+            cache: another name of past_key_values, since transformers 5.24.
             inputs_embeds: [B, M, hidden], used instead of the embedding of input_ids.
 
         Returns:
-            last_hidden_state and each of hidden_states [M, B, hidden]; attentions [B * H, M, T].
+            ``last_hidden_state`` and each of ``hidden_states`` [M, B, hidden]; ``attentions`` [B * H, M, T].
 
         Raises:
             ValueError: arguments that do not fit together; see ``PromptLayout.of`` for bad ids.
@@ -144,7 +146,7 @@ class ChatGLMModel(StockNetworkNames, ChatGLMPreTrainedModel):
         check_inputs(input_ids, inputs_embeds, position_ids, attention_mask, self.config, past_length)
         if past_length:
             check_cached_batch(cache, input_ids if inputs_embeds is None else inputs_embeds)
-        # Where positions are derived from the ids, the ids are looked at.
+        # Deriving positions from the ids checks the ids.
         unchecked_ids = input_ids if inputs_embeds is None and position_ids is not None else None
         position_ids, hidden, context_length = self._positions_and_mask(
             input_ids, position_ids, attention_mask, inputs_embeds, past_length
@@ -175,7 +177,7 @@ class ChatGLMModel(StockNetworkNames, ChatGLMPreTrainedModel):
         for index, (layer, place) in enumerate(zip(self.layers, devices, strict=True)):
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            # Its place and not the number it was made with: layers are dropped and moved, too.
+            # Its place, not the number that it was made with: users drop and move layers.
             own_step = Step(step, layer_id=index)
             if checkpointing and index % self.checkpointed_every == 0:
                 hidden_states, probabilities = self._gradient_checkpointing_func(
@@ -203,7 +205,7 @@ class ChatGLMModel(StockNetworkNames, ChatGLMPreTrainedModel):
         inputs_embeds: torch.Tensor | None,
         past_length: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None, int | None]:
-        """Positions, the bool mask of hidden keys (None: nothing is), and the context's length of a plain prefix."""
+        """Return positions, the bool mask of hidden keys or None, and the context's length if all rows share it."""
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         is_dense = attention_mask is not None and attention_mask.dim() == 4
         if past_length:
@@ -230,7 +232,7 @@ class ChatGLMModel(StockNetworkNames, ChatGLMPreTrainedModel):
 
 
 class ChatGLMWithHead(TrainingMixin, AdapterHost, ChatGLMPreTrainedModel):
-    """The network with its output head, and the loss."""
+    """Network with its output head, and the loss."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
 
@@ -242,7 +244,7 @@ class ChatGLMWithHead(TrainingMixin, AdapterHost, ChatGLMPreTrainedModel):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
-        """The output head."""
+        """Return the output head."""
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
@@ -270,10 +272,10 @@ class ChatGLMWithHead(TrainingMixin, AdapterHost, ChatGLMPreTrainedModel):
         Args:
             labels: int64 [B, M], -100 where the loss does not count; shifted by one inside.
             logits_to_keep: compute the logits of the last rows only; 0 for all.
-            num_items_in_batch: what the loss is divided by, the labels that count in all accumulated batches.
+            num_items_in_batch: divisor of the loss, the labels that count in all accumulated batches.
 
         Returns:
-            logits [B, M, vocab_size]; loss: the mean cross entropy in float32 if labels are given (see ``token_loss``).
+            ``logits`` [B, M, vocab_size]; ``loss``, the cross entropy of ``token_loss`` if labels are given.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if labels is not None:
@@ -309,7 +311,9 @@ class ChatGLMWithHead(TrainingMixin, AdapterHost, ChatGLMPreTrainedModel):
 
 
 def _additive(hidden: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The bias that hides keys. It is the lowest finite value and not -inf, so that a row that sees nothing (a pad)
-    attends evenly, as in stock, and never turns into NaN."""
+    """Return the bias that hides keys: the lowest finite value, and not -inf.
+
+    So a row that sees nothing (a pad) attends evenly, as in stock, and never turns into NaN.
+    """
     bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
     return bias.masked_fill_(hidden.to(device), torch.finfo(dtype).min)

@@ -1,8 +1,8 @@
-"""Where a ChatGLM prompt's parts lie, and the positions and the visibility that follow from it.
+"""Find the parts of a ChatGLM prompt, and derive positions and visibility from them.
 
 A prompt is ``text [gMASK] <sop> answer``. Everything before the first ``<sop>`` is the context, which every row sees in
-both directions; from ``<sop>`` on each row sees the context and what came before it (prefix LM, Du et al. 2022). Answer
-rows carry the position of ``[gMASK]`` (or of ``[MASK]`` where there is none) and count block positions 1, 2, 3...
+both directions. From ``<sop>`` on, each row sees the context and what came before it (prefix LM, Du et al. 2022).
+Answer rows carry the position of ``[gMASK]`` (or of ``[MASK]`` if there is none) and count block positions 1, 2, 3...
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from .arguments import check_ids, check_range
 
 
 def _first_index(found: torch.Tensor) -> torch.Tensor:
-    """Column of the first True of each row of [B, L]; rows without one give 0."""
+    """Return the column of the first True of each row of [B, L]; rows without one give 0."""
     return found.int().argmax(dim=1)
 
 
@@ -28,8 +28,8 @@ class PromptLayout:
     Attributes:
         first_slot: slot of the first real token, the number of left pads.
         sop_slot: slot of the first ``<sop>``, the end of the context.
-        mask_position: position of the first ``[gMASK]``, or of the first ``[MASK]`` where there is no ``[gMASK]``.
-        has_gmask: bool [B].
+        mask_position: position of the first ``[gMASK]``, or of the first ``[MASK]`` if there is no ``[gMASK]``.
+        has_gmask: bool [B], whether there is a ``[gMASK]``.
         hidden_slots: bool [B, L], further slots that the attention mask hides (right padding), or None.
     """
 
@@ -43,7 +43,7 @@ class PromptLayout:
     def of(
         cls, input_ids: torch.Tensor, config: ChatGLMConfig, attention_mask: torch.Tensor | None = None
     ) -> "PromptLayout":
-        """Read the layout off token ids.
+        """Read the layout from token ids.
 
         Args:
             input_ids: int64 [B, L].
@@ -98,13 +98,13 @@ class PromptLayout:
 
     @property
     def common_prefix(self) -> int | None:
-        """Length of the context where it is the same in every row and nothing is padded, else None."""
+        """Length of the context if it is the same in every row and nothing is padded, else None."""
         if self.is_padded or bool((self.sop_slot != self.sop_slot[0]).any()):
             return None
         return int(self.sop_slot[0])
 
     def position_ids(self, start: int, stop: int, two_dimensional: bool = True) -> torch.Tensor:
-        """Positions of the slots from ``start`` to ``stop`` (stock's ``get_position_ids``).
+        """Return positions of the slots ``start`` to ``stop`` (stock's ``get_position_ids``).
 
         In one dimension a ``[gMASK]`` prompt counts straight on; a ``[MASK]`` prompt keeps the mask's position from
         ``<sop>`` on. Stock lost count there while decoding with a cache.
@@ -123,8 +123,7 @@ class PromptLayout:
         return torch.stack((position, block), dim=1)
 
     def hidden(self, start: int, stop: int) -> torch.Tensor:
-        """Which of the first ``stop`` keys are hidden from the query rows ``start`` to ``stop`` (stock's
-        ``get_masks``).
+        """Return which of the first ``stop`` keys are hidden from rows ``start`` to ``stop`` (stock's ``get_masks``).
 
         Returns:
             bool [B, 1, stop - start, stop], True where hidden.
@@ -138,13 +137,16 @@ class PromptLayout:
 
 
 def causal_hidden(past_length: int, length: int, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Visibility of ``length`` answer rows behind ``past_length`` cached ones.
+    """Return which keys are hidden from ``length`` answer rows after ``past_length`` cached ones.
 
     Args:
         attention_mask: [B, past_length + length], 0 for padding, or None.
 
     Returns:
-        bool [B or 1, 1, length, past_length + length], True where hidden; None where nothing is.
+        bool [B or 1, 1, length, past_length + length], True where hidden; None if no key is.
+
+    Raises:
+        ValueError: a mask of another length.
     """
     total = past_length + length
     hidden = None
@@ -163,5 +165,5 @@ def causal_hidden(past_length: int, length: int, attention_mask: torch.Tensor | 
 
 
 def cached_tokens(cache: Any, config: ChatGLMConfig) -> int:
-    """How many tokens of the sequence a cache holds; a P-Tuning prefix does not count."""
+    """Return the number of tokens of the sequence in a cache; a P-Tuning prefix does not count."""
     return max(cache.get_seq_length() - (config.pre_seq_len or 0), 0) if cache is not None else 0

@@ -1,4 +1,4 @@
-"""Quantising a whole model, at its construction or afterwards: which layers, what may be asked for, how far it got."""
+"""Quantise a whole model, at its construction or afterwards; ``quantize()`` resumes after an interrupt."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from ..layers.linear import is_hooked, is_plain_tensor
 from ..layers.quantized import QuantizedEmbedding, QuantizedLinear, give_back
 
 _LINEAR_NAMES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
-# What the published versions of stock's quantize() take besides the bits.
+# Arguments of the published versions of stock's quantize(), other than the bits.
 _STOCK_ARGUMENTS = {"empty_init", "kernel_file", "use_quantization_cache", "parallel_num"}
 
 
 def _linears(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """(owner, attribute) of the linear layers that quantisation replaces, layer by layer, in wrapped blocks too."""
+    """List (owner, attribute) of the linear layers to quantise, layer by layer, in wrapped blocks too."""
     return [
         (module, name)
         for layer in model.transformer.layers
@@ -47,7 +47,7 @@ def prepare_quantized(model: nn.Module) -> None:
 
 
 def check_quantization(config: ChatGLMConfig, bits: int, group_size: int | None, head_bits: int | None) -> None:
-    """Raise ValueError, in one sentence, for settings that cannot be."""
+    """Raise ValueError, in one sentence, for impossible settings."""
     if bits not in (4, 8) or not isinstance(bits, int):
         raise ValueError(f"Quantisation was asked for with {bits!r} bits, but only 8 and 4 exist.")
     if head_bits not in (None, 8):
@@ -68,7 +68,7 @@ def check_quantization(config: ChatGLMConfig, bits: int, group_size: int | None,
 
 
 def check_linear(linear: nn.Module, name: str, bits: int) -> None:
-    """Raise ValueError, in one sentence, for a layer that cannot become integers without something being lost."""
+    """Raise ValueError, in one sentence, for a layer that would lose something as integers."""
     kind = f"{type(linear).__module__}.{type(linear).__name__}"
     asked = f"quantize({bits}) needs float weights in plain linear layers, but {name} "
     if hasattr(linear, "get_base_layer"):
@@ -101,23 +101,23 @@ class QuantizationMixin:
     ) -> Any:
         """Replace the layers' float weights by integers, in place and one layer after the other.
 
-        Interrupted half way, by Ctrl-C or for lack of memory, the model still computes, from integers here and floats
-        there; the same call again goes on where it stopped.
+        After an interrupt, by Ctrl-C or for lack of memory, the model still computes, with integers here and floats
+        there. The same call again continues where it stopped.
 
         Args:
-            bits: 8 or 4; 0 leaves the model as it is, and so do the bits that it has already.
-            group_size: columns that share a scale, 128 for example: better quality at 4 bits. None: one scale per row,
-                which is stock's formula. A bool is stock's second argument, ``empty_init``.
-            head_bits: 8 to quantise the output head too, which is no longer the embedding then; None to leave it.
+            bits: 8 or 4; 0, or the bits that the model already has, change nothing.
+            group_size: columns that share a scale, such as 128, for better quality at 4 bits. None: one scale per row,
+                stock's formula. A bool is stock's second argument, ``empty_init``.
+            head_bits: 8 to quantise the output head too, which then no longer is the embedding; None to leave it.
             kwargs: stock's further arguments, without effect: empty_init, kernel_file, use_quantization_cache,
                 parallel_num.
 
         Returns:
-            the model.
+            The model.
 
         Raises:
             ValueError: other bits, a group size that does not divide, a model that is quantised otherwise, or layers
-                that are no plain linear layers, with adapters of PEFT for example; the model is unchanged.
+                that are no plain linear layers, such as those with adapters of PEFT. The model is unchanged.
             TypeError: an argument that neither stock nor this method knows.
         """
         unknown = sorted(set(kwargs) - _STOCK_ARGUMENTS)
@@ -134,7 +134,7 @@ class QuantizationMixin:
         check_quantization(config, bits, group_size, head_bits)
         todo = self._left_to_quantize(bits, group_size or -1, head_bits)
         device = self.device
-        # Each layer is replaced in one assignment: what interrupts falls before or after it.
+        # One assignment replaces a layer, so that an interrupt falls before or after it.
         for owner, name in todo:
             setattr(owner, name, QuantizedLinear.of(getattr(owner, name), bits, group_size or -1))
         if head_bits:
@@ -148,7 +148,7 @@ class QuantizationMixin:
         return self
 
     def _left_to_quantize(self, bits: int, group_size: int, head_bits: int | None) -> list[tuple[nn.Module, str]]:
-        """The linear layers that an earlier, interrupted ``quantize`` left; checked before any of them is touched."""
+        """Check all linear layers that are still floats, before any of them is touched, and return them."""
         names = {id(module): name for name, module in self.named_modules()}
         todo, done = [], []
         for owner, attribute in _linears(self):
@@ -173,7 +173,7 @@ class QuantizationMixin:
         return todo
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' ``save_pretrained``.
+        """Save the model as transformers does.
 
         Raises:
             ValueError: ``quantize`` was interrupted: no config.json describes such a model.
@@ -184,7 +184,7 @@ class QuantizationMixin:
 
 
 def _begun(model: nn.Module) -> list[QuantizedLinear]:
-    """The quantised layers of a model."""
+    """Return the quantised layers of a model."""
     linears = [getattr(owner, name) for owner, name in _linears(model)]
     return [linear for linear in linears if isinstance(linear, QuantizedLinear)]
 
@@ -202,7 +202,7 @@ def _half_quantized(model: nn.Module) -> str:
 
 
 def _check_same(present: tuple, asked: tuple) -> None:
-    """Raise ValueError where a quantised model is asked for other bits, groups or another head; None asks nothing."""
+    """Raise ValueError if a quantised model is asked for other bits, groups or another head; None asks nothing."""
     names = ("bits", "group_size", "head_bits")
     for name, has, wants in zip(names, present, asked, strict=True):
         if wants is not None and wants != has:

@@ -1,6 +1,6 @@
-"""Attributes and methods of the checkpoint's own code that other people's scripts read; nothing here calls them.
+"""Offer attributes and methods of the checkpoint's own code that users' scripts read; nothing here calls them.
 
-All are properties of the configuration: no state, nothing in a ``state_dict``.
+All follow from the configuration: they hold no state and add nothing to a ``state_dict``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def _configured(name: str, doc: str) -> property:
 
 
 class StockModelNames:
-    """Of both models (stock's ``ChatGLMPreTrainedModel`` and what both set in ``__init__``)."""
+    """Names of both models: stock's ``ChatGLMPreTrainedModel``, and what both set in ``__init__``."""
 
     is_parallelizable = False
 
@@ -24,10 +24,13 @@ class StockModelNames:
     position_encoding_2d = _configured("position_encoding_2d", "Whether positions have two axes.")
 
     def get_masks(self, input_ids: torch.Tensor, device: Any = None) -> torch.Tensor:
-        """Stock's mask, which knows no padding: bool [B, 1, L, L] of ids int64 [B, L], True where hidden.
+        """Return stock's mask, which knows no padding, of ids int64 [B, L].
 
         Args:
-            device: of the result; that of the ids by default.
+            device: of the result; the device of the ids by default.
+
+        Returns:
+            bool [B, 1, L, L], True where hidden.
 
         Raises:
             ValueError: a row without <sop>.
@@ -44,13 +47,13 @@ class StockModelNames:
         device: Any = None,
         use_gmasks: Sequence[bool] | bool | None = None,
     ) -> torch.Tensor:
-        """Stock's positions, which know no padding, of ids int64 [B, L].
+        """Return stock's positions, which know no padding, of ids int64 [B, L].
 
         Args:
-            mask_positions: slot of each row's [gMASK] or [MASK], whose position the answer keeps; one for all rows is
-                what the code of March 2023 passes.
-            device: of the result; that of the ids by default.
-            use_gmasks: in one dimension only: rows that count straight on.
+            mask_positions: slot of each row's [gMASK] or [MASK], whose position the answer keeps. The code of March
+                2023 passes one for all rows.
+            device: of the result; the device of the ids by default.
+            use_gmasks: rows that count straight on, in one dimension only.
 
         Returns:
             int64 [B, 2, L] (position, block position), or [B, L] in one dimension.
@@ -82,7 +85,7 @@ class StockModelNames:
 
 
 class StockGenerationNames:
-    """Of ``ChatGLMForConditionalGeneration``."""
+    """Names of ``ChatGLMForConditionalGeneration``."""
 
     @property
     def quantized(self) -> bool:
@@ -91,7 +94,7 @@ class StockGenerationNames:
 
 
 class StockNetworkNames:
-    """Of ``ChatGLMModel``."""
+    """Names of ``ChatGLMModel``."""
 
     params_dtype = getattr(torch, "float16", None)
 
@@ -107,7 +110,7 @@ class StockNetworkNames:
 
     @property
     def prefix_tokens(self) -> torch.Tensor:
-        """The virtual tokens of P-Tuning, int64 [pre_seq_len]; without a prefix, no such attribute."""
+        """The virtual tokens of P-Tuning, int64 [pre_seq_len]; no such attribute without a prefix."""
         if not self.config.pre_seq_len:
             raise AttributeError("prefix_tokens")
         return torch.arange(self.config.pre_seq_len)
@@ -115,7 +118,7 @@ class StockNetworkNames:
     def get_prompt(
         self, batch_size: int, device: Any = None, dtype: torch.dtype | None = params_dtype
     ) -> tuple[torch.Tensor, ...]:
-        """The P-Tuning prefix of each layer as stock gives it, [2 (key, value), pre_seq_len, batch, heads, head size].
+        """Return each layer's P-Tuning prefix as stock does, [2 (key, value), pre_seq_len, batch, heads, head size].
 
         Raises:
             ValueError: the model has no prefix.
@@ -127,7 +130,7 @@ class StockNetworkNames:
 
 
 class StockAttentionNames:
-    """Of ``SelfAttention``; heads are never split over devices."""
+    """Names of ``SelfAttention``; heads are never split over devices."""
 
     @property
     def hidden_size(self) -> int:

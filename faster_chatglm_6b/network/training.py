@@ -1,4 +1,4 @@
-"""The loss of a prefix LM: labels that can teach it something, and clients that compute the loss themselves."""
+"""Compute a prefix LM's loss, check that labels can teach it, and serve clients that compute the loss themselves."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _HOW = "docs/finetuning.md shows how: prompt [gMASK] <sop> answer <eop>, with la
 _PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 _log = logging.getLogger("faster_chatglm_6b")
 
-# Whether the body's last hidden state is [B, M, hidden], as trl takes it to be, and not stock's [M, B, hidden].
+# Whether the body's last hidden state is [B, M, hidden], as trl expects, and not stock's [M, B, hidden].
 batch_first: ContextVar[bool] = ContextVar("batch_first", default=False)
 
 
 class TrainingMixin:
-    """What Trainer and trl ask of a model."""
+    """Attributes and methods that Trainer and trl expect of a model."""
 
-    # Trainer hands over num_items_in_batch, without which accumulated batches would count alike, whatever their size.
+    # Trainer then passes num_items_in_batch, without which accumulated batches of any size would count alike.
     accepts_loss_kwargs = True
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -48,7 +48,7 @@ class TrainingMixin:
         """Return the cross entropy in float32 of logits [B, M, vocab_size] against labels [B, M], shifted by one.
 
         Args:
-            num_items_in_batch: what the sum is divided by; None: the number of labels that count.
+            num_items_in_batch: divisor of the sum; None: the number of labels that count.
 
         Raises:
             ValueError: as in ``check_teaching``.
@@ -72,11 +72,11 @@ def check_teaching(input_ids: torch.Tensor | None, labels: torch.Tensor, config:
     """Refuse labels from which a prefix LM learns nothing; warn once of those that count tokens of the context.
 
     Args:
-        input_ids: int64 [B, M]; None, where only embeddings were given, leaves the places unchecked.
+        input_ids: int64 [B, M]; None, if only embeddings were given, leaves the labels unchecked.
         labels: int64 [B, M], -100 where the loss does not count.
 
     Raises:
-        ValueError: several examples in one row; a row whose labels all lie in the context, which the model sees whole.
+        ValueError: several examples in one row, or a row whose labels all lie in the context, which the model sees.
     """
     if input_ids is None:
         return
@@ -88,7 +88,7 @@ def check_teaching(input_ids: torch.Tensor | None, labels: torch.Tensor, config:
             "A row of input_ids holds several examples ([gMASK] <sop> stands in it more than once), but every row of a "
             "prefix LM has one context; train with packing=False and padding_free=False."
         )
-    # The token after <sop> is the first that no row of the context sees. <sop> itself is one: stock's script counts it.
+    # The context does not see the token after <sop>. Labels may also count <sop> itself, as in stock's script.
     in_answer = is_sop.cumsum(dim=1) > 0
     counted[:, 0] = False
     in_context = counted & ~in_answer
@@ -103,7 +103,7 @@ def check_teaching(input_ids: torch.Tensor | None, labels: torch.Tensor, config:
 
 
 def check_loss_arguments(labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None) -> None:
-    """Warn once where the Trainer keeps the labels to itself, which it shifts for transformers' own classes only."""
+    """Warn once if the Trainer keeps the labels to itself: it shifts them only for transformers' own classes."""
     if labels is None and num_items_in_batch is not None:
         _warn_of_missing_labels()
 
@@ -139,7 +139,7 @@ def _batch_first() -> Iterator[None]:
 
 
 def _with_fused_head(forward: Callable) -> Callable:
-    """trl's forward with the checks of ours before it, and the body's output as it expects it."""
+    """Wrap trl's forward: run our checks before it, and give it the body's output in the layout that it expects."""
 
     @functools.wraps(forward)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
