@@ -22,7 +22,7 @@ class DecodeEngine:
     """
 
     def __init__(self) -> None:
-        # Held by the running request. Take it by a bare ``with``, which lets no interrupt fall between.
+        # Held by the running request. Requests take it only by ``with``, so that no interrupt leaves it taken.
         self.lock = threading.Lock()
         self._owner: int | None = None
         self._key: tuple | None = None

@@ -70,10 +70,10 @@ class StepGraphs:
             self._graphs.popitem(last=False)
 
     def _capture(self, step: Callable[[], None], counter: torch.Tensor) -> torch.cuda.CUDAGraph:
-        """Record the step without running it. Other threads and streams of the process go on, with one exception.
+        """Record the step without running it.
 
-        torch includes its default CUDA generator in every capture. A thread that draws from it in these milliseconds
-        gets an error.
+        Other threads and streams of the process go on, with one exception. torch includes its default CUDA generator in
+        every capture: a thread that draws from it in these milliseconds gets an error.
         """
         with torch.cuda.stream(self._stream), no_collection():
             return capture(self._pool, step, counter)

@@ -65,7 +65,7 @@ def check_model(model: Any) -> tuple:
 
 
 def _weights(model: Any, device: torch.device, dtype: torch.dtype) -> list[Any]:
-    """Return the addresses and shapes of all weights.
+    """Return the addresses and shapes of all weights, and the epsilons of the norms.
 
     Raises:
         CannotServe: a module or a weight that has no kernel.
