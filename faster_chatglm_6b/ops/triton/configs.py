@@ -143,7 +143,7 @@ def uses_pdl(device: torch.device) -> bool:
     return capability(device) >= (9, 0) and not interpreted()
 
 
-def _fit(config: Gemv, k: int, element_size: int) -> Gemv:
+def _shrink_to_row(config: Gemv, k: int, element_size: int) -> Gemv:
     """Shrink a configuration tuned for two-byte weights to short rows or to four-byte weights."""
     block_k = min(config.block_k * 2 // element_size, triton.next_power_of_2(k))
     warps = config.num_warps
@@ -154,7 +154,7 @@ def _fit(config: Gemv, k: int, element_size: int) -> Gemv:
 
 def gemv_config(tables: Family, n: int, k: int, element_size: int) -> Gemv:
     """Choose the GEMV for a weight [n, k] of ``element_size`` bytes per value."""
-    return _fit(tables.gemv.get((n, k), tables.gemv_default), k, element_size)
+    return _shrink_to_row(tables.gemv.get((n, k), tables.gemv_default), k, element_size)
 
 
 def layer_norm_gemv_config(tables: Family, n: int, k: int, element_size: int) -> Gemv | None:

@@ -116,25 +116,25 @@ def rows_for(device: torch.device) -> Rows:
 def row_config(rows: Rows, bits: int, n: int, k: int) -> Row:
     """Choose the product with an integer weight [n, k] and one row of x."""
     config = rows.get(bits, {}).get((n, k), _DEFAULT_ROW)
-    warps, _ = _fitted(bits, k, config.warps, 1)
+    warps, _ = _limit_to_chunks(bits, k, config.warps, 1)
     return replace(config, warps=warps)
 
 
 def quantized_config(bits: int, tiles: int, k: int) -> Quantized:
     """Choose the product with an integer weight [N, k] and 8 * ``tiles`` rows of x, more than eight."""
     config = _DEFAULT[tiles]
-    columns, depth = _fitted(bits, k, config.column_warps, config.depth)
+    columns, depth = _limit_to_chunks(bits, k, config.column_warps, config.depth)
     return Quantized(config.row_warps, columns, depth)
 
 
 def stream_config(streams: Streams, bits: int, n: int, k: int) -> Stream:
     """Choose the product with an integer weight [n, k] and up to eight rows of x."""
     config = streams.get(bits, {}).get((n, k), _DEFAULT_STREAM)
-    warps, depth = _fitted(bits, k, config.warps, config.depth)
+    warps, depth = _limit_to_chunks(bits, k, config.warps, config.depth)
     return replace(config, warps=warps, depth=depth)
 
 
-def _fitted(bits: int, k: int, warps: int, depth: int) -> tuple[int, int]:
+def _limit_to_chunks(bits: int, k: int, warps: int, depth: int) -> tuple[int, int]:
     """Limit the warps of a row of ``k`` columns, and the steps ahead, to its number of chunks."""
     chunks = k * bits // 8 // CHUNK_BYTES
     warps = min(warps, 1 << int(math.log2(max(chunks, 1))))
