@@ -1,4 +1,4 @@
-"""Ways in which the files of a checkpoint go wrong, as hypothesis draws them, and how to do them to a directory.
+"""Draw the ways in which the files of a checkpoint go wrong, and apply them to a directory.
 
 A damage is a dict of plain values, so that it can be sent to another process.
 """
@@ -85,7 +85,7 @@ _INDEX = st.one_of(
 
 
 def damages(base: str) -> st.SearchStrategy[dict[str, Any]]:
-    """Damages of a copy of the checkpoint ``base``: {"base", "file", "entry", "kind", ...}."""
+    """Return a strategy for damages of a copy of the checkpoint ``base``: {"base", "file", "entry", "kind", ...}."""
     config = st.builds(lambda damage: {"file": "config.json", **damage}, _json_edits(CONFIG_KEYS) | _BYTES)
     weights = [_BYTES, _TENSORS]
     if "int" in base:
@@ -109,7 +109,7 @@ TOKENIZER_DAMAGES = st.builds(
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that hold tensors, in order."""
+    """List the files that hold tensors, in order."""
     return sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".bin"))
 
 

@@ -1,5 +1,7 @@
-"""What config.json says and what the weight files hold agree exactly, and only the files that were looked into are
-loaded; both when a checkpoint is loaded as it is and when it is quantised on the way."""
+"""``config.json`` and the weight files must agree exactly, and only files that were checked are loaded.
+
+Both hold for a checkpoint that is loaded unchanged and for one that is quantised while loading.
+"""
 
 import json
 import os
@@ -97,7 +99,7 @@ def test_contradictions_of_quantised_checkpoints_are_refused(golden_dir, tmp_pat
 
 
 def test_what_may_be_missing_or_there_in_vain(checkpoint, tiny_model):
-    """A head that is the embedding, rotary frequencies, a model without a head."""
+    """A tied head may be missing, rotary frequencies may be stored, and a model without a head loads."""
     edit_weights(checkpoint, lambda tensors: tensors.pop(HEAD))
     edit_weights(checkpoint, lambda tensors: tensors.update({"transformer.rotary_emb.inv_freq": torch.ones(16)}))
     for settings in ({}, {"quantization_bit": 8}):
@@ -116,7 +118,7 @@ def fewer_layers(checkpoint):
 
 
 def test_a_base_model_of_its_own_and_its_head(tiny_dir, tiny_model, tmp_path):
-    """Saved without the prefix of names that the whole model has."""
+    """A base model is saved without the prefix of names that the whole model has, and loads with it."""
     ChatGLMModel.from_pretrained(tiny_dir).save_pretrained(tmp_path)
     assert "word_embeddings.weight" in load_file(tmp_path / "model.safetensors")
     model = ChatGLMForConditionalGeneration.from_pretrained(tmp_path).float()
@@ -126,7 +128,7 @@ def test_a_base_model_of_its_own_and_its_head(tiny_dir, tiny_model, tmp_path):
 
 
 def test_a_caller_may_leave_out_layers_and_a_prefix(golden_dir, tiny_dir, tmp_path):
-    """Fewer layers or no prefix because the caller said so, not the checkpoint."""
+    """A caller may ask for fewer layers or for no prefix; ``config.json`` itself may not."""
     model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, num_layers=2)
     assert len(model.transformer.layers) == 2
     config = ChatGLMConfig.from_pretrained(tiny_dir, num_layers=1)
@@ -142,7 +144,7 @@ def test_a_caller_may_leave_out_layers_and_a_prefix(golden_dir, tiny_dir, tmp_pa
 
 
 def test_a_files_own_prefix_alone_names_what_is_missing(golden_dir):
-    """What the P-Tuning trainer saves is no model: its users load it with load_state_dict."""
+    """The P-Tuning trainer saves no whole model: its users load the file with ``load_state_dict``."""
     refused(golden_dir / "ckpt" / "tiny-ptuning-proj0", "lack lm_head.weight, transformer.final_layernorm.bias")
 
 
@@ -155,13 +157,13 @@ def test_a_derived_model_may_say_what_it_ignores(checkpoint):
     refused(checkpoint, "hold value_head.weight")
 
 
-# Which files are read.
+# The tests below show which files are read.
 
 
 @BOTH_PATHS
 @pytest.mark.parametrize("weights", ["other.safetensors", "../other.safetensors", "absolute"])
 def test_a_file_that_config_json_names_is_not_read(checkpoint, settings, weights):
-    """Its weights differ: those of model.safetensors are loaded."""
+    """The named file holds other weights: those of ``model.safetensors`` are loaded."""
     stored = load_file(checkpoint / "model.safetensors")
     for other in (checkpoint / "other.safetensors", checkpoint.parent / "other.safetensors"):
         save_file({name: torch.zeros_like(tensor) for name, tensor in stored.items()}, other, {"format": "pt"})
@@ -174,7 +176,7 @@ def test_a_file_that_config_json_names_is_not_read(checkpoint, settings, weights
 
 
 def test_a_file_that_a_callers_configuration_names_is_not_read_unchecked(checkpoint):
-    """Whoever sets it: only what was looked into is loaded."""
+    """Only a file that was checked is loaded, whoever names it."""
     config = ChatGLMConfig.from_pretrained(checkpoint)
     config.transformers_weights = "other.safetensors"
     shutil.copy(checkpoint / "model.safetensors", checkpoint / "other.safetensors")
@@ -222,7 +224,7 @@ def test_links_as_in_the_hubs_cache(checkpoint, settings):
 
 @BOTH_PATHS
 def test_a_second_family_of_files(golden_dir, checkpoint, settings):
-    """safetensors come first, and have to be whole; .bin files beside them are not looked at, nor loaded."""
+    """safetensors come first and must be whole; .bin files next to them are neither checked nor loaded."""
     sharded = golden_dir / "ckpt" / "tiny-sharded"
     for path in sharded.glob("pytorch_model*"):
         shutil.copy(path, checkpoint)
@@ -235,7 +237,7 @@ def test_a_second_family_of_files(golden_dir, checkpoint, settings):
 
 
 def test_two_files_with_the_same_tensor(golden_dir, tmp_path):
-    """Which of them transformers takes depends on the release."""
+    """Two files with one tensor are refused: which one transformers takes depends on its release."""
     checkpoint = shutil.copytree(golden_dir / "ckpt" / "tiny-sharded", tmp_path / "checkpoint")
     path = checkpoint / "pytorch_model-00002-of-00002.bin"
     other = torch.load(checkpoint / "pytorch_model-00001-of-00002.bin", weights_only=True)
@@ -253,7 +255,7 @@ def test_a_variant_is_looked_into(checkpoint):
 
 
 def test_distributed_checkpoints_are_not_opened(checkpoint, tmp_path):
-    """Their index is a pickle."""
+    """Distributed checkpoints are refused unopened, because their index is a pickle."""
     tripwire = tmp_path / "tripwire"
 
     class Tripwire:

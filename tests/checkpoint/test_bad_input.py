@@ -130,7 +130,7 @@ def test_truncated_bin_shard(golden_dir, tmp_path, keep):
 
 @pytest.mark.parametrize("settings", [{}, {"quantization_bit": 8}])
 def test_bin_file_whose_table_of_tensors_has_changed(golden_dir, tmp_path, settings):
-    """One storage takes another one's name: mapped into memory, torch would read the bytes that it finds there."""
+    """If one storage took another's name, torch would map the file and read the bytes that it finds there."""
     checkpoint = shutil.copytree(golden_dir / "ckpt" / "tiny-sharded", tmp_path / "checkpoint")
     path = checkpoint / "pytorch_model-00002-of-00002.bin"
     content = path.read_bytes()
@@ -171,7 +171,7 @@ def test_missing_tensor(checkpoint):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_integers_of_a_config_without_quantisation(golden_dir, tmp_path, bits):
-    """Their shapes fit at 8 bits, and transformers would cast them."""
+    """Integers need ``quantization_bit``: at 8 bits their shapes fit, and transformers would cast them."""
     checkpoint = shutil.copytree(golden_dir / "ckpt" / f"tiny-int{bits}", tmp_path / "checkpoint")
     edit_config(checkpoint, quantization_bit=...)
     with pytest.raises(ValueError, match="as torch.int8, which does not go with quantization_bit=None"):
@@ -212,7 +212,7 @@ def test_scales_that_are_not_finite(golden_dir, tmp_path):
 )
 @pytest.mark.parametrize("settings", [{}, {"quantization_bit": 8}])
 def test_index_that_does_not_fit_its_files(golden_dir, tmp_path, weight_map, message, settings):
-    """transformers 4.57 left parameters empty where a file lacked what the index promised."""
+    """transformers 4.57 left parameters empty if a file lacked what the index promised."""
     checkpoint = shutil.copytree(golden_dir / "ckpt" / "tiny-sharded", tmp_path / "checkpoint")
     path = checkpoint / "pytorch_model.bin.index.json"
     index = json.loads(path.read_text("utf-8"))

@@ -1,9 +1,9 @@
-"""A damaged checkpoint ends in one of two errors, or in the model that its files describe: never in a crash or a hang.
+"""A damaged checkpoint ends in one of two errors or in the model that its files describe, never in a crash or a hang.
 
 The errors are ValueError (the files contradict each other or this package's model) and OSError (a file is missing or
-cannot be read). transformers' Auto classes read the JSON files before this package does, and raise what they raise
-where such a file holds another kind of value than they expect. Loading happens in a process of its own, which this file
-starts as a program.
+cannot be read). transformers' Auto classes read the JSON files before this package does. They raise errors of their own
+if such a file holds another kind of value than they expect. Loading happens in a process of its own: this file starts
+itself as a program.
 """
 
 import json
@@ -21,7 +21,7 @@ from worker import Worker, serve  # noqa: E402
 
 CHECKPOINTS = Path(__file__).parents[1] / "golden" / "ckpt"
 BASES = ("tiny", "tiny-sharded", "tiny-sharded-safetensors", "tiny-int8", "tiny-int4")
-# Address space of the process: what a damaged file asks for in vain must not take the machine's memory.
+# Limit the address space: what a damaged file asks for in vain must not take the machine's memory.
 LIMIT = 16 << 30
 
 
@@ -61,7 +61,7 @@ def main() -> None:
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
     with tempfile.TemporaryDirectory() as folder:
-        # transformers guesses a model from the path where config.json does not say: no part of it may be random.
+        # transformers guesses a model from the path if config.json does not say: no part of the path may be random.
         os.chdir(folder)
         bases = {base: _base(base, Path(folder)) for base in BASES}
         _load("class", bases["tiny"])
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def _base(name: str, folder: Path) -> Path:
-    """A whole checkpoint to copy."""
+    """Return a whole checkpoint to copy."""
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -128,7 +128,7 @@ def _load(entry: str, directory: Path):
 
 
 def _is_of_auto_classes(error: Exception) -> bool:
-    """Whether transformers' Auto classes stumbled over a file before they asked for a class of ours."""
+    """Return True if transformers' Auto classes failed on a file before they asked for a class of ours."""
     import traceback
 
     last = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
@@ -136,7 +136,7 @@ def _is_of_auto_classes(error: Exception) -> bool:
 
 
 def _difference(damage: dict, loaded, directory: Path) -> str | None:
-    """What is wrong with a load that succeeded: it must give what the files say, and work."""
+    """Describe what is wrong with a load that succeeded: it must give what the files say, and work."""
     import torch
 
     if "tokenizer" in damage["entry"]:
@@ -156,7 +156,7 @@ def _difference(damage: dict, loaded, directory: Path) -> str | None:
         if name == "lm_head.weight" and loaded.config.tie_word_embeddings:
             name = "transformer.word_embeddings.weight"
         if name == "transformer.word_embeddings.weight" and loaded.config.tie_word_embeddings and name not in stored:
-            name = "lm_head.weight"  # the one tensor may stand under either name
+            name = "lm_head.weight"  # the one tensor may have either name
         if ".prefix_encoder." in name and name not in stored:
             continue
         if damage["entry"] == "quantise" and (name.endswith("weight_scale") or value.dtype == torch.int8):
@@ -176,7 +176,7 @@ def _difference(damage: dict, loaded, directory: Path) -> str | None:
 
 
 def _read(directory: Path) -> dict:
-    """Every tensor in the checkpoint's files, read without transformers or this package."""
+    """Read every tensor in the checkpoint's files without transformers or this package."""
     import torch
     from safetensors.torch import load_file
 

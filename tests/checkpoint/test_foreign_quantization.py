@@ -1,4 +1,4 @@
-"""bitsandbytes, torchao, optimum-quanto and torch itself quantise the network's layers, and what cannot is refused."""
+"""bitsandbytes, torchao, optimum-quanto and torch itself quantise the network's layers; what cannot is refused."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ LINEARS = 12
 
 
 def kinds(model):
-    """Types of the blocks' linear layers, as text."""
+    """Return the types of the blocks' linear layers, as text."""
     names = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
     found = [m for name, m in model.transformer.layers.named_modules() if name.rsplit(".", 1)[-1] in names]
     assert len(found) == LINEARS
@@ -27,7 +27,7 @@ def kinds(model):
 
 
 def check_answers(model, tokenizer, original, rounded=True):
-    """Generation and chat run, on the plain path and with a reason; logits are the original's but for rounding."""
+    """Check that generation and chat run on the plain path with a reason, and that logits differ by rounding alone."""
     before = faster_chatglm_6b.status().plain_generations
     ids = model.generate(IDS, **GREEDY)
     with torch.no_grad():
@@ -74,7 +74,7 @@ class TestBitsAndBytes:
 
     @staticmethod
     def dequantized(model, original):
-        """The original with the weights that 4 bits stand for."""
+        """Return the original with the weights that 4 bits stand for."""
         from bitsandbytes.functional import dequantize_4bit
 
         expected = copy.deepcopy(original)
@@ -103,7 +103,7 @@ class TestBitsAndBytes:
 
     @pytest.mark.parametrize("argument", ["load_in_8bit", "load_in_4bit"])
     def test_arguments_of_old_scripts(self, argument, tiny_dir):
-        """ChatGLM-Tuning's from_pretrained(load_in_8bit=True), which transformers 5 knows no more."""
+        """ChatGLM-Tuning calls ``from_pretrained(load_in_8bit=True)``, which transformers 5 no longer knows."""
         model = AutoModel.from_pretrained(tiny_dir, trust_remote_code=True, **{argument: True})
         kind = "Linear8bitLt" if argument == "load_in_8bit" else "Linear4bit"
         assert kinds(model) == {f"bitsandbytes.{kind}"} and getattr(model, f"is_{argument}".replace("load", "loaded"))
@@ -118,7 +118,7 @@ class TestBitsAndBytes:
 
     @pytest.mark.filterwarnings("ignore")
     def test_qlora(self, case, tiny_dir):
-        """As PEFT's guide has it: the adapter alone changes, and the loss falls."""
+        """PEFT's guide is followed: the adapter alone changes, and the loss falls."""
         peft = pytest.importorskip("peft", reason="QLoRA needs peft: pip install peft")
         import torch.distributed.tensor  # noqa: F401 PEFT asks for it by name
 

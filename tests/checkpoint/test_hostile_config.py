@@ -1,4 +1,4 @@
-"""Settings of a config.json that would make transformers fetch, import, read or reserve something are not taken."""
+"""Settings of a ``config.json`` that would make transformers fetch, import, read or reserve something are not taken."""
 
 import ast
 import inspect
@@ -17,7 +17,7 @@ from faster_chatglm_6b import config_keys
 from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 
-# A package that stands for the optional one with which transformers runs kernels of hub repositories.
+# This package stands for the optional one that lets transformers run kernels of hub repositories.
 FAKE_KERNELS = """
 import enum
 import os
@@ -86,7 +86,7 @@ KERNEL_KEYS = ("_attn_implementation", "_attn_implementation_internal", "attn_im
 
 
 def test_no_kernel_of_a_config_is_fetched(tmp_path, tiny_dir):
-    """With ``kernels`` installed; a caller's own choice shows that the stand-in would have noticed."""
+    """With ``kernels`` installed, no kernel is fetched unless the caller asks for one, as the stand-in would show."""
     package = tmp_path / "packages" / "kernels"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(FAKE_KERNELS)
@@ -183,7 +183,7 @@ LEADS_SOMEWHERE = {
 @pytest.mark.parametrize("key", LEADS_SOMEWHERE)
 def test_settings_that_lead_somewhere_are_not_taken(checkpoint, caplog, key):
     value = LEADS_SOMEWHERE[key]
-    # Auto classes follow this one before they ask for our class.
+    # The Auto classes follow this file before they ask for our class.
     shutil.copy(checkpoint / "config.json", checkpoint / "config.4.0.0.json")
     edit_config(checkpoint, **{key: value})
     with caplog.at_level(logging.WARNING, "faster_chatglm_6b"):
@@ -198,7 +198,7 @@ def test_settings_that_lead_somewhere_are_not_taken(checkpoint, caplog, key):
 
 
 def test_settings_of_the_users_own_stay(checkpoint, tmp_path):
-    """Round trip of plain values, whatever they are called; a caller's own arguments are not looked into."""
+    """Plain values survive a round trip under any name, and a caller's own arguments are not checked."""
     own = {
         "my_rank": 8,
         "my_note": "tuned on 3 lists",
@@ -259,13 +259,13 @@ def test_a_caller_chooses_attention_from_a_list(tiny_dir, name):
         assert model.config._attn_implementation == allowed
 
 
-# Where transformers' loaders and caches read the configuration.
+# transformers' loaders and caches read the configuration in these modules.
 READERS = ("modeling_utils", "configuration_utils", "cache_utils", "quantizers.auto", "masking_utils",
            "integrations.hub_kernels", "integrations.tensor_parallel", "generation.utils")  # fmt: skip
 
 
 def keys_read_from_configurations():
-    """Names that transformers asks a configuration for with getattr or hasattr, or reads from one called config."""
+    """Return the names that transformers reads from a configuration: by getattr, by hasattr, or as an attribute."""
     found = set()
     for name in READERS:
         path = Path(inspect.getfile(transformers)).parent.joinpath(*name.split(".")).with_suffix(".py")
@@ -286,19 +286,19 @@ def _is_config(node):
     return name in ("config", "text_config", "decoder_config", "sub_config")
 
 
-# Read from other objects of the name config, or methods.
+# These are read from other objects called config, or are methods.
 ELSEWHERE = {
     "vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings", "quantization_config",
-    # Of heads and caches of other models, which transformers 4.45 keeps in the same files.
+    # These belong to heads and caches of other models, which transformers 4.45 keeps in the same files.
     "conv_kernel", "end_n_top", "layer_norm_eps", "start_n_top", "state_size", "summary_activation",
     "summary_first_dropout", "summary_last_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
 }  # fmt: skip
 
 
 def test_every_setting_that_transformers_reads_is_known():
-    """A release that reads a new one fails here: somebody has to look at where it leads."""
+    """A release that reads a new setting fails here: somebody has to see where it leads."""
     read = keys_read_from_configurations()
-    # Old names and new: the dtype's changed in 4.56, and 4.45 reads no transformers_weights.
+    # Both old and new names count: the dtype's changed in 4.56, and 4.45 reads no transformers_weights.
     assert "sliding_window" in read and read & {"dtype", "torch_dtype"}
     own = config_keys.own_keys(ChatGLMConfig) | set(ChatGLMConfig.attribute_map)
     unknown = {

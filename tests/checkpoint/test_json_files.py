@@ -1,4 +1,4 @@
-"""JSON files that are damaged or too large, settings that would do nothing: one sentence with the name of the file."""
+"""JSON files that are damaged or too large, and settings without effect, end in one sentence that names the file."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ FILES = ("config.json", "generation_config.json", "pytorch_model.bin.index.json"
 
 @pytest.fixture
 def checkpoint(golden_dir, tmp_path):
-    """A copy of the tiny checkpoint in shards, with every JSON file that a model is loaded with."""
+    """Return a copy of the tiny checkpoint in shards, with every JSON file that a model is loaded with."""
     checkpoint = shutil.copytree(golden_dir / "ckpt" / "tiny-sharded", tmp_path / "checkpoint")
     (checkpoint / "generation_config.json").write_text(json.dumps({"top_p": 0.7}))
     return checkpoint
@@ -49,7 +49,7 @@ def test_damaged_json_is_named(checkpoint, file, damage, settings):
 
 @pytest.mark.parametrize("file", FILES)
 def test_large_json_is_not_read(checkpoint, file):
-    """Sparse: it has no content, and would take all memory."""
+    """The file is sparse: it has no content, but reading it would take all memory."""
     with open(checkpoint / file, "r+b") as opened:
         opened.truncate(64 << 30)
     with pytest.raises(OSError, match=rf"{file} has 68719476736 bytes, but more than {checkpoint_json.MOST_BYTES} are"):
@@ -58,7 +58,7 @@ def test_large_json_is_not_read(checkpoint, file):
 
 @pytest.mark.parametrize("content", ["[]", "null", "3", '"text"'])
 def test_a_generation_config_that_is_no_object(checkpoint, content):
-    """transformers would skip it or fail in its own words."""
+    """transformers would skip such a file or fail with an error of its own."""
     (checkpoint / "generation_config.json").write_text(content)
     with pytest.raises(ValueError, match=r"generation_config\.json is no JSON object with settings"):
         ChatGLMForConditionalGeneration.from_pretrained(checkpoint)
@@ -75,7 +75,7 @@ def test_numbers_that_are_none(checkpoint, value):
         ChatGLMForConditionalGeneration.from_pretrained(checkpoint)
 
 
-# Settings that would do nothing.
+# The settings below would have no effect, so they are refused.
 
 COMPANIONS = [{"quantization_group_size": 32}, {"quantization_head_bits": 8}, {"quantization_embeddings": True}]
 
@@ -95,7 +95,7 @@ def test_companions_of_quantisation_without_bits(checkpoint, settings):
 
 @pytest.mark.parametrize("bits", [0, None])
 def test_bits_of_nothing_for_a_quantised_checkpoint(golden_dir, bits):
-    """The files hold integers, whatever is asked for."""
+    """The files hold integers, whatever the caller asks for."""
     with pytest.raises(ValueError, match="as torch.int8, which does not go with quantization_bit=None"):
         ChatGLMForConditionalGeneration.from_pretrained(golden_dir / "ckpt" / "tiny-int8", quantization_bit=bits)
 

@@ -1,4 +1,4 @@
-"""from_pretrained and save_pretrained: formats, dtypes, tied heads, memory, what is written."""
+"""``from_pretrained`` and ``save_pretrained``: formats, dtypes, tied heads, memory, and the files that are written."""
 
 import copy
 import json
@@ -48,7 +48,7 @@ def test_parameters_carry_the_checkpoints_names_dtype_and_values(tiny_dir):
 
 @pytest.mark.parametrize("argument", ["torch_dtype", "dtype"])
 def test_an_asked_dtype_is_honoured(tiny_dir, argument):
-    """Stock ignores it and builds float16."""
+    """Stock ignores the dtype and builds float16."""
     import transformers
 
     if argument == "dtype" and tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 56):
@@ -58,7 +58,7 @@ def test_an_asked_dtype_is_honoured(tiny_dir, argument):
 
 
 def test_the_head_is_the_embedding_unless_the_config_says_otherwise(tiny_dir, tmp_path):
-    """Two different tensors in the file: stock lets the embedding win, or keeps both with tie_word_embeddings false."""
+    """The file holds two different tensors: the embedding wins, unless ``tie_word_embeddings`` is false."""
     tensors = load_file(tiny_dir / "model.safetensors")
     tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
@@ -87,7 +87,7 @@ def test_round_trip(tiny_dir, tmp_path):
 
 
 def test_round_trip_names_what_stock_reads(tiny_dir, tmp_path):
-    """The file that is written holds stock's names in stock's shapes; stock ties the head itself and skips inv_freq."""
+    """The written file holds stock's names in stock's shapes; stock ties the head itself and skips ``inv_freq``."""
     ChatGLMForConditionalGeneration.from_pretrained(tiny_dir).save_pretrained(tmp_path)
     stored, written = load_file(tiny_dir / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     missing = set(stored) - set(written)
@@ -113,7 +113,7 @@ def test_a_model_built_on_the_meta_device_gets_real_rotary_angles(tiny_dir, tiny
 
 
 def test_safetensors_without_a_format(tiny_dir, tmp_path):
-    """transformers of stock's time, and up to 4.45 at least, fail on it with an AttributeError."""
+    """Older transformers, up to 4.45 at least, fail on such a file with an AttributeError."""
     save_file(load_file(tiny_dir / "model.safetensors"), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((tiny_dir / "config.json").read_bytes())
     try:
@@ -125,7 +125,7 @@ def test_safetensors_without_a_format(tiny_dir, tmp_path):
 
 
 def test_config_answers_to_transformers_names(tiny_dir):
-    """Stock's config lacks num_hidden_layers, on which transformers since 4.57 fails."""
+    """Stock's config lacks ``num_hidden_layers``, and transformers fails on that since 4.57."""
     config = ChatGLMConfig.from_pretrained(tiny_dir)
     assert (config.num_hidden_layers, config.intermediate_size, config.max_position_embeddings) == (3, 512, 2048)
 
@@ -177,7 +177,7 @@ def test_a_config_given_as_a_path(tiny_dir, tiny_model, tmp_path, form):
 
 
 def test_the_config_of_a_model_that_was_saved(tiny_dir, tiny_model, tmp_path):
-    """transformers 4 leaves the dtype's name in it."""
+    """The saved model's own config loads it again, although transformers 4 leaves the dtype's name in it."""
     model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir)
     model.save_pretrained(tmp_path)
     model = ChatGLMForConditionalGeneration.from_pretrained(tmp_path, config=model.config)
@@ -199,7 +199,7 @@ def test_loading_info(tiny_dir):
 
 @pytest.mark.parametrize("form", ["bin", "safetensors"])
 def test_peak_memory_of_loading(tmp_path, form):
-    """Under one shard plus 1 GB above the weights; 0.6 GB of weights in shards of 0.2 GB."""
+    """Loading takes less than one shard plus 1 GB above the weights: here 0.6 GB, in shards of 0.2 GB."""
     config = ChatGLMConfig(
         vocab_size=8192, hidden_size=1024, inner_hidden_size=4096, num_layers=23, num_attention_heads=8,
         bos_token_id=4, eos_token_id=5, mask_token_id=6, gmask_token_id=7, pad_token_id=3, torch_dtype="float16",
@@ -236,5 +236,5 @@ def test_peak_memory_of_loading(tmp_path, form):
     ).stdout
     peak = int(output.split()[-1])
     assert peak < weights + weights / shards + 2**30
-    # Tighter than asked where it can be: nothing of the weights is held twice.
+    # This bound is tighter than the one that is asked for: no weight is held twice.
     assert peak < 1.6 * weights, peak / weights

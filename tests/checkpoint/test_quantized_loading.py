@@ -1,4 +1,4 @@
-"""Arguments of ``from_pretrained`` beside ``quantization_bit``: honoured, or refused before anything is read."""
+"""With ``quantization_bit``, other arguments of ``from_pretrained`` are honoured or refused before any reading."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_stocks_empty_init(load, tiny_dir, bits, empty_init):
 
 
 def test_a_prefix_and_quantisation_at_once(load, tiny_dir):
-    """As the official P-Tuning script asks for, in one call."""
+    """The official P-Tuning script asks for both in one call."""
     model = load(tiny_dir, quantization_bit=4, pre_seq_len=4)
     assert model.transformer.prefix_encoder.embedding.weight.shape[0] == 4
     assert isinstance(model.get_submodule(ONE_LINEAR), QuantizedLinear)

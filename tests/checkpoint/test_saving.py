@@ -1,4 +1,7 @@
-"""Saving over a checkpoint keeps the old one whole until the new one is; loads at the same time leave torch alone."""
+"""Saving over a checkpoint keeps the old one whole until the new one is complete.
+
+Loads that run at the same time leave torch's default dtype alone.
+"""
 
 import inspect
 import json
@@ -31,7 +34,7 @@ def ctrl_c(*args, **kwargs):
 
 
 def failing_after(number, function, failure):
-    """``function``, which fails like ``failure`` at that call."""
+    """Return ``function``, but with ``failure`` in place of the call of that number."""
     calls = []
 
     def call(*args, **kwargs):
@@ -44,7 +47,7 @@ def failing_after(number, function, failure):
 @pytest.mark.parametrize("failure", [full_disk, ctrl_c])
 @pytest.mark.parametrize("where", ["first shard", "second shard", "config", "generation config"])
 def test_an_interrupted_save_over_the_source(checkpoint, monkeypatch, where, failure):
-    """Quantised, in shards: at whichever file it fails, the old checkpoint is there to the byte, and nothing else."""
+    """A quantised save in shards may fail at any file: the old checkpoint stays to the byte, without leftovers."""
     model = ChatGLMForConditionalGeneration.from_pretrained(checkpoint).quantize(8)
     before = contents(checkpoint)
     if "shard" in where:
@@ -118,7 +121,7 @@ def test_a_config_saved_over_itself(checkpoint, monkeypatch):
 
 
 def test_files_of_earlier_saves_are_not_mixed_with_new_ones(checkpoint):
-    """One file, shards, fewer shards, one file again: what is loaded is what was saved last."""
+    """After one file, shards, fewer shards and one file again, the model that was saved last is loaded."""
     model = ChatGLMForConditionalGeneration.from_pretrained(checkpoint)
     (checkpoint / "model-notes.txt").write_text("mine")
     for number, size in enumerate(("200KB", "500KB", "1GB", "300KB")):
@@ -144,7 +147,7 @@ def test_a_bin_save_is_not_hidden_by_older_safetensors(checkpoint):
 
 
 def test_a_save_by_another_process_removes_nothing(checkpoint):
-    """What transformers calls a process that is not the main one."""
+    """A process that is not transformers' main one removes no file."""
     model = ChatGLMForConditionalGeneration.from_pretrained(checkpoint)
     model.save_pretrained(checkpoint, max_shard_size="300KB")
     before = set(contents(checkpoint))
@@ -161,7 +164,7 @@ def test_a_repository_is_named_after_the_directory(checkpoint, monkeypatch, by_p
         raise Asked(repo_id)
 
     model = ChatGLMForConditionalGeneration.from_pretrained(checkpoint)
-    # transformers 5 asks the hub's client by itself, earlier ones through a method.
+    # transformers 5 calls the hub's client itself; earlier releases call a method of the model.
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **kwargs: create_repo(repo_id))
     monkeypatch.setattr(type(model), "_create_repo", staticmethod(create_repo), raising=False)
     places = list(inspect.signature(transformers.PreTrainedModel.save_pretrained).parameters.values())[2:]
@@ -172,14 +175,14 @@ def test_a_repository_is_named_after_the_directory(checkpoint, monkeypatch, by_p
 
 
 def test_a_path_that_is_a_file(checkpoint):
-    """transformers logs it, and returns."""
+    """transformers logs the mistake and returns; the file stays."""
     ChatGLMForConditionalGeneration.from_pretrained(checkpoint).save_pretrained(checkpoint / "config.json")
     assert json.loads((checkpoint / "config.json").read_text("utf-8"))["num_layers"] == 3
 
 
 @pytest.mark.parametrize("settings", [{}, {"quantization_bit": 8}, {"quantization_bit": 4, "dtype": "bfloat16"}])
 def test_loads_at_once_leave_the_default_dtype(tiny_dir, settings):
-    """Eight threads, in different dtypes, and all models are right."""
+    """Eight threads load in different dtypes, and every model is right."""
     wanted = [torch.float16, torch.bfloat16, torch.float32, torch.float16] * 2
     found, start = [None] * len(wanted), threading.Barrier(len(wanted))
 
@@ -203,7 +206,7 @@ def test_loads_at_once_leave_the_default_dtype(tiny_dir, settings):
 
 
 def test_one_load_waits_for_another(tiny_dir, monkeypatch):
-    """The second one starts when the default dtype is back."""
+    """The second load starts after the first one has restored the default dtype."""
     inside, go_on, seen = threading.Event(), threading.Event(), []
     check = loading.check_checkpoint
 

@@ -1,4 +1,4 @@
-"""How often loading opens the JSON files of a checkpoint, and that what was checked is what is used."""
+"""Loading opens each JSON file once (the Auto classes open ``config.json`` twice) and uses what was checked."""
 
 import builtins
 import json
@@ -18,7 +18,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def sharded(tiny_dir, tmp_path_factory):
-    """The tiny checkpoint in several files, with an index."""
+    """Return the tiny checkpoint in several files, with an index."""
     folder = tmp_path_factory.mktemp("sharded")
     ChatGLMForConditionalGeneration.from_pretrained(tiny_dir).save_pretrained(folder, max_shard_size="100KB")
     assert (folder / INDEX).is_file()
@@ -27,7 +27,7 @@ def sharded(tiny_dir, tmp_path_factory):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """How often this package opened each file, by name."""
+    """Count how often this package opens each file, by name."""
     counts, real = Counter(), builtins.open
 
     def counting(file, *arguments, **settings):
@@ -49,14 +49,14 @@ def test_each_json_file_is_opened_once(sharded, opened, settings):
 
 @pytest.mark.parametrize("settings", [{}, {"quantization_bit": 8}], ids=str)
 def test_the_auto_classes_read_the_configuration_once_more(sharded, opened, settings):
-    """AutoConfig's own reading comes before ours; the model is loaded with what it found."""
+    """AutoConfig reads the configuration before we do, and the model is loaded with what it found."""
     AutoModel.from_pretrained(sharded, trust_remote_code=True, **settings)
     assert opened == {"config.json": 2, INDEX: 1, "generation_config.json": 1}
 
 
 @pytest.mark.parametrize("settings", [{}, {"quantization_bit": 8}], ids=str)
 def test_a_config_that_changes_after_the_check_is_not_read(checkpoint, monkeypatch, settings):
-    """The model is the one that was checked, not the one that config.json describes by then."""
+    """The model is the one that was checked, not the one that ``config.json`` describes by then."""
     check = loading.check_checkpoint
     path = checkpoint / "config.json"
     layers = json.loads(path.read_text("utf-8"))["num_layers"]

@@ -1,4 +1,4 @@
-"""A checkpoint from anywhere: nothing in it runs, and nothing in its config.json makes us take memory for nothing."""
+"""Nothing in a checkpoint from anywhere runs, and its ``config.json`` cannot make us take memory for nothing."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 
 
 class Tripwire:
-    """Makes a folder when it is unpickled."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -27,7 +27,7 @@ class Tripwire:
 
 
 def write_shards(checkpoint, state, path):
-    """Two .bin files with an index, the tripwire in the second."""
+    """Write two .bin files with an index, the tripwire in the second."""
     names, shards = list(state), ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
     for start, shard in enumerate(shards):
         torch.save({name: state[name] for name in names[start::2]}, checkpoint / shard)
@@ -67,7 +67,7 @@ def test_an_unknown_pickle_is_refused_without_advice_to_run_it(checkpoint, tmp_p
 
 
 def test_old_bin_files_are_quantised_while_loading(checkpoint):
-    """The format of torch before 1.6, which cannot be mapped into memory."""
+    """Files from torch before 1.6 cannot be mapped into memory, and are quantised while loading all the same."""
     state = load_file(checkpoint / "model.safetensors")
     (checkpoint / "model.safetensors").unlink()
     torch.save(state, checkpoint / "pytorch_model.bin", _use_new_zipfile_serialization=False)
@@ -120,7 +120,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED, ids=lambda value: str(value)[:60])
 def test_fields_are_checked_before_anything_is_built(checkpoint, monkeypatch, changes, message):
-    """With the weights there and without, by our class and by the Auto class."""
+    """Our class and the Auto class refuse the fields, with weights and without."""
     built = []
     monkeypatch.setattr(torch.nn.Module, "__init__", lambda self, *arguments, **kwargs: built.append(self))
     edit_config(checkpoint, **changes)
@@ -138,7 +138,7 @@ def test_fields_are_checked_before_anything_is_built(checkpoint, monkeypatch, ch
 @pytest.mark.parametrize("settings", [{}, {"quantization_bit": 4}], ids=["float", "quantised while loading"])
 @pytest.mark.parametrize("bits", [0, 4])
 def test_a_model_that_the_files_cannot_hold_is_not_built(checkpoint, monkeypatch, settings, bits):
-    """Sizes that ChatGLM-6B might have, over weight files of half a megabyte."""
+    """The sizes are ChatGLM-6B's, over weight files of half a megabyte."""
     built = []
     monkeypatch.setattr(torch.nn.Module, "__init__", lambda self, *arguments, **kwargs: built.append(self))
     sizes = {"hidden_size": 4096, "inner_hidden_size": 16384, "num_layers": 28, "num_attention_heads": 32}
@@ -151,7 +151,7 @@ def test_a_model_that_the_files_cannot_hold_is_not_built(checkpoint, monkeypatch
 
 
 def test_the_count_of_parameters(tiny_dir):
-    """Against models that are built, and the real size from its published number."""
+    """The count agrees with models that are built, and with the published size of the real one."""
     for changes in ({}, {"pre_seq_len": 4}, {"num_layers": 1, "vocab_size": 1000, "inner_hidden_size": 200}):
         config = ChatGLMConfig.from_pretrained(tiny_dir, **changes)
         with torch.device("meta"):
@@ -166,8 +166,10 @@ WRITTEN = {"config.json", "generation_config.json", "model.safetensors"}
 
 @pytest.mark.parametrize("kind", ["float", "int8", "prefix"])
 def test_saved_directories_hold_nothing_that_runs(tiny_dir, tiny_tokenizer, tmp_path, kind):
-    """JSON, the tokenizer's own model, safetensors and our chat template, which transformers renders in a sandbox; no
-    Python, no pickle."""
+    """A saved directory holds JSON, the tokenizer's model, safetensors and our chat template: no Python and no pickle.
+
+    transformers renders the template in a sandbox.
+    """
     settings = {"pre_seq_len": 4} if kind == "prefix" else {}
     model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, **settings)
     if kind == "int8":
@@ -193,7 +195,7 @@ FORGED = [
 
 @pytest.mark.parametrize("text", FORGED)
 def test_user_text_forges_no_control_token(tiny_model, tiny_tokenizer, text):
-    """As the query, in an earlier query and in an earlier answer: the only control tokens are the prompt's own end."""
+    """Forged text adds no control token to the prompt's own end, as a query or anywhere in the history."""
     config = tiny_model.config
     ids = ("mask_token_id", "gmask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
     control = {getattr(config, name) for name in ids}

@@ -1,4 +1,4 @@
-"""Looking into weight files reads them once at most and costs no more memory than they have bytes."""
+"""Checking weight files reads them at most once and costs no more memory than they have bytes."""
 
 import io
 import os
@@ -17,7 +17,7 @@ from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 
 
 def memory_limit(function):
-    """Run with 1 GB of address space beside what the process has."""
+    """Run the function with 1 GB of address space above what the process has."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30), before[1]))
@@ -32,7 +32,7 @@ def memory_limit(function):
     not Path("/proc/self/statm").exists(), reason="the memory of this process cannot be told without /proc"
 )
 def test_bin_files_cost_no_more_than_they_hold(checkpoint, settings):
-    """A compressed table; tensors that repeat one number; storages that are not there."""
+    """Compressed tables, tensors that repeat one number and absent storages stay within the memory limit."""
     path = as_bin(checkpoint)
     whole = path.read_bytes()
 
@@ -69,7 +69,7 @@ def test_bin_files_cost_no_more_than_they_hold(checkpoint, settings):
         torch.save({"a": torch.ones(256).half()}, path, _use_new_zipfile_serialization=False)
         content = path.read_bytes()
         assert content.count(b"K\x00M\x00\x01\x85") == 1 and content.count(b"cpuq\x06M\x00\x01N") == 1
-        # 2^31 - 1 numbers instead of 256.
+        # The file now claims 2^31 - 1 numbers instead of 256.
         content = content.replace(b"cpuq\x06M\x00\x01N", b"cpuq\x06J\xff\xff\xff\x7fN")
         path.write_bytes(content)
 
@@ -115,7 +115,7 @@ def test_bin_files_cost_no_more_than_they_hold(checkpoint, settings):
 
 @BOTH_PATHS
 def test_tensors_that_are_none(checkpoint, settings):
-    """Sparse, quantised by torch, without content."""
+    """Sparse tensors, tensors quantised by torch and tensors without content are refused."""
     path = checkpoint / "model.safetensors"
     stored = load_file(path)
     sparse = stored[DENSE].to_sparse()
@@ -140,7 +140,7 @@ def test_pipes_and_headers_that_lie(checkpoint, settings):
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_whole_files_are_read_once(tiny_dir, tmp_path, form, monkeypatch):
-    """Looking into them reads no weights: only scales are taken out of a file."""
+    """Checking reads no weights: only scales are taken out of a file."""
     from faster_chatglm_6b.checkpoint import files as checkpoint_files
     from faster_chatglm_6b.checkpoint import source
 

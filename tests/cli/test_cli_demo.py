@@ -1,4 +1,4 @@
-"""examples/cli_demo.py, which is the command ``chat``, as a person at a terminal uses it, and with piped input."""
+"""``examples/cli_demo.py`` is the command ``chat``: it works at a terminal and with piped input."""
 
 import io
 import os
@@ -33,7 +33,7 @@ def environment(folder: Path) -> dict[str, str]:
         "HF_HOME": str(folder),
         "HF_HUB_OFFLINE": "1",
         "TERM": "xterm",
-        "PROMPT_TOOLKIT_NO_CPR": "1",  # pexpect does not answer where the cursor is
+        "PROMPT_TOOLKIT_NO_CPR": "1",  # pexpect does not answer the question for the cursor's place
     }
 
 
@@ -49,7 +49,7 @@ class Terminal:
         self.prompt()
 
     def until(self, text: str) -> str:
-        """What appears before this text."""
+        """Return what appears before this text."""
         self.demo.expect_exact(text)
         self.screen += self.demo.before + text
         return self.demo.before
@@ -58,7 +58,7 @@ class Terminal:
         self.until("User:")
 
     def answer(self) -> str:
-        """The next answer, once the prompt is back."""
+        """Return the next answer, once the prompt is back."""
         self.until("ChatGLM-6B: ")
         return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.until("User:")).replace("\r", "").strip()
 
@@ -75,7 +75,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal(tmp_path):
-    """Starts the demo; ends it if the test has not."""
+    """Start the demo, and end it if the test has not."""
     started = []
 
     def start(*arguments: str) -> Terminal:
@@ -84,7 +84,7 @@ def terminal(tmp_path):
 
     yield start
     for one in started:
-        # close(force=True) gives a process a tenth of a second to end, which a busy machine does not keep.
+        # close(force=True) gives a process only a tenth of a second to end, too little on a busy machine.
         if one.demo.isalive():
             one.demo.kill(signal.SIGKILL)
             one.demo.wait()
@@ -190,7 +190,7 @@ def test_ctrl_d_ends_it_and_a_long_conversation_does_not(terminal):
 
 @pytest.fixture
 def piped(monkeypatch, capsys):
-    """The command ``chat`` in this process, its input being bytes that are no terminal's; what it shows."""
+    """Run the command ``chat`` in this process, with bytes as its input instead of a terminal; return what it shows."""
 
     def converse(text: bytes) -> str:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
@@ -203,7 +203,7 @@ def piped(monkeypatch, capsys):
 
 
 def test_a_pipe_is_read_as_text(tmp_path):
-    """In a process of its own: prompt_toolkit waited here for the rest of a key."""
+    """The demo runs in a process of its own, in which ``prompt_toolkit`` would wait for the rest of a key."""
     command = [sys.executable, DEMO, "--device", "cpu", "--temperature", "0", "--tiny"]
     text = "\x1b[31mx\nstop\nand more\n"
     settings = {"env": environment(tmp_path), "capture_output": True, "encoding": "utf-8", "timeout": 300}
@@ -258,7 +258,7 @@ def test_an_encoding_without_chinese_loses_characters_and_nothing_else(monkeypat
 
 
 def test_closed_streams(monkeypatch, capsys):
-    """As under ``<&-`` and ``>&-``."""
+    """The commands cope with ``<&-`` and ``>&-``."""
     monkeypatch.setattr(sys, "stdin", None)
     assert main(["chat", "--tiny"]) == 2
     assert capsys.readouterr().err == "The standard input is closed, but chat reads the messages there.\n"
@@ -274,7 +274,7 @@ def test_ctrl_c_while_loading_is_one_word(monkeypatch, capsys):
 
 
 def test_without_prompt_toolkit_lines_are_read_by_input(tmp_path):
-    """At a terminal, where prompt_toolkit would be used."""
+    """The test uses a terminal, since ``prompt_toolkit`` would be used there."""
     script = (
         "import sys\n"
         "sys.modules['prompt_toolkit'] = None\n"

@@ -1,4 +1,4 @@
-"""``python -m faster_chatglm_6b``: the words and options that exist, and one sentence for everything else."""
+"""``python -m faster_chatglm_6b`` has known words and options, and one sentence for everything else."""
 
 import io
 import json
@@ -20,7 +20,7 @@ TINY = ROOT / "examples" / "tiny_chatglm"
 
 
 def refused(arguments: list[str], capsys) -> tuple[int, str]:
-    """The exit code, and the one line that is said instead of a traceback."""
+    """Return the exit code and the one line that is shown instead of a traceback."""
     try:
         code = main(arguments)
     except SystemExit as end:
@@ -117,7 +117,7 @@ def test_a_checkpoint_is_named_in_any_of_three_ways():
 
 
 def test_only_chatglm_6b_is_loaded(tmp_path, capsys):
-    """trust_remote_code would run the code of any other model."""
+    """``trust_remote_code`` would run the code of any other model."""
     config = json.loads((TINY / "config.json").read_text("utf-8"))
     for name, keys, reason in (
         ("newer", {"multi_query_attention": True}, "as ChatGLM2, ChatGLM3 and GLM-4 do"),
@@ -140,7 +140,7 @@ def test_a_directory_without_a_checkpoint(tmp_path, capsys):
 
 
 def test_nothing_is_loaded_while_the_library_is_switched_off(capsys):
-    """Hugging Face's own classes would run a checkpoint's code then."""
+    """Hugging Face's own classes would then run a checkpoint's code."""
     with faster_chatglm_6b.disabled():
         code, line = refused(["demo", "--device", "cpu"], capsys)
     assert code == 1 and "switched off" in line
@@ -168,7 +168,7 @@ def test_questions_that_leave_no_room_are_one_sentence(capsys):
 
 
 def test_a_reader_that_goes_away_is_no_traceback():
-    """Of a pipe, as with ``| head``; in a process of its own, whose standard output is closed at its end."""
+    """``| head`` may close the pipe early; the command runs in a process of its own, whose output closes at its end."""
     program = f"{sys.executable} -m faster_chatglm_6b status | true; exit ${{PIPESTATUS[0]}}"
     for _ in range(3):
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""examples/demo.py as a visitor runs it: in a process of its own, without a network."""
+"""``examples/demo.py`` runs as a visitor runs it: in a process of its own, without a network."""
 
 import os
 import re
@@ -41,7 +41,7 @@ def test_transcript_of_the_tiny_checkpoint(tmp_path):
 
 
 def test_own_questions_and_a_streamed_chinese_answer(tmp_path):
-    """The streamed text must come out with its full-width marks although they are decided one character late."""
+    """The streamed text has its full-width marks, although they are decided one character late."""
     done = run_demo(tmp_path, "--tiny", "--device", "cpu", "--query", "What is int8?", "--follow-up", "翻译成中文")
     assert done.returncode == 0, done.stderr
     assert "Answer:   Call quantize(8) after loading:\nmodel = model.quantize(8)\n" in done.stdout

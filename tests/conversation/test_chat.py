@@ -1,4 +1,4 @@
-"""chat, stream_chat and stream_generate against stock, and each stock bug beside what is done instead."""
+"""``chat``, ``stream_chat`` and ``stream_generate`` agree with stock, except for stock's bugs, tested below."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers import LogitsProcessorList
 from faster_chatglm_6b.generation.processors import InvalidScoreLogitsProcessor
 from faster_chatglm_6b.templates.prompts import build_prompt, process_response
 
-# Cases in which stock misbehaves, each with a test of its own below.
+# Stock misbehaves in these cases; each has a test of its own below.
 STOCK_BUGS = {
     "mask_in_query",
     "eop_in_query",
@@ -51,7 +51,7 @@ def test_chat_equals_stock(tiny_model, tiny_tokenizer, cases):
 
 
 def test_stream_chat_equals_stock_and_yields_the_last_token(tiny_model, tiny_tokenizer, cases):
-    """Stock never yields the token at which max_length stops it."""
+    """Stock never yields the token at which ``max_length`` stops it."""
     longer_than_stock = 0
     for name, case in cases.items():
         if name in STOCK_BUGS or not case["stream_responses"]:
@@ -66,7 +66,7 @@ def test_stream_chat_equals_stock_and_yields_the_last_token(tiny_model, tiny_tok
 
 
 def test_stream_chat_of_an_immediate_end_keeps_the_round(tiny_model, tiny_tokenizer, cases):
-    """Stock yields nothing there, and the history is lost."""
+    """Stock yields nothing in this case and loses the history."""
     case = cases["h0|再见"]
     assert case["stream_responses"] == [] and case["response"] == ""
     chunks = list(tiny_model.stream_chat(tiny_tokenizer, case["query"], **case["kwargs"]))
@@ -97,7 +97,7 @@ def test_control_tokens_in_user_text_stay_text(tiny_model, tiny_tokenizer, cases
 
 
 def test_minus_infinity_is_no_overflow(tiny_model, tiny_tokenizer, cases):
-    """Stock forces token 5 wherever another processor forbids a token."""
+    """Stock forces token 5 if another processor forbids a token."""
     for name in ("no_repeat_ngram_size (InvalidScoreLogitsProcessor trap)", "min_length (trap)"):
         case = cases[name]
         assert len(case["output_ids"]) == case["kwargs"]["max_length"]
@@ -141,7 +141,7 @@ def test_history_is_not_changed(tiny_model, tiny_tokenizer):
 
 @pytest.mark.parametrize("name", ["prompt_longer_than_max_length", "prompt_equal_max_length"])
 def test_a_prompt_that_leaves_no_room_is_refused(tiny_model, tiny_tokenizer, cases, name):
-    """Stock's chat returns one token, its stream nothing."""
+    """Stock's ``chat`` returns one token, and its stream returns nothing."""
     case = cases[name]
     assert case["stream_responses"] == []
     for call in (tiny_model.chat, tiny_model.stream_chat):

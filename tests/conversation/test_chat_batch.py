@@ -1,4 +1,4 @@
-"""``chat_batch``: each answer is the one that ``chat`` gives alone."""
+"""``chat_batch`` gives each conversation the answer that ``chat`` gives alone."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def check(model, tokenizer, queries, histories=None, **settings):
 
 @pytest.mark.parametrize("histories", [None, HISTORIES], ids=["no histories", "histories"])
 def test_equal_to_chat(trained, trained_tokenizer, histories):
-    """Answers of a trained model, which end at different steps."""
+    """A trained model's answers end at different steps."""
     answers = check(trained, trained_tokenizer, QUERIES, histories, do_sample=False)
     lengths = {len(trained_tokenizer.encode_text(answer)) for answer in answers}
     assert len(lengths) > 2 and all(answers)
@@ -46,7 +46,7 @@ def test_equal_to_chat(trained, trained_tokenizer, histories):
 
 
 def test_max_length_limits_each_conversation(tiny_model, tiny_tokenizer):
-    """A short prompt is not cut short by a long one in its batch, and a long one gets no more than alone."""
+    """A long prompt in the batch does not cut a short one's answer, and gets no more room than alone."""
     limit = 4 + max(
         len(tiny_model._chat_ids(tiny_tokenizer, *turn))
         for turn in zip(QUERIES, [history or [] for history in HISTORIES], strict=True)

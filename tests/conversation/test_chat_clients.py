@@ -1,4 +1,4 @@
-"""Clients that nobody here wrote, with messages: each gives the tokens that ``model.chat`` gives."""
+"""Clients that nobody here wrote send messages, and each gives the tokens that ``model.chat`` gives."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def answer(model, tokenizer):
-    """What ``chat`` answers to MESSAGES."""
+    """Return what ``chat`` answers to ``MESSAGES``."""
     response, history = model.chat(tokenizer, "你好", history=HISTORY, **LIMIT)
     assert response and history == [*MESSAGES, {"role": "assistant", "content": response}]
     return response
@@ -60,7 +60,7 @@ def test_pipeline_of_messages(generator, tokenizer, model, answer):
 
 
 def test_pipeline_of_a_rendered_conversation(generator, tokenizer, answer):
-    """What LangChain does; the text comes back with the prompt before it."""
+    """LangChain does this; the text comes back after its prompt."""
     text = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
     (record,) = generator(text, **LIMIT)
     assert record["generated_text"].startswith(text)
@@ -122,7 +122,7 @@ def test_llama_index(model, tokenizer, answer):
 
 
 def test_trl_tokenizes_messages(tokenizer, tmp_path):
-    """The conversation for training, and a loss on the last answer and its <eop> alone."""
+    """trl tokenizes the conversation for training, with a loss on the last answer and its <eop> alone."""
     trl = pytest.importorskip("trl", reason="needs trl")
     datasets = pytest.importorskip("datasets", reason="needs datasets")
     model = ChatGLMForConditionalGeneration.from_pretrained(TRAINED)
@@ -155,7 +155,7 @@ def post(port, path, **body):
 
 @pytest.fixture(scope="module")
 def server():
-    """The port of ``transformers serve`` on this machine."""
+    """Start ``transformers serve`` on this machine and yield its port."""
     if int(transformers.__version__.split(".")[0]) < 5:
         pytest.skip("transformers 4's serve loads models in another way")
     missing = [name for name in ("fastapi", "uvicorn", "openai", "pydantic") if find_spec(name) is None]

@@ -1,4 +1,4 @@
-"""Settings of ``generate`` in a chat turn: stop strings, stopping criteria and those of generation_config.json."""
+"""A chat turn heeds the settings of ``generate``: stop strings, stopping criteria and ``generation_config.json``."""
 
 import copy
 
@@ -13,7 +13,7 @@ GREEDY = {"do_sample": False}
 
 @pytest.fixture
 def with_file(tiny_model, monkeypatch):
-    """The tiny model as it is after its generation_config.json held some settings."""
+    """Return the tiny model as if its ``generation_config.json`` held some settings."""
 
     def change(**settings):
         config = copy.deepcopy(tiny_model.generation_config)
@@ -26,7 +26,7 @@ def with_file(tiny_model, monkeypatch):
 
 @pytest.fixture
 def all_ways(tiny_tokenizer):
-    """The answers of chat, stream_chat and chat_batch, which must be one."""
+    """Return the answer that ``chat``, ``stream_chat`` and ``chat_batch`` must share."""
 
     def ask(model, query="你好", **settings):
         response, _ = model.chat(tiny_tokenizer, query, **settings)
@@ -44,13 +44,13 @@ def long_answer(all_ways, tiny_model):
 
 @pytest.mark.parametrize("as_list", [False, True])
 def test_a_stop_string_ends_the_answer_and_stays(all_ways, tiny_model, long_answer, as_list):
-    """As in generate(), whose text it is the end of."""
+    """The stop string ends the text, as in ``generate``."""
     middle = len(long_answer) // 2
     stop = long_answer[middle]
     response = all_ways(tiny_model, **GREEDY, max_new_tokens=30, stop_strings=[stop] if as_list else stop)
-    # A token may hold characters after the stop string.
+    # A token may also hold characters after the stop string.
     assert stop in response and response != long_answer and long_answer.startswith(response.rstrip())
-    # transformers hands the tokenizer on to its loop, which is nothing that a user should hear of.
+    # transformers hands the tokenizer on to its loop; no user should hear of that.
     assert not [notice for notice in report._notices if "tokenizer" in notice]
     nowhere = "faster than light"
     assert all_ways(tiny_model, **GREEDY, max_new_tokens=30, stop_strings=[nowhere]) == long_answer
@@ -66,7 +66,7 @@ def test_stop_strings_of_the_file_and_of_a_config(all_ways, tiny_model, with_fil
 
 
 def test_full_width_stop_strings(tiny_model, tiny_tokenizer, monkeypatch):
-    """The model writes half-width marks, which the response shows full-width after Chinese characters."""
+    """The model writes half-width marks, and the response shows them full-width after Chinese characters."""
     asked = {}
     monkeypatch.setattr(tiny_model, "generate", lambda ids, **settings: asked.update(settings) or ids)
     tiny_model.chat(tiny_tokenizer, "你好", stop_strings=["你好！", "\n问："])
@@ -94,7 +94,7 @@ def test_stop_strings_that_are_none(tiny_model, tiny_tokenizer, stop_strings):
 
 def test_stopping_criteria(all_ways, tiny_model, tiny_tokenizer, long_answer):
     class AfterThree(StoppingCriteria):
-        """Ends each row three tokens after the prompt."""
+        """A criterion that ends each row three tokens after the prompt."""
 
         def __call__(self, input_ids, scores, **kwargs):
             starts = (input_ids == tiny_tokenizer.bos_token_id).int().argmax(dim=-1)
@@ -120,7 +120,7 @@ def test_stopping_criteria(all_ways, tiny_model, tiny_tokenizer, long_answer):
     ids=lambda settings: " ".join(settings),
 )
 def test_a_chat_turn_is_not_disturbed_by_the_file(all_ways, with_file, long_answer, settings):
-    """Arguments of chat win, and one text comes back, whatever the file asks of generate's result."""
+    """Arguments of ``chat`` win, and one text comes back, whatever the file asks of ``generate``."""
     assert all_ways(with_file(**settings), **GREEDY, max_new_tokens=30) == long_answer
 
 
@@ -146,7 +146,7 @@ def test_settings_of_the_file_act_as_arguments_do(all_ways, tiny_model, with_fil
     ids=lambda settings: " ".join(settings),
 )
 def test_what_generate_follows_or_refuses_it_does_wherever_it_stands(tiny_model, tiny_tokenizer, with_file, settings):
-    """The same answer or the same sentence for a setting of the file and for an argument."""
+    """A setting gives the same answer or the same sentence in the file and as an argument."""
 
     def outcome(model, **arguments):
         try:
@@ -158,7 +158,7 @@ def test_what_generate_follows_or_refuses_it_does_wherever_it_stands(tiny_model,
 
 
 def test_limits(tiny_model, tiny_tokenizer, all_ways, with_file):
-    """The call's own limit before the file's; the file's before the default of 2048."""
+    """The call's own limit comes before the file's, and the file's before the default of 2048."""
     prompt = len(tiny_model._chat_ids(tiny_tokenizer, "你好", None))
     ten = all_ways(tiny_model, **GREEDY, max_new_tokens=10)
     assert len(tiny_tokenizer.encode_text(ten)) > 5
@@ -173,7 +173,7 @@ def test_limits(tiny_model, tiny_tokenizer, all_ways, with_file):
 
 
 def test_min_length_of_the_file_is_refused_in_a_batch(tiny_tokenizer, with_file):
-    """It would count the padding, as that of the caller does."""
+    """In a batch ``min_length`` would count the padding, in the file as in the call."""
     model = with_file(min_length=30)
     with pytest.raises(ValueError, match="min_length is 30, but in a batch it would count the padding too"):
         model.chat_batch(tiny_tokenizer, ["你好"], **GREEDY)
@@ -187,7 +187,7 @@ def test_beams_of_the_caller_cannot_be_streamed(tiny_model, tiny_tokenizer):
 
 
 def test_more_than_ids_may_be_asked_for(tiny_model, tiny_tokenizer):
-    """The response is the same text; chat has no place for the rest."""
+    """The response is the same text, and ``chat`` drops the rest."""
     plain = tiny_model.chat(tiny_tokenizer, "你好", **GREEDY, max_new_tokens=8)
     asked = {"return_dict_in_generate": True, "output_scores": True}
     assert tiny_model.chat(tiny_tokenizer, "你好", **GREEDY, max_new_tokens=8, **asked) == plain

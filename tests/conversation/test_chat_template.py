@@ -1,4 +1,4 @@
-"""``apply_chat_template``: a conversation's ids are those that ``chat`` gives the model, however they are asked for."""
+"""``apply_chat_template`` gives the ids that ``chat`` gives the model, however they are asked for."""
 
 import json
 
@@ -13,7 +13,7 @@ from faster_chatglm_6b.templates.chat_template import CHAT_TEMPLATE, HARMLESS, M
 from faster_chatglm_6b.templates.prompts import build_prompt
 from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 
-# Everything in which a user's text could be taken for the template's own.
+# These could make a user's text look like the template's own.
 TEXTS = st.lists(
     st.one_of(
         st.sampled_from(
@@ -55,8 +55,10 @@ def expected(tokenizer, query, rounds=(), answer=None):
 @examples(40, 2000)
 @given(rounds=ROUNDS, query=TEXTS, answer=TEXTS, given_system=TEXTS)
 def test_ids_are_those_of_build_prompt(tiny_tokenizer, rounds, query, answer, given_system):
-    """With and without a system text, as a prompt and as a finished conversation, as ids and as text that is
-    tokenized later."""
+    """The ids agree with and without a system text, and for prompts and finished conversations.
+
+    They also agree if the text is rendered first and tokenized later.
+    """
     for system_text in ("", given_system):
         messages = [*as_messages(rounds), user(query)]
         first = f"{system_text}\n" if system_text else ""
@@ -90,7 +92,7 @@ def test_chat_gives_the_model_the_same_ids(tiny_model, tiny_tokenizer, rounds, q
 
 
 def test_a_typed_mark_changes_no_id(tiny_tokenizer):
-    """A message loses its marks in a way that leaves the ids alone, also between blanks that would be joined else."""
+    """A message loses its marks without a change of ids, even between blanks that would otherwise be joined."""
     for text in (f"a {MARK} b", f"{MARK}{MARK}", f"a{MARK}\n b", f" {MARK}<sop>"):
         assert tiny_tokenizer.encode_text(text) == tiny_tokenizer.encode_text(text.replace(MARK, HARMLESS))
         rendered = tiny_tokenizer.apply_chat_template([user(text)], tokenize=False, add_generation_prompt=True)
@@ -98,7 +100,7 @@ def test_a_typed_mark_changes_no_id(tiny_tokenizer):
 
 
 def test_texts_without_a_mark_are_tokenized_as_before(tiny_tokenizer):
-    """[gMASK] stays text and <sop> becomes its id, as in stock, where nobody rendered a conversation."""
+    """[gMASK] stays text and <sop> becomes its id, as in stock, if nobody rendered a conversation."""
     ids = tiny_tokenizer("hi [gMASK]<sop>")["input_ids"]
     assert ids.count(tiny_tokenizer.gmask_token_id) == 1 and ids.count(tiny_tokenizer.bos_token_id) == 2
 
@@ -142,7 +144,7 @@ def test_continue_final_message(tiny_tokenizer):
 
 
 def test_defaults_are_those_of_the_release(tiny_tokenizer):
-    """transformers 5 returns a dict, 4 a list."""
+    """transformers 5 returns a dict, and transformers 4 a list."""
     plain = tiny_tokenizer.apply_chat_template([user("hi")])
     custom = tiny_tokenizer.apply_chat_template([user("hi")], chat_template="{{ messages[0]['content'] }}")
     assert type(plain) is type(custom)
@@ -190,7 +192,7 @@ def test_truncation_keeps_the_prompt_end(tiny_dir, side):
 
 
 def test_assistant_masks(tiny_tokenizer):
-    """The last answer and <eop>, as the official P-Tuning script's labels; earlier answers are read, not written."""
+    """The mask covers the last answer and <eop> alone, like the labels of the official P-Tuning script."""
     long, short = [user("a"), assistant("bc"), user("d"), assistant("ok <eop>")], [user("a"), assistant("")]
     prompt, answer = expected(tiny_tokenizer, "d", [("a", "bc")]), tiny_tokenizer.encode_text("ok <eop>")
     one = tiny_tokenizer.apply_chat_template(long, return_dict=True, return_assistant_tokens_mask=True)
@@ -252,7 +254,7 @@ def test_arguments_that_do_not_fit_are_refused(tiny_tokenizer):
 
 
 def test_a_template_of_ones_own(tiny_dir):
-    """transformers renders and tokenizes it; what our own template refuses is then its business."""
+    """transformers renders and tokenizes the user's own template, which may take what ours refuses."""
     own = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}{% endfor %}<sop>"
     tokenizer = ChatGLMTokenizer.from_pretrained(tiny_dir)
     messages = [{"role": "tool", "content": "hi"}]
@@ -279,7 +281,7 @@ def test_the_template_is_there_and_is_saved(tiny_tokenizer, tmp_path):
 @examples(30, 1000)
 @given(rounds=ROUNDS, query=TEXTS)
 def test_the_template_renders_the_same_without_our_class(tiny_tokenizer, rounds, query):
-    """As a server or trainer that reads the saved file and calls Jinja itself."""
+    """A server or trainer may read the saved file and call Jinja itself."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from transformers.utils.chat_template_utils import _compile_jinja_template
 

@@ -1,4 +1,4 @@
-"""IncrementalDetokenizer: at every step the text of tokenizer.decode, without half characters."""
+"""IncrementalDetokenizer gives the text of ``tokenizer.decode`` at every step, without half characters."""
 
 import random
 
@@ -24,7 +24,7 @@ def byte_ids(tokenizer, content: bytes) -> list[int]:
 
 
 def unfinished(tokenizer, ids: list[int]) -> int:
-    """How many ids at the end may become a character: tried out, by adding bytes until decode shows no U+FFFD there."""
+    """Count the ids at the end that may become a character: add bytes until ``decode`` shows no U+FFFD there."""
     ids = tokenizer.decodable_ids(ids)
     pieces = tokenizer.convert_ids_to_tokens(ids)
     run = bytearray()
@@ -52,7 +52,7 @@ def _is_utf8(content: bytes) -> bool:
 
 
 def check(tokenizer, ids: list[int], cuts: list[int] | None = None) -> None:
-    """Push `ids` one by one, or cut at `cuts`, and compare each text with tokenizer.decode."""
+    """Push ``ids`` one by one, or cut at ``cuts``, and compare each text with ``tokenizer.decode``."""
     stream = IncrementalDetokenizer(tokenizer)
     taken = 0
     for end in cuts or range(1, len(ids) + 1):
@@ -96,7 +96,7 @@ def test_golden_decode_cases(stock):
 
 
 def interesting_ids(tokenizer) -> list[list[int]]:
-    """Groups of ids that are hard to put together: each is drawn from with the same chance."""
+    """Return groups of ids that are hard to put together: each is drawn from with the same chance."""
     vocabulary = tokenizer.get_vocab()
     rule_pieces = [
         ".",
@@ -241,7 +241,7 @@ def test_an_id_that_does_not_exist_leaves_the_text_alone(tiny):
     with pytest.raises(ValueError, match="Token id 1000000 is not in the vocabulary"):
         stream.push([*hello, 1000000])
     assert stream.push([]) == stream.finish() == "hello"
-    assert stream.push([tiny.vocab_size]) == "hello"  # a row of the embedding that has no piece
+    assert stream.push([tiny.vocab_size]) == "hello"  # a row of the embedding without a piece
 
 
 def test_each_id_is_decoded_once(tiny, monkeypatch):
@@ -266,5 +266,5 @@ def test_each_id_is_decoded_once(tiny, monkeypatch):
     for index in ids:
         stream.push([index])
     assert len(ids) > 1000
-    assert sum(decoded) < 3 * len(ids)  # each with the anchor before it, and a blank at the start
+    assert sum(decoded) < 3 * len(ids)  # each with the anchor before it and a blank at the start
     assert max(decoded) < 8 and max(cleaned) < 40

@@ -1,4 +1,4 @@
-"""Histories as callers keep them: rounds of texts or role messages, given back in the form in which they came."""
+"""Histories may be rounds of texts or role messages, and come back in the form in which they came."""
 
 import copy
 
@@ -52,7 +52,7 @@ def test_rounds_stay_as_they_came(answer):
 
 
 def test_an_empty_round_is_no_round(answer):
-    """THUDM's api.py hands on what a client posts, and clients post [[]]."""
+    """THUDM's api.py hands on what a client posts, and clients post ``[[]]``."""
     alone = answer("你好", None)
     for history in ([], [[]], [()], ((),)):
         assert answer("你好", history) == alone

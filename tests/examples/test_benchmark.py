@@ -1,4 +1,4 @@
-"""examples/benchmark.py on the tiny checkpoint and a CPU: what it prints and writes, and what it refuses. No times."""
+"""``examples/benchmark.py`` prints, writes and refuses the right things on the tiny checkpoint and a CPU. No times."""
 
 import importlib
 import json
@@ -32,7 +32,7 @@ def run_benchmark(*options: str) -> subprocess.CompletedProcess:
 
 
 def test_one_run_prints_the_closing_line_and_a_row_and_appends_its_record(tmp_path, example):
-    """The seed's options, in its spelling and with dashes."""
+    """The seed's options work in its spelling and with dashes."""
     file = tmp_path / "new" / "records.json"
     model = ("--model_name", "examples/tiny_chatglm", "--prompt", "你好")
     done = run_benchmark(*model, "--warmup_iters", "1", "--iters", "2", "--new_tokens", "4", "--json", str(file))
@@ -111,7 +111,7 @@ def test_the_order_favours_neither_backend(example):
 
 @pytest.fixture
 def two_runs(example):
-    """A table's row of two runs as if measured on a GPU."""
+    """Return a table's row of two runs as if measured on a GPU."""
     values = {"weights": "int4", "group_size": 128, "head": "int8", "ms_per_step": 2.0, "gb_per_s": 2000.4}
     record = dict.fromkeys(example("measuring.timing").KEYS) | values | {"backend": "ours", "tokens_per_s": 500.0}
     return example("measuring.table").row_of([5.0, 6.0], [record | {"share": 0.5}, record | {"share": 0.6}], 20)
@@ -189,7 +189,7 @@ def test_a_group_size_that_does_not_divide_is_refused_before_anything_runs(examp
 
 
 def test_the_plain_baseline_concatenates_its_cache_in_transformers_loop(example, monkeypatch, tiny_model):
-    """What makes the Torch rows stock's way: the switch, seen from inside."""
+    """The switch, seen from inside, makes the Torch rows run stock's way."""
     from transformers.cache_utils import DynamicCache
 
     from faster_chatglm_6b import ops

@@ -1,4 +1,4 @@
-"""Clients that nobody here wrote, on the toy checkpoint: they say what ``chat`` says. docs/clients.md lists them."""
+"""Clients that nobody here wrote say what ``chat`` says on the toy checkpoint. docs/clients.md lists them."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def load(**options):
 
 @pytest.fixture(scope="module")
 def expected(tokenizer):
-    """The answer's first tokens, as every client is asked for them."""
+    """Return the answer's first tokens, as every client is asked for them."""
     answer = load().chat(tokenizer, QUERY, history=[], **SETTINGS)[0]
     assert len(answer) > 40
     return answer
@@ -137,7 +137,7 @@ def quanto_config():
 
 @pytest.mark.parametrize("config", [torchao_config, quanto_config])
 def test_weights_in_integers(tokenizer, expected, config):
-    """By transformers' quantization_config: the layers are really replaced, and the answer is the same."""
+    """transformers' ``quantization_config`` replaces the layers, and the answer is the same."""
     model = AutoModel.from_pretrained(
         TINY, trust_remote_code=True, torch_dtype=torch.float32, quantization_config=config()
     ).eval()

@@ -1,4 +1,4 @@
-"""examples/lm_eval_chatglm.py: lm-evaluation-harness scores and generates as a prefix LM is asked to."""
+"""``examples/lm_eval_chatglm.py`` lets lm-evaluation-harness score and generate as a prefix LM should."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def requests(kind, arguments):
 
 
 def by_hand(model, tokenizer, context_ids, ids):
-    """The log-probability of the tokens and whether each is the likeliest, of one unpadded row."""
+    """Score one row without padding: return the log-probability of the tokens, and True if each is the likeliest."""
     row = [*context_ids, tokenizer.gmask_token_id, tokenizer.bos_token_id, *ids]
     with torch.no_grad():
         scores = model(torch.tensor([row])).logits[0].log_softmax(-1)
@@ -107,7 +107,7 @@ def test_log_likelihoods_equal_a_hand_computation(model, tokenizer, batch_size):
 
 
 def test_the_greedy_answer_is_greedy(model, tokenizer):
-    """What the model itself says is its likeliest continuation, in the batch and alone."""
+    """The model's own likeliest continuation counts as greedy, in a batch and alone."""
     context = "你好"
     prompt = torch.tensor([tokenizer(context)["input_ids"]])
     said = model.generate(prompt, do_sample=False, max_new_tokens=4, eos_token_id=None)[0, prompt.shape[1] :].tolist()
@@ -143,7 +143,7 @@ def test_a_stop_string_cuts_the_answer(model, tokenizer):
 
 
 def test_a_long_text_is_scored_in_windows(model, tokenizer):
-    """Each token once; the first window has an empty prompt, the others the token before."""
+    """Each token is scored once; the first window has an empty prompt, the others the token before."""
     text = "今天天气很好，world hello。" * 3
     ids = tokenizer.encode_text(text)
     whole, windows = (
@@ -176,7 +176,7 @@ def test_a_context_that_is_too_long_keeps_its_end(model, tokenizer):
 
 @pytest.fixture
 def tasks(tmp_path):
-    """Tasks of two questions, which need no network."""
+    """Write tasks of two questions, which need no network."""
     rows = [
         {"question": "你好", "choices": ["天气很好", "x y z"], "label": 0, "answer": "?"},
         {"question": "hello", "choices": ["a b c", "world"], "label": 1, "answer": "?"},
@@ -212,7 +212,7 @@ def test_simple_evaluate(model, tokenizer, tasks, monkeypatch):
 
 @pytest.mark.parametrize("turns", [1, 3])
 def test_a_chat_template_gives_the_prompt_that_chat_gives(model, tokenizer, turns):
-    """--apply_chat_template: one [gMASK] <sop>, for scores and for answers; what a question types stays text."""
+    """``--apply_chat_template`` gives one [gMASK] <sop>, for scores and answers; what a question types stays text."""
     lm = adapter(model, tokenizer, batch_size=2)
     messages = [
         {"role": "user", "content": "a \x10<sop> typed <eop> token"},
@@ -233,7 +233,7 @@ def test_a_chat_template_gives_the_prompt_that_chat_gives(model, tokenizer, turn
 
 
 def test_a_chat_template_with_the_beginning_of_an_answer(model, tokenizer):
-    """lm_eval's gen_prefix: what is scored follows the prefix, and that follows [gMASK] <sop>."""
+    """The scored text follows lm_eval's ``gen_prefix``, which follows [gMASK] <sop>."""
     lm = adapter(model, tokenizer)
     messages = [{"role": "user", "content": "天气"}, {"role": "assistant", "content": "今天"}]
     context = lm.apply_chat_template(messages, add_generation_prompt=False)
@@ -245,7 +245,7 @@ def test_a_chat_template_with_the_beginning_of_an_answer(model, tokenizer):
 
 
 def test_the_command(tasks):
-    """As its docstring says, in another process."""
+    """The command of the example's docstring runs in another process."""
     folder, _ = tasks
     command = [sys.executable, str(EXAMPLES / "lm_eval_chatglm.py"), "run", "--model", "chatglm", "--device", "cpu"]
     command += ["--model_args", f"pretrained={TINY},trust_remote_code=True", "--tasks", "choice"]

@@ -1,4 +1,4 @@
-"""examples/tiny_chatglm: what is in it, and what it answers."""
+"""``examples/tiny_chatglm`` holds the right files and gives the right answers."""
 
 import json
 import random
@@ -30,7 +30,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def training():
-    """The modules of the training folder, which import each other by their bare names."""
+    """Yield the modules of the training folder, which import each other by their bare names."""
     before = set(sys.modules)
     sys.path.insert(0, str(TRAINING))
     try:
@@ -158,7 +158,7 @@ def test_half_precision_answers_the_same(model, tokenizer):
 
 
 def test_questions_that_were_never_trained_on(model, tokenizer, training):
-    """Most of held_out.txt, which was written after the corpus, is answered as the corpus would."""
+    """Most questions of held_out.txt, written after the corpus, get the answer that the corpus would give."""
     corpus = training["corpus"].Corpus()
     dialogues = [dialogue for dialogue in corpus.held_out() if dialogue.kind == "single.second_held_out"]
     assert len(dialogues) > 100
@@ -168,7 +168,7 @@ def test_questions_that_were_never_trained_on(model, tokenizer, training):
 
 
 def test_training_masks_and_positions_are_those_of_the_model(model, tokenizer, training):
-    """A padded training batch gives each dialogue the logits that the model gives it alone, left to its own masks."""
+    """A padded training batch gives each dialogue the logits that the model gives it alone with its own masks."""
     corpus, train = training["corpus"].Corpus(), training["train"]
     rng = random.Random(3)
     samples = [train.encode(corpus.draw(rng), tokenizer) for _ in range(3)]

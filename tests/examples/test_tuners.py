@@ -1,7 +1,7 @@
-"""examples/measuring: the step that both tuners time, and their searches, over a tiny model in Triton's interpreter.
+"""Both tuners of ``examples/measuring`` time the right step and search well, with a tiny model in the interpreter.
 
-The interpreter is chosen by an environment variable when the kernels are imported, so the checks run in a process of
-their own, which this file starts as a program. Nothing is timed: a step runs once, and its time is made up.
+An environment variable chooses Triton's interpreter when the kernels are imported. So the checks run in a process of
+their own: this file starts itself as a program. Nothing is timed: a step runs once, and its time is made up.
 """
 
 import json
@@ -41,7 +41,7 @@ def run_eagerly(monkeypatch):
 
 
 def the_step_is_the_products(monkeypatch):
-    """After a prompt of the product's own it chooses the token that ``generate`` chooses."""
+    """Check that the timed step chooses the token that ``generate`` chooses after the same prompt."""
     import torch
     from measuring.decode_step import TimedStep
 
@@ -193,7 +193,7 @@ CHECKS = {
 
 
 def run_all() -> dict[str, str | None]:
-    """Run the checks; name of each and what went wrong, None if nothing did."""
+    """Run the checks; return what went wrong by name, None if nothing did."""
     import torch
     from interpreter_blocks import use_large_blocks
 

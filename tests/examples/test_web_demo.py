@@ -1,4 +1,4 @@
-"""examples/web_demo.py as visitors see it, in headless Chromium."""
+"""``examples/web_demo.py`` works as visitors see it, in headless Chromium."""
 
 import shutil
 
@@ -16,13 +16,13 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
 
 GREETING = "你好！我是 faster_chatglm_6b 的小小演示模型。有什么可以帮你的吗？"
-# What <script> and <img onerror> would do if they ran; each in the page and as a dialog.
+# A <script> and an <img onerror> show that they ran, each in the page and as a dialog.
 ATTACK = (
     "<script>window.ran = 1; alert(1)</script>\n"
     '<img src="x" onerror="window.ran = 2; alert(2)">\n'
     "[link](javascript:window.ran=3) &amp;"
 )
-# HTML that a browser's own Markdown parser finds where a simpler one sees code; an image and a form of another host.
+# A browser's own Markdown parser finds HTML here, a simpler one code; the image and the form are of another host.
 OVERLAY = (
     "`a\n# <div style='position:fixed;inset:0'>x</div>`\n\n![i](http://evil.example/x.png)\n\n"
     "<form action=http://evil.example><input></form>\n\n[r]: http://evil.example/y.png\n\n![r] [k](https://example.org)"
@@ -40,14 +40,14 @@ def browser():
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """The trained toy: it answers in sentences."""
+    """Serve the trained toy, which answers in sentences."""
     with serving(tmp_path_factory.mktemp("toy"), "--tiny") as address:
         yield address
 
 
 @pytest.fixture(scope="module")
 def babbler(tmp_path_factory, tiny_dir):
-    """Its answers do not end by themselves."""
+    """Serve a model whose answers do not end by themselves."""
     folder = tmp_path_factory.mktemp("babbler")
     with serving(folder, "--model", str(make_babbler(tiny_dir, folder / "checkpoint"))) as address:
         yield address

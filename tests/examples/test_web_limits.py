@@ -1,4 +1,4 @@
-"""The web demo's server, without a browser: what it takes, how much of it, and how many wait."""
+"""The web demo's server, without a browser, limits what it takes, how much of it, and how many wait."""
 
 import asyncio
 import http.client
@@ -22,12 +22,12 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 from _guard import LARGEST_BODY, ROUTES, Guard  # noqa: E402
 from web_demo import WAITING  # noqa: E402
 
-ANSWER_TAKES = 5  # the inputs of the event that answers: text, history, maximum length, top p, temperature
+ANSWER_TAKES = 5  # the answering event's inputs: text, history, maximum length, top p, temperature
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, tiny_dir):
-    """Its answers do not end by themselves."""
+    """Serve a model whose answers do not end by themselves."""
     folder = tmp_path_factory.mktemp("limits")
     with serving(folder, "--model", str(make_babbler(tiny_dir, folder / "checkpoint"))) as address:
         yield address
@@ -43,7 +43,7 @@ def post(address: str, path: str, body: bytes, content: str = "application/json"
 
 
 def send(address: str, session: str, query, max_length=64, history=None) -> int:
-    """Join the queue as the page does."""
+    """Join the queue as the page does, and return the status."""
     with urllib.request.urlopen(f"{address}config", timeout=60) as answer:
         events = json.load(answer)["dependencies"]
     (event,) = (one["id"] for one in events if len(one["inputs"]) == ANSWER_TAKES)
@@ -97,13 +97,13 @@ def test_values_that_no_page_sends_are_refused(server, query, max_length):
 
 def test_the_queue_is_full_at_a_number(server):
     codes = [send(server, f"waiting-{number}", "hello", 2048) for number in range(2 * WAITING)]
-    # The one that is being answered may have left the queue, or not yet.
+    # The request that is being answered may have left the queue, or not yet.
     assert codes.count(200) in (WAITING, WAITING + 1) and set(codes) == {200, 503}
     assert codes == sorted(codes)
 
 
 def replies(scope: dict, *messages: dict) -> tuple[list[dict], list[bytes]]:
-    """What Guard sends, and the bodies that the application behind it sees."""
+    """Return what ``Guard`` sends, and the bodies that the application inside it sees."""
     sent, seen, waiting = [], [], list(messages)
 
     async def application(scope, receive, send):

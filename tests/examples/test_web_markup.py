@@ -1,4 +1,4 @@
-"""examples/_markup.py: of what a user or a model writes, only Markdown becomes HTML."""
+"""``examples/_markup.py`` turns only Markdown into HTML, whatever a user or a model writes."""
 
 import re
 import sys
@@ -39,7 +39,7 @@ HOSTILE = [
 
 
 class Tags(HTMLParser):
-    """Collects every tag with its attributes, and the text."""
+    """A parser that collects every tag with its attributes, and the text."""
 
     def __init__(self, html: str):
         super().__init__(convert_charrefs=True)
@@ -130,7 +130,7 @@ def test_formulas_are_left_to_the_browser(formula):
 
 
 def test_the_parser_never_sees_a_long_text(monkeypatch):
-    """It takes the square of the length of some inputs; escaping takes as long for every text of a length."""
+    """The parser's time grows with the square of some texts' length; that of escaping depends on the length alone."""
 
     def parser():
         raise AssertionError("a long text was parsed")

@@ -4,12 +4,12 @@ import re
 
 from playwright.sync_api import Browser, Page, expect
 
-# Without a sandbox (it needs rights that containers lack), and without anything that would call home.
+# These start no sandbox, which needs rights that containers lack, and nothing that would call home.
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
-SOON = 60_000  # milliseconds until something that must happen is given up
+SOON = 60_000  # milliseconds to wait for something that must happen
 
 
 class Visitor:
@@ -40,7 +40,7 @@ class Visitor:
         return self.page.get_by_test_id("bot")
 
     def slide(self, label: str, value: float) -> None:
-        """Type a value beside a slider."""
+        """Type a value next to a slider."""
         settings = self.button("Settings")
         number = self.page.get_by_role("spinbutton", name=re.compile(label))
         if not number.is_visible():
@@ -58,7 +58,7 @@ class Visitor:
         self.button("Send").click()
 
     def ask(self, text: str, answer: str) -> None:
-        """Say something and see this answer to it."""
+        """Say something and check that this answer appears."""
         before = self.answers.count()
         self.say(text)
         expect(self.answers).to_have_count(before + 1, timeout=SOON)
@@ -77,7 +77,7 @@ class Visitor:
         raise AssertionError("the answer did not end")
 
     def growing(self, beyond: int) -> str:
-        """The last answer once it is longer than so many characters."""
+        """Return the last answer once it is longer than so many characters."""
         for _ in range(SOON // 50):
             if self.answers.count() and len(text := self.answers.last.inner_text()) > beyond:
                 return text

@@ -1,4 +1,4 @@
-"""The web demo in a process of its own."""
+"""Run the web demo in a process of its own."""
 
 import os
 import socket
@@ -16,7 +16,7 @@ DEMO = str(ROOT / "examples" / "web_demo.py")
 
 
 def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    """Start it where it ends by itself."""
+    """Run the demo to its end, for arguments with which it stops by itself."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
     command = [sys.executable, DEMO, *arguments]
     return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=300)
@@ -30,7 +30,7 @@ def free_port() -> int:
 
 @contextmanager
 def serving(folder: Path, *arguments: str) -> Iterator[str]:
-    """The address at which the demo answers, once it does."""
+    """Start the demo and yield its address once it answers."""
     port = free_port()
     command = [
         sys.executable,

@@ -1,6 +1,6 @@
-"""Tests on real OneFlow, without PyTorch: `make test-oneflow`. Everywhere else they are skipped.
+"""Tests on real OneFlow without PyTorch, run by ``make test-oneflow``; everywhere else they are skipped.
 
-They run with --confcutdir=tests/oneflow, because the conftest above imports PyTorch.
+They run with ``--confcutdir=tests/oneflow``, because the conftest of ``tests/`` imports PyTorch.
 """
 
 import json
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
-    """Reference data made with the stock code; its README says how."""
+    """Return the folder of reference data made with the stock code; its README says how."""
     return GOLDEN
 
 
@@ -46,7 +46,7 @@ def golden_json():
 
 @pytest.fixture(scope="session")
 def tiny_dir() -> Path:
-    """The tiny random checkpoint of the golden data."""
+    """Return the tiny random checkpoint of the golden data."""
     return GOLDEN / "ckpt" / "tiny"
 
 
@@ -60,13 +60,13 @@ def load():
 
 @pytest.fixture(scope="session")
 def tiny_model(load, tiny_dir):
-    """The tiny checkpoint in float32; tests must not change it."""
+    """Return the tiny checkpoint in float32; tests must not change it."""
     return load(tiny_dir).float().eval()
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_dir):
-    """The tiny checkpoint's tokenizer."""
+    """Return the tiny checkpoint's tokenizer."""
     from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 
     return ChatGLMTokenizer.from_pretrained(tiny_dir)

@@ -1,4 +1,4 @@
-"""The model's logits beside stock's; OneFlow has no torch.testing."""
+"""Compare the model's logits with stock's; OneFlow has no ``torch.testing``."""
 
 from typing import Any
 
@@ -10,21 +10,21 @@ TOLERANCE = 1e-3
 
 
 def assert_close(found: Any, expected: Any, name: Any = "") -> None:
-    """Same shape, and no value further off than the tolerance; NaN is."""
+    """Check for the same shape and for no value further off than the tolerance; NaN fails."""
     assert tuple(found.shape) == tuple(expected.shape), name
     error = float((found.float() - expected.float()).abs().max())
     assert error <= TOLERANCE, (name, error)
 
 
 def cases(tensors: dict[str, Any], suffix: str) -> list[str]:
-    """Names of the cases that have a tensor of this suffix."""
+    """List the cases that have a tensor of this suffix."""
     names = sorted(key.removesuffix(suffix) for key in tensors if key.endswith(suffix))
     assert names
     return names
 
 
 def check_prefill(model: Any, tensors: dict[str, Any], some: int | None = None) -> None:
-    """Positions, mask and logits of every prompt, or of the first ``some``."""
+    """Check positions, mask and logits of every prompt, or of the first ``some``."""
     for name in cases(tensors, ".input_ids")[:some]:
         input_ids = tensors[f"{name}.input_ids"][None]
         layout, length = PromptLayout.of(input_ids, model.config), input_ids.shape[1]
@@ -35,7 +35,7 @@ def check_prefill(model: Any, tensors: dict[str, Any], some: int | None = None) 
 
 
 def check_decode(model: Any, tensors: dict[str, Any], some: int | None = None) -> None:
-    """16 greedy steps with the cache, each fed the token that stock chose."""
+    """Check 16 greedy steps with the cache, each fed the token that stock chose."""
     for name in cases(tensors, ".prompt_ids")[:some]:
         prompt, generated = tensors[f"{name}.prompt_ids"], tensors[f"{name}.generated"]
         layout = PromptLayout.of(prompt[None], model.config)
@@ -50,7 +50,7 @@ def check_decode(model: Any, tensors: dict[str, Any], some: int | None = None) -
 
 
 def check_batch(model: Any, tensors: dict[str, Any]) -> None:
-    """A left-padded batch, with stock's mask and with the padding alone."""
+    """Check a left-padded batch, with stock's mask and with the padding alone."""
     with torch.no_grad():
         given = {name: tensors[name] for name in ("input_ids", "attention_mask", "position_ids")}
         assert_close(model(**given).logits, tensors["prefill_logits"])

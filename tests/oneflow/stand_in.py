@@ -12,7 +12,7 @@ from torch.nn import functional
 
 
 def heads_of(x: Any, layout: str, index: int, head_size: int | None) -> Any:
-    """Query (0), key (1) or value (2) [B, M, H, K] of a tensor in one of OneFlow's layouts."""
+    """Return query (0), key (1) or value (2) of a tensor in one of OneFlow's layouts, as [B, M, H, K]."""
     if x.dim() == 4:
         assert layout in ("BMHK", "BHMK", "MBHK"), layout
         order = {"BMHK": (0, 1, 2, 3), "BHMK": (0, 2, 1, 3), "MBHK": (1, 0, 2, 3)}[layout]
@@ -27,7 +27,7 @@ def heads_of(x: Any, layout: str, index: int, head_size: int | None) -> Any:
 
 
 def packed_as(heads: Any, layout: str) -> Any:
-    """[B, M, H, K] in another layout, contiguous."""
+    """Return [B, M, H, K] in another layout, contiguous."""
     if layout == "BM(HK)":
         return heads.reshape(*heads.shape[:2], heads.shape[2] * heads.shape[3])
     order = {"BMHK": (0, 1, 2, 3), "BHMK": (0, 2, 1, 3), "MBHK": (1, 0, 2, 3)}[layout]
@@ -35,7 +35,7 @@ def packed_as(heads: Any, layout: str) -> Any:
 
 
 class StandIn:
-    """Attributes are OneFlow's functions; ``calls`` lists (name, arguments by name) in their order."""
+    """OneFlow's functions as attributes; ``calls`` lists (name, arguments by name) in their order."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
@@ -45,11 +45,11 @@ class StandIn:
         self.calls.append((name, arguments))
         for argument, value in arguments.items():
             if isinstance(value, torch.Tensor):
-                # Strides are not what is tested here, and kernels that do not know them would copy.
+                # Strides are not tested here, and kernels that do not know them would copy.
                 assert value.is_contiguous(), (name, argument)
 
     def of(self, name: str) -> list[dict[str, Any]]:
-        """The recorded calls of one function."""
+        """Return the recorded calls of one function."""
         return [arguments for called, arguments in self.calls if called == name]
 
     def fast_gelu(self, x: Any) -> Any:
@@ -158,7 +158,7 @@ class StandIn:
         assert cos.dim() == 2 and tuple(cos.shape) == tuple(sin.shape) and cos.shape[1] == turned
         parts = []
         for axis in range(position_ids.shape[1]):
-            # PlaneKernel takes the element position * K + k of the table, K being the width of the whole head.
+            # PlaneKernel takes the element position * K + k of the table, where K is the width of the whole head.
             places = position_ids[:, axis, :, None] * width + torch.arange(turned)
             assert int(places.max()) < cos.numel()
             c, s = (table.reshape(-1)[places].unsqueeze(2) for table in (cos, sin))

@@ -1,4 +1,4 @@
-"""Checkpoint files read and written without torch, and quantised checkpoints."""
+"""Checkpoint files are read and written without torch, quantised ones too."""
 
 import json
 import pickle
@@ -27,7 +27,7 @@ def expected(tiny_model):
 
 
 def test_sharded_bin(load, golden_dir, expected):
-    """Two shards that real torch wrote."""
+    """Real torch wrote the two shards."""
     assert_close(logits_of(load(golden_dir / "ckpt" / "tiny-sharded").float()), expected)
 
 
@@ -77,7 +77,7 @@ def test_quantised_checkpoints_against_stock(load, golden_dir, golden_tensors, b
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantising_gives_stocks_integers(load, tiny_dir, golden_dir, golden_tensors, golden_json, bits):
-    """Of half weights, by hand and while loading; and of float32 weights."""
+    """Half weights give stock's integers by hand and while loading, and so do float32 weights."""
     from safetensors.torch import load_file
 
     stored = load_file(golden_dir / "ckpt" / f"tiny-int{bits}" / "model.safetensors")

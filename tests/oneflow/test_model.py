@@ -1,4 +1,4 @@
-"""The one model file on OneFlow against the stock code: logits, generation, chat."""
+"""The one model file gives on OneFlow what the stock code gives: logits, generation, chat."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from golden_checks import assert_close, cases, check_batch, check_decode, check_
 
 from faster_chatglm_6b.network.prompt_layout import PromptLayout
 
-# Where stock misbehaves; tests/conversation/test_chat.py has a test for each.
+# Stock misbehaves in these cases; tests/conversation/test_chat.py has a test for each.
 STOCK_BUGS = (
     "mask_in_query",
     "eop_in_query",
@@ -102,7 +102,7 @@ def test_prefix_tuning(load, tiny_dir, golden_dir, golden_tensors, kind):
 
 
 def arguments(case, config):
-    """What stock was given: ids, and for padded calls the 4-D mask and the positions that the tokenizer makes."""
+    """Return what stock was given: ids, and for padded calls also the 4-D mask and the tokenizer's positions."""
     input_ids = torch.tensor(case["prompt_ids"])
     if "attention_mask" not in case["inputs"]:
         return {"input_ids": input_ids}
@@ -115,7 +115,7 @@ def arguments(case, config):
 
 
 def test_generate(tiny_model, golden_json):
-    """Greedy, processors, beams and padded batches. This transformers is the one that the ids were made with."""
+    """Greedy, processors, beams and padded batches agree. This transformers is the one that the ids were made with."""
     prefixes = ("greedy|", "reppen", "ngram", "min_length", "max_new_tokens", "nocache", "batch_", "single", "beam3")
     found = [case for case in golden_json("generate")["cases"] if case["name"].startswith(prefixes)]
     assert sum(case["name"].startswith("beam3") for case in found) >= 4 and len(found) > 25

@@ -1,4 +1,4 @@
-"""The import, in processes of their own: order, environment, disable(), the demo; and what the compat layer adds."""
+"""The import in processes of its own: order, environment, ``disable()``, the demo, and what the compat layer adds."""
 
 import importlib
 import json
@@ -50,7 +50,7 @@ def answer(done: subprocess.CompletedProcess):
 
 @pytest.fixture
 def fake_torch(tmp_path):
-    """A directory with a package that is called torch, as real torch is."""
+    """Return a directory with a package that is called torch, as real torch is."""
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("__version__ = '1.13.1'\nclass Tensor: pass\n")
     return tmp_path
@@ -90,7 +90,7 @@ def test_real_torch_imported_first(fake_torch):
 
 
 def test_disable_gives_real_torch_back(fake_torch):
-    """Also to transformers, which is imported anew, and enable() returns to OneFlow's."""
+    """transformers gets it too and is imported anew, and ``enable()`` returns to OneFlow's."""
     done = run(
         f"""
 import json, sys
@@ -136,7 +136,7 @@ def test_auto_without_torch():
 
 @WITH_TORCH
 def test_real_torch_and_transformers_after_disable():
-    """A model of transformers' own runs on PyTorch, ours before and after it on OneFlow."""
+    """transformers' own model runs on PyTorch, and ours before and after it on OneFlow."""
     done = run(
         f"""
 import json
@@ -250,7 +250,7 @@ def test_the_demo_with_the_tiny_checkpoint():
 
 
 def test_a_mock_with_lazy_is_used_as_it_is():
-    """OneFlow 1.0's: enabled without being lazy, and left by its own handle."""
+    """OneFlow 1.0's mock is enabled without being lazy, and left by its own handle."""
     calls = []
 
     class Enable:
@@ -269,7 +269,7 @@ def test_a_mock_with_lazy_is_used_as_it_is():
 
 @pytest.mark.parametrize("name", ["Embedding", "LayerNorm", "Linear"])
 def test_skip_init(name):
-    """The seed's work-around: no initialisation, and the dtype that 0.9.0's classes do not take."""
+    """``skip_init`` serves the seed's work-around: no initialisation, and a dtype that 0.9.0's classes do not take."""
     module_class = getattr(torch.nn, name)
     sizes = {"Embedding": (5, 4), "LayerNorm": (4,), "Linear": (4, 5)}[name]
     called = []

@@ -1,4 +1,4 @@
-"""The operators on OneFlow's kernels: what is called with which arguments, what that gives, and what is refused."""
+"""The operators call OneFlow's kernels with the right arguments, give the right results, and refuse the rest."""
 
 import math
 import re
@@ -22,12 +22,12 @@ HEAD_SIZE = 32
 
 @pytest.fixture
 def native(monkeypatch):
-    """OneFlow 1.0.0's functions in the place of the installed ones, for models in float32 on the CPU."""
+    """Put OneFlow 1.0.0's functions in the place of the installed ones, for models in float32 on the CPU."""
     stand_in = StandIn()
     monkeypatch.setattr(oneflow, "capabilities", lambda: ALL)
     monkeypatch.setattr(oneflow, "refusal", lambda *arguments: None)
     table = oneflow.build(oneflow.NativeOperators(stand_in, True), CPU, torch.float32, HEAD_SIZE, (8, 6))
-    # Every operator went through its trial and passed.
+    # Every operator passed its trial.
     assert set(table.choices.values()) == {("oneflow", "OneFlow 1.0.0")}
     assert {name for name, _ in stand_in.calls} == set(OPERATOR_NAMES)
     stand_in.calls.clear()
@@ -61,7 +61,7 @@ def test_padded_batch_through_the_recorded_arguments(native, tiny_model, golden_
 
 
 def test_a_prompt_and_a_decode_step(native, tiny_model):
-    """Names, layouts, positions, alpha, beta and the padded bias, argument by argument."""
+    """Names, layouts, positions, alpha, beta and the padded bias are right, argument by argument."""
     prompt = torch.tensor([[5, 143, 97, 321, 324]])
     with torch.no_grad():
         past = tiny_model(prompt, use_cache=True).past_key_values
@@ -162,7 +162,7 @@ def test_an_older_matmul_without_beta_gets_the_residual_scaled(native):
 
 
 def test_the_matmul_of_the_installed_oneflow():
-    """0.9.0 has it on the CPU too, without beta: the real function, called as a GPU's is."""
+    """0.9.0 also has it on the CPU, without beta: the real function is called as a GPU's is."""
     import oneflow as flow
 
     assert not oneflow.capabilities().has_beta or flow.__version__ != "0.9.0"
@@ -180,7 +180,7 @@ class Fatal(StandIn):
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0), (12, 0), (6, 1), None])
 def test_attention_is_never_reached_on_other_gpus(capability, monkeypatch, tiny_model, golden_tensors):
-    """Neither by the trial nor by the model, while every other operator of OneFlow serves."""
+    """Neither the trial nor the model reaches it, while OneFlow's other operators serve."""
     native, tried = Fatal(), []
     real_refusal, real_failure = oneflow.refusal, oneflow.failure_of
 
@@ -206,7 +206,7 @@ def test_attention_is_never_reached_on_other_gpus(capability, monkeypatch, tiny_
 
 
 def test_choose_asks_the_gpu(monkeypatch):
-    """The compute capability that decides is the device's own."""
+    """The device's own compute capability decides."""
     import oneflow as flow
 
     asked = []
@@ -248,7 +248,7 @@ def test_contracts(name, device, dtype, head_size, capability, reason):
 
 
 def test_what_is_missing_is_composed():
-    """The installed 0.9.0."""
+    """Every operator of the installed 0.9.0 is composed on the CPU."""
     import oneflow as flow
 
     if flow.__version__ != "0.9.0":

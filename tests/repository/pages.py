@@ -1,4 +1,4 @@
-"""The Markdown pages of the repository, as the tests read them."""
+"""Read the Markdown pages of the repository for the tests."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ TRANSLATED = {
     "README.md": "README.zh.md",
     **{f"docs/{path.name}": f"docs/zh/{path.name}" for path in sorted((ROOT / "docs" / "zh").glob("*.md"))},
 }
-# Sections that only the English version has; the Chinese one links to it.
+# Only the English version has these sections; the Chinese one links to it.
 ENGLISH_ONLY = {"docs/verified.md": ("The vocabulary of 150528 ids", "Long runs of the property tests")}
 ENGLISH = [
     *TRANSLATED,
@@ -18,7 +18,7 @@ ENGLISH = [
     "CHANGELOG.md",
 ]
 PAGES = [*ENGLISH, *TRANSLATED.values()]
-# A log names files as they were called when it was written.
+# The log names files as they were called when it was written.
 LOG = "docs/benchmark_log.md"
 
 

@@ -1,4 +1,4 @@
-"""docs/clients.md: each row names a release and what shows it, a test that exists or a trial by hand with its date."""
+"""Each row of docs/clients.md names a release and its proof: an existing test, or a dated trial by hand."""
 
 import datetime
 import re
@@ -17,7 +17,7 @@ def rows() -> list[list[str]]:
 
 
 def faults(row: list[str]) -> list[str]:
-    """What is wrong with a row, in words."""
+    """Describe what is wrong with a row."""
     if len(row) != 5:
         return [f"{len(row)} cells instead of 5"]
     client, release, works, _, shown = row

@@ -1,4 +1,4 @@
-"""docs/faults.md names tests that exist and are run, and the memory bound of docs/questions.md is the code's."""
+"""docs/faults.md names tests that exist and run, and docs/questions.md gives the code's own memory bound."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ TABLES = ("docs/faults.md", "docs/zh/faults.md")
 
 
 def rows(name: str) -> list[list[str]]:
-    """Cells of the table's rows, without its head."""
+    """Return the cells of the table's rows, without its head."""
     lines = [line for line in (ROOT / name).read_text("utf-8").splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[1:]]
 
@@ -26,7 +26,7 @@ def references(row: list[str]) -> list[str]:
 
 
 def is_run(reference: str) -> bool:
-    """Whether pytest collects the function, or a test file runs it as one of its checks."""
+    """Return True if pytest collects the function, or a test file runs it as one of its checks."""
     path, *classes, function = reference.split("::")
     if not (ROOT / path).is_file():
         return False
@@ -69,7 +69,7 @@ def test_a_missing_test_is_noticed():
 
 
 def test_checks_are_run_by_both_loops():
-    """In the interpreter and on a GPU: a check that nobody imports would be listed in vain."""
+    """The checks run in the interpreter and on a GPU: one that nobody imports would be listed in vain."""
     for kind in ("fault_checks", "lifecycle_checks"):
         runners = [
             path.name
@@ -81,7 +81,7 @@ def test_checks_are_run_by_both_loops():
 
 @pytest.mark.parametrize("name", ["docs/questions.md", "docs/zh/questions.md"])
 def test_the_memory_bound_is_the_codes(name):
-    """The page's numbers for the real model in float16, from the functions that the GPU test holds against the peak."""
+    """The page's numbers for the real float16 model come from functions that the GPU test compares with the peak."""
     with torch.device("meta"):
         model = ChatGLMForConditionalGeneration(ChatGLMConfig()).half()
     model.tie_head()

@@ -1,4 +1,4 @@
-"""docs/finetuning.md: its programs run, with Trainer and with trl; the loss goes down; what they save loads again."""
+"""The programs of docs/finetuning.md run with Trainer and trl, lower the loss, and save what loads again."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def test_every_program_is_run():
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with the data, in which the document's first file can be imported."""
+    """Return a folder with the data, in which the document's first file can be imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
@@ -52,9 +52,9 @@ def place(tmp_path, monkeypatch):
 
 
 def on_the_tiny_model(program):
-    """The same program on the toy checkpoint and on the CPU, without reports to a server.
+    """Return the program for the toy checkpoint on the CPU, without reports to a server.
 
-    Without trl's autocast too, which stays in the trained model's forward and would round what is compared.
+    Also turn off trl's autocast, which stays in the trained model's forward and would round what is compared.
     """
     program = program.replace('"THUDM/chatglm-6b"', repr(str(ROOT / "examples" / "tiny_chatglm")))
     settings = r'\1\2, report_to=[], use_cpu=True, bf16=False, save_strategy="no"'

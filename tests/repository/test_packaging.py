@@ -1,4 +1,4 @@
-"""What pip installs: wheel and source archive, built here by the setuptools that is installed, and looked into."""
+"""The wheel and the source archive, built here by the installed setuptools, hold what pip should install."""
 
 import os
 import re
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory) -> tuple[Path, Path]:
-    """The source archive, and the wheel that is built of it as pip would: not from the clone."""
+    """Build the source archive, and the wheel from it as pip would: not from the clone."""
     folder = tmp_path_factory.mktemp("packages")
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     clone = folder / "clone"
@@ -91,7 +91,7 @@ def test_the_classifiers_are_the_versions_of_python_that_were_tried():
 
 
 def test_the_wheel_answers_where_no_clone_is(archives, tmp_path):
-    """Unpacked as pip would, in front of everything else on the path."""
+    """The wheel is unpacked as pip would, in front of everything else on the path."""
     with zipfile.ZipFile(archives[1]) as wheel:
         wheel.extractall(tmp_path / "site")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

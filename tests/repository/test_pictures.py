@@ -1,4 +1,4 @@
-"""The pictures of the pages: each script runs on the committed data, and the committed pictures show that data."""
+"""Each script for the pages' pictures runs on the committed data, and the committed pictures show that data."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def test_the_committed_animation_shows_the_committed_times():
 
 
 def plays(path: Path) -> float:
-    """Seconds of an animation."""
+    """Return the seconds that an animation plays."""
     with Image.open(path) as image:
         durations = []
         for number in range(image.n_frames):
@@ -85,7 +85,7 @@ def plays(path: Path) -> float:
 
 @pytest.fixture
 def made_up(tmp_path) -> Path:
-    """A folder of data in which 40 tokens take Torch one second and us a tenth of it."""
+    """Return a folder of data in which 40 tokens take Torch one second and us a tenth of it."""
     times = {"torch": [0.025 * (i + 1) for i in range(40)], "ours": [0.0025 * (i + 1) for i in range(40)]}
     table = {"finished": True, "gpu": "a GPU", "rows": [], "token_times": times}
     (tmp_path / records.TABLE).write_text(json.dumps(table))

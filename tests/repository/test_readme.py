@@ -18,7 +18,7 @@ import make_tables  # noqa: E402
 
 LANGUAGES = {"README.md": "en", "README.zh.md": "zh"}
 BOTH = pytest.mark.parametrize("name", LANGUAGES)
-# The generated parts of each page.
+# Each page has these generated parts.
 GENERATED = {
     "README.md": ["headline", "picture"],
     "docs/speed.md": ["speed", "aims", "experiment", "comparison"],
@@ -41,7 +41,7 @@ def test_no_other_page_has_generated_parts():
 
 
 def test_the_tables_are_made_of_the_records():
-    """Against the file itself: the program that writes the tables might drop a row."""
+    """The records are read from the file itself, because the program that writes the tables might drop a row."""
     records = json.loads((ROOT / "images" / "data" / "benchmark_h200.json").read_text("utf-8"))
     speed = make_tables.speed("en", make_tables.DATA)
     for record in records:
@@ -54,7 +54,7 @@ def test_the_tables_are_made_of_the_records():
 
 @pytest.mark.parametrize("name", ["docs/demos.md", TRANSLATED["docs/demos.md"]])
 def test_the_transcript_is_what_the_demo_prints(name):
-    """All but the speed, and what depends on versions and installed packages."""
+    """Everything agrees but the speed and what depends on versions and installed packages."""
     transcript = read(name).split("```text\n")[1].split("```")[0].splitlines()
     command = [sys.executable, "examples/demo.py", "--tiny", "--device", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -113,7 +113,7 @@ def test_links_lead_somewhere(name):
 
 @BOTH
 def test_every_page_is_linked_from_the_readme(name):
-    """The Chinese README links the Chinese version of a page, and the English one of a page that has no other."""
+    """The Chinese README links a page's Chinese version, or the English one if there is no other."""
     linked = set(re.findall(r"\]\(([^)#]+)\)", prose(read(name))))
     for page in PAGES:
         if not page.startswith("docs/zh/") and page not in LANGUAGES:
@@ -143,7 +143,7 @@ def test_both_languages_have_the_same_sections_tables_and_pictures(english):
 
 
 def test_contributing_lists_the_rooms_in_the_order_of_the_contract():
-    """As pyproject.toml has it for import-linter; names in brackets may be missing there and here."""
+    """pyproject.toml has the contract for import-linter; names in brackets may be missing in both."""
     contract = read("pyproject.toml").split("layers = [")[1].split("]")[0]
     layers = [set(line.split(" | ")) for line in re.findall(r'"(\w+(?: \| \w+)*)"', contract)]
     assert len(layers) > 10
@@ -155,7 +155,7 @@ def test_contributing_lists_the_rooms_in_the_order_of_the_contract():
 
 
 def test_the_first_screen_of_the_readmes():
-    """What it is, the one line, the numbers and the two commands, within 40 lines."""
+    """Within 40 lines come what it is, the one line, the numbers and the two commands."""
     for name in LANGUAGES:
         first = "\n".join(read(name).splitlines()[:40])
         for part in ("import faster_chatglm_6b", "| fp16 | 3.00 |", "images/demo.gif", "make demo", "make test"):
@@ -164,7 +164,7 @@ def test_the_first_screen_of_the_readmes():
 
 
 def test_the_ratios_are_those_of_the_table():
-    """Against the file itself, as above."""
+    """The rows are read from the file itself, as above."""
     rows = {row["name"]: row for row in make_tables.read(make_tables.TABLE)["rows"]}
     text, whole = make_tables.experiment("en", make_tables.DATA).split("By the averages")
     shown = text.split("Over their own fp16")
@@ -178,7 +178,7 @@ def test_the_ratios_are_those_of_the_table():
 
 
 def test_a_token_takes_less_time_than_in_any_other_system():
-    """As measured, on a faster card, and with the same shares on the card of the others."""
+    """Our times are shorter as measured on a faster card, and also with the same shares on the others' card."""
     ours, others = make_tables.on_the_other_card()
     measured = make_tables.by_precision()
     assert set(others) >= {"fp16", "int8", "int4"}
@@ -189,7 +189,7 @@ def test_a_token_takes_less_time_than_in_any_other_system():
 
 @BOTH
 def test_the_first_screen_compares_on_one_card_and_says_what_was_not_at_hand(name):
-    """Against the files themselves: ours and plain PyTorch, the same GPU."""
+    """The headline compares us with plain PyTorch on the same GPU, as the files themselves say."""
     headline = read(name).split("<!-- headline")[1].split("<!-- end -->")[0]
     rows = {row["name"]: row for row in make_tables.read(make_tables.TABLE)["rows"]}
     plain = rows["torch off"]["records"][0]

@@ -14,10 +14,10 @@ from pages import ENGLISH, PAGES, ROOT, TRANSLATED, blocks, prose, read
 from remote_code import put_into_hub_cache, run_python
 
 TINY = ROOT / "examples" / "tiny_chatglm"
-# Its programs are run by tests/repository/test_finetuning_docs.py.
+# tests/repository/test_finetuning_docs.py runs the programs of this page.
 FINETUNING = "docs/finetuning.md"
 
-# Commands by who executes them. A test's name must exist, and .ci/run must hold the command.
+# Each command names the test that executes it. The test must exist, and .ci/run must hold the commands of CI.
 TESTED = {
     "python examples/demo.py --tiny": "tests/cli/test_demo.py::test_transcript_of_the_tiny_checkpoint",
     "python examples/cli_demo.py --tiny": "tests/cli/test_cli_demo.py",
@@ -29,7 +29,7 @@ TESTED = {
     "python examples/transformers_serve.py": "tests/conversation/test_chat_clients.py::test_transformers_serve",
 }
 IN_CI = ("make demo", "make test", "make test-oneflow", "make lint")
-# Commands that no test executes, and what is checked of them instead.
+# No test executes these commands; each names the reason, and what is checked instead.
 LISTED = {
     "python3 -m pip install -e .": "a network; the Makefile installs so, in CI",
     'python3 -m pip install -e ".[cli,web]"': "a network; the extras' names are checked here",
@@ -51,9 +51,9 @@ LISTED = {
     "make help": "nothing; its targets are checked here",
     "make pictures": "nothing; tests/repository/test_pictures.py and tests/repository/test_readme.py run its scripts",
 }
-# Commands that need a GPU and are listed by their beginning: the generated tables name the options of their records.
+# This command needs a GPU and is listed by its beginning: the generated tables name the options of their records.
 BENCHMARK = "python examples/benchmark.py "
-# The tuners of the benchmark log need a GPU too.
+# The tuners of the benchmark log also need a GPU.
 ON_A_GPU = re.compile(
     re.escape(BENCHMARK) + r"|python (-m examples\.measuring\.|examples/)tune_(quantized_)?kernels(\.py)?( |$)"
 )
@@ -76,7 +76,7 @@ def python_program() -> str:
 
 
 def test_blocks_are_of_the_kinds_that_are_checked():
-    """python: executed below. sh: each line is a command. text: the demo's transcript, in test_readme.py."""
+    """python runs below, sh holds a command per line, and text is the demo's transcript (test_readme.py)."""
     kinds = [language for name in ENGLISH for language, _ in blocks(name)]
     assert set(kinds) == {"python", "sh", "text"} and kinds.count("text") == 1
     assert [language for language, _ in blocks("docs/demos.md")].count("text") == 1
@@ -140,7 +140,7 @@ def test_the_benchmark_takes_the_options_that_are_named():
     named = {command for name in PAGES for command in commands(name) if command.startswith(BENCHMARK)}
     assert named
     for command in named:
-        benchmark.parse(shlex.split(command)[2:])  # ends the process where it does not understand
+        benchmark.parse(shlex.split(command)[2:])  # this ends the process if it does not understand the command
 
 
 def test_make_has_the_targets_that_are_named():
@@ -167,7 +167,7 @@ def test_the_extras_and_files_of_install_commands_exist():
 
 @pytest.mark.parametrize("english", TRANSLATED)
 def test_both_languages_have_the_same_code(english):
-    """Comments are translated; the transcript is the same in full."""
+    """The code is equal without its translated comments; the transcript is equal in full."""
     codes = []
     for name in (english, TRANSLATED[english]):
         pairs = [

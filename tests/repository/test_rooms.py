@@ -13,7 +13,7 @@ PACKAGE = ROOT / "faster_chatglm_6b"
 PLACES = ("faster_chatglm_6b", "tests", "examples", "images")
 MOST_MODULES = 12
 LINES_TOO_MANY = 400
-# The only kernel of attention is that of the decode step: prompts take PyTorch's own.
+# Attention has one kernel, that of the decode step: prompts take PyTorch's own.
 KERNELS = {"fused_multi_head_attention_inference_v2": "decode_attention"}
 
 
@@ -95,7 +95,7 @@ def test_every_operator_is_found_by_its_name(operator):
 
 @pytest.fixture
 def house(tmp_path) -> Path:
-    """A small house without a fault."""
+    """Return a small house without a fault."""
     files = {
         "faster_chatglm_6b/__init__.py": '"""The package."""\n',
         "faster_chatglm_6b/ops/__init__.py": '"""The operators."""\n',

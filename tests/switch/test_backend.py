@@ -1,4 +1,4 @@
-"""The choice of the framework and the versions that are accepted."""
+"""The backend follows the installed packages and the environment, and versions that do not suit it are refused."""
 
 import sys
 
@@ -37,7 +37,7 @@ def test_auto_takes_torch_and_says_why(value, installed):
 
 @pytest.fixture
 def not_imported(monkeypatch):
-    """As in a process that has imported neither torch nor transformers yet."""
+    """Pretend that the process has imported neither torch nor transformers yet."""
     for name in ("torch", "transformers"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 

@@ -1,12 +1,12 @@
 """A ChatGLM-6B checkpoint gets our classes and runs no code of its own, however it is loaded; others get their own.
 
-All of it happens in one fresh process, in which nothing of the tests' own is imported.
+Everything runs in one fresh process that imports none of the tests' modules.
 """
 
 import pytest
 import remote_code
 
-# One process for all ways to load; each check stores what it found, or its error, under its own name.
+# One process runs all ways to load; each check stores what it found, or its error, under its own name.
 _WAYS_TO_LOAD = """
 import json, logging, os, sys, traceback
 from pathlib import Path
@@ -196,7 +196,7 @@ answer(found)
 
 @pytest.fixture(scope="module")
 def ways_to_load(tmp_path_factory, golden_dir):
-    """Every check of _WAYS_TO_LOAD: {"value": ..., "executed": [...]}."""
+    """Return the outcome of every check of ``_WAYS_TO_LOAD``: {"value": ..., "executed": [...]}."""
     directory = tmp_path_factory.mktemp("ways")
     tiny, root = golden_dir / "ckpt" / "tiny", directory / "checkpoints"
     tripwires = remote_code.chatglm_6b_with_tripwires(root / "tripwires", tiny)
@@ -228,7 +228,7 @@ def ways_to_load(tmp_path_factory, golden_dir):
             {**remote_code.OLD_VOCABULARY_CONFIG, "eva_config": {}},
             {"tokenizer_class": "ChatGLMTokenizer", "gmask_token": "[gMASK]"},
         )
-    # main is another model than v1.1: which one is served tells whether the revision was heeded
+    # main and v1.1 hold different models: the one that is served shows that the revision was heeded
     hf_home = directory / "process" / "hf_home"
     remote_code.put_into_hub_cache(hf_home, "someone/chatglm-demo", "v1.1", tripwires)
     remote_code.put_into_hub_cache(hf_home, "someone/chatglm-demo", "main", root / "chatglm2")
@@ -262,7 +262,7 @@ def test_way_to_load(way, expected, ways_to_load):
 
 def test_config_object_of_remote_code(ways_to_load):
     found = ways_to_load["config_object_of_remote_code"]
-    assert found == {"value": OURS, "executed": ["configuration_chatglm.py"]}  # that of disabled(), before
+    assert found == {"value": OURS, "executed": ["configuration_chatglm.py"]}  # disabled() ran it before
 
 
 def test_custom_generate_on_request(ways_to_load):

@@ -81,7 +81,7 @@ print(json.dumps({name: globals()[name] for name in told}))
 
 @pytest.fixture(scope="module")
 def told(tiny_dir, tmp_path_factory):
-    """What a script sees; it runs on its own, because it fills sys.modules and a cache of modules."""
+    """Return what a script sees; it runs on its own, because it fills ``sys.modules`` and a cache of modules."""
     place = tmp_path_factory.mktemp("modules")
     folder = place / "chatglm-6b"
     folder.mkdir()
@@ -116,7 +116,7 @@ def test_disable_undoes_it_and_files_of_earlier_come_first(told):
 
 
 def test_names_under_the_models_own_module(tiny_model):
-    """``sys.modules[model.__module__].QuantizedLinear`` and the like."""
+    """``sys.modules[model.__module__]`` offers ``QuantizedLinear`` and stock's other names."""
     module = sys.modules[type(tiny_model).__module__]
     assert module is modeling_chatglm and module.QuantizedLinear is quantization.QuantizedLinear
     for name in module.__all__:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import remote_code
 
-# Each leaves faster_chatglm_6b imported; argv[1] is a checkpoint whose code can be run. Then all do the same, below.
+# Each leaves faster_chatglm_6b imported; argv[1] is a checkpoint whose code can be run. All then do the same, below.
 IMPORT_ORDERS = {
     "ours first": "import faster_chatglm_6b",
     "transformers first": "import transformers, faster_chatglm_6b",
@@ -102,14 +102,14 @@ answer({
 
 @pytest.fixture(scope="module")
 def tripwires(tmp_path_factory, golden_dir):
-    """A ChatGLM-6B checkpoint whose code must not run."""
+    """Return a ChatGLM-6B checkpoint whose code must not run."""
     directory = tmp_path_factory.mktemp("checkpoints") / "chatglm-6b"
     return remote_code.chatglm_6b_with_tripwires(directory, golden_dir / "ckpt" / "tiny")
 
 
 @pytest.fixture(scope="module")
 def import_orders(tmp_path_factory, golden_dir, tripwires):
-    """What each import order ends with: answer or error. Two at a time, as most of it is importing transformers."""
+    """Return each import order's answer or error. Two run at a time, as most of it is importing transformers."""
     directory = tmp_path_factory.mktemp("orders")
     working = remote_code.chatglm_6b(directory / "working", golden_dir / "ckpt" / "tiny")
     remote_code.add_working_code(working)

@@ -1,4 +1,4 @@
-"""Which checkpoints are ours, told from their JSON files alone."""
+"""The JSON files alone tell which checkpoints are ours."""
 
 import pytest
 import remote_code

@@ -1,4 +1,4 @@
-"""A checkpoint that looks like ChatGLM-6B and is not recognised: a warning before its own code runs, or a refusal."""
+"""A checkpoint that looks like ChatGLM-6B and is not recognised gets a warning before its code runs, or a refusal."""
 
 import json
 
@@ -61,7 +61,7 @@ answer(found)
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, golden_dir):
-    """By variable, what each checkpoint did: {"executed", "errors", "messages"}."""
+    """Return what each checkpoint did, by variable: {"executed", "errors", "messages"}."""
     directory = tmp_path_factory.mktemp("strict")
     tiny, root = golden_dir / "ckpt" / "tiny", directory / "checkpoints"
     for name, changes in EXTRA.items():
@@ -89,7 +89,7 @@ def found(tmp_path_factory, golden_dir):
 
 @pytest.mark.parametrize("name", [*EXTRA, "two tokenizers"])
 def test_what_looks_like_ours_is_warned_of_once(found, name):
-    """Its own code runs, as transformers' user asked; with the reason and what to do."""
+    """Its own code runs, as the user asked, and the warning gives the reason and what to do."""
     now = found[""][name]
     assert now["executed"] or all("Evil" in error for error in now["errors"])
     assert [level for level, _ in now["messages"]] == ["WARNING"], now
@@ -137,7 +137,7 @@ def test_strictness_lasts_until_it_is_changed(found, variable):
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_a_file_too_large_to_be_judged_is_no_way_around(tmp_path, tiny_dir, file):
-    """Sparse, so that reading it would take the machine's memory."""
+    """The file is sparse, so that reading it would take the machine's memory."""
     checkpoint = remote_code.add_working_code(remote_code.chatglm_6b(tmp_path / "checkpoint", tiny_dir))
     with open(checkpoint / file, "r+b") as opened:
         opened.truncate(64 << 30)

@@ -1,4 +1,4 @@
-"""What the import does, what undoes it, and what status() tells."""
+"""The import switches the package on, ``disable()`` undoes it, and ``status()`` tells what happened."""
 
 import re
 import subprocess
@@ -162,7 +162,7 @@ def test_revision_is_a_commit():
 
 @pytest.fixture
 def empty_records(monkeypatch):
-    """Records of this test alone."""
+    """Give this test empty records of its own."""
     for name in ("_served", "_passed_through", "_operators", "_generations", "_notices"):
         monkeypatch.setattr(report, name, type(getattr(report, name))())
 
@@ -226,7 +226,7 @@ def test_unknown_path_of_a_generation():
 
 @pytest.mark.parametrize(("version", "old"), [("3.4.0", True), ("3.5.0+git12", False), ("3.10.0", False)])
 def test_kernels_tell_a_triton_that_is_too_old(version, old, monkeypatch):
-    """Seen through the interpreter's device, as a GPU is not needed to look at a version."""
+    """The interpreter's device is enough, since no GPU is needed to read a version."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setattr(triton, "__version__", version)
     monkeypatch.setenv("TRITON_INTERPRET", "1")

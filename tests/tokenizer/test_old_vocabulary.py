@@ -1,7 +1,7 @@
-"""Checkpoints with the vocabulary of 150528 ids: 20000 ids of images before those of the text.
+"""Checkpoints with the vocabulary of 150528 ids have 20000 ids of images before those of the text.
 
-No original is at hand. Today's tiny checkpoint with 20000 rows put before its embedding, and ids shifted in
-config.json, must give every text that it gives without them.
+No original is at hand. Today's tiny checkpoint gets 20000 rows before its embedding and shifted ids in config.json.
+It must give every text that it gives without them.
 """
 
 import hashlib
@@ -26,19 +26,19 @@ from faster_chatglm_6b.tokenizer.ice_text import IceTextTokenizer
 
 IMAGES = 20000
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "gmask_token_id")
-# What the files say; None: the key is absent. As published in March 2023, with a later file, and said explicitly.
+# What the files say; None removes the key. As published in March 2023, with a later file, and said explicitly.
 MARCH = {"eos_token": "</s>", "eop_token": "<eop>", "end_token": None, "num_image_tokens": None}
 STATES = {"march": MARCH, "no number": {"num_image_tokens": None}, "explicit": {"num_image_tokens": IMAGES}}
 
 
 def edited(path: Path, changes: dict) -> dict:
-    """The JSON file with the changes; None removes a key."""
+    """Return the content of a JSON file with the changes; None removes a key."""
     content = {**json.loads(path.read_text("utf-8")), **changes}
     return {key: value for key, value in content.items() if value is not None}
 
 
 def old_checkpoint(folder: Path, state: dict) -> Path:
-    """The tiny checkpoint as one of the old vocabulary; its config.json names no [MASK] and no [gMASK], as then."""
+    """Write the tiny checkpoint with the old vocabulary; its config.json names no [MASK] and no [gMASK], as then."""
     folder.mkdir()
     weights = load_file(TINY / "model.safetensors")
     for name in {"transformer.word_embeddings.weight", "lm_head.weight"} & set(weights):
@@ -72,7 +72,7 @@ def old_tokenizer(old_dir):
 
 @pytest.fixture(scope="module", params=["tiny", "real"])
 def stock(request):
-    """(our tokenizer with 20000 image tokens, what stock gave without any)."""
+    """Return our tokenizer with 20000 image tokens, and what stock gave without any."""
     folder = TINY if request.param == "tiny" else real_tokenizer_folder()
     return ChatGLMTokenizer(folder / "ice_text.model", num_image_tokens=IMAGES), load_golden(request.param)
 
@@ -82,7 +82,7 @@ def shifted(ids):
 
 
 def answers(cases):
-    """The greedy cases of chat in which stock is right."""
+    """Return the greedy cases of chat in which stock is right."""
     return [case for case in cases if case["name"].startswith(("h0|", "h1|", "h2|")) and case["kwargs"]]
 
 
@@ -146,7 +146,7 @@ def test_the_number_of_image_tokens_is_found(state, tmp_path):
     assert tokenizer("你好", "你好")["input_ids"] == shifted([5, 143, 321, 324, 5, 143, 325])
     assert (tokenizer.eos_token, tokenizer.end_token, tokenizer.eop_token) == ("<eop>", "</s>", "<eop>")
     tokenizer.save_pretrained(tmp_path / "saved")
-    again = ChatGLMTokenizer.from_pretrained(tmp_path / "saved")  # no config.json there
+    again = ChatGLMTokenizer.from_pretrained(tmp_path / "saved")  # the saved folder has no config.json
     assert again("你好", "你好") == tokenizer("你好", "你好") and again.get_vocab() == tokenizer.get_vocab()
 
 
@@ -161,7 +161,7 @@ def test_without_a_config_or_beside_one_of_today_there_are_none(tmp_path):
 
 
 def first_file(content: bytes) -> bytes:
-    """The state of ice_text.model before the control, blank and byte pieces were put into the file."""
+    """Return ice_text.model as it was before it got the control, blank and byte pieces."""
     byte_fallback = b"\x98\x02\x01"
     kept, at = [], 0
     while at < len(content):
@@ -180,7 +180,7 @@ def first_file(content: bytes) -> bytes:
 
 
 def read_number(content: bytes, at: int) -> tuple[int, int]:
-    """A protobuf varint, and where it ends."""
+    """Return a protobuf varint, and where it ends."""
     number = shift = 0
     while True:
         number |= (content[at] & 127) << shift
@@ -212,7 +212,7 @@ def test_the_first_ice_text_model_becomes_the_current_one(which, tmp_path, monke
 
 
 def test_the_first_ice_text_model_is_the_published_one():
-    """Size and hash of the file of March 2023, as remembered: no copy of it was at hand."""
+    """Size and hash are those of March 2023's file as remembered: no copy of it was at hand."""
     content = first_file((real_tokenizer_folder() / "ice_text.model").read_bytes())
     assert len(content) == 2699926
     assert hashlib.sha256(content).hexdigest() == "99871e0c85db81ad7af1028854fd091cd5778c8414ae9d94bbbc10d02c831c21"

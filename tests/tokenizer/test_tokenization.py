@@ -1,4 +1,4 @@
-"""ChatGLMTokenizer against everything that the stock tokenizer gave on transformers 4.27.1 (tests/golden)."""
+"""ChatGLMTokenizer agrees with everything that the stock tokenizer gave on transformers 4.27.1 (tests/golden)."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from faster_chatglm_6b.tokenizer.ice_text import IceTextTokenizer
 
 
 def mask_rows(mask) -> list[str]:
-    """Rows of 0 and 1 of one [1, L, L] mask, as the golden files have them."""
+    """Return the rows of one [1, L, L] mask as text of 0 and 1, as in the golden files."""
     return ["".join(str(int(hidden)) for hidden in row) for row in np.asarray(mask)[0]]
 
 
@@ -33,7 +33,7 @@ def two_mask_tokens(tokenizer, input_ids: list[int]) -> bool:
 
 
 def positions_of_gmask(tokenizer, input_ids: list[int], stock_positions: list[list[int]]) -> list[list[int]]:
-    """Stock's positions of one row, with those from <sop> on set to [gMASK]'s place: what the model itself computes."""
+    """Return stock's positions of a row with [gMASK]'s place from <sop> on, as the model itself computes them."""
     context = input_ids.index(tokenizer.bos_token_id)
     return [
         stock_positions[0][:context] + [input_ids.index(tokenizer.gmask_token_id)] * (len(input_ids) - context),
@@ -100,7 +100,7 @@ class TestStockCases:
         tokenizer, golden = stock
         for case in golden["batch_cases"]:
             if case["name"] in ("no_attention_mask", "mask_token_in_text") or "error" in case:
-                continue  # fixed on purpose or failing on purpose: tests of their own below
+                continue  # fixed or failing on purpose: the tests below cover both
             tokenizer.truncation_side = "left" if case["name"].startswith("trunc_left") else "right"
             encoded = tokenizer(*case["args"], **case["kwargs"])
             tokenizer.truncation_side = "right"
@@ -182,7 +182,7 @@ class TestStockCases:
         for name, value in expected["init_kwargs"].items():
             if name not in ("name_or_path", "special_tokens_map_file"):
                 assert str(tokenizer.init_kwargs[name]) == value, name
-        # transformers 4.34 and later list special tokens of the vocabulary as added tokens, at their own ids.
+        # transformers 4.34 and later list the vocabulary's special tokens as added tokens, at their own ids.
         assert set(tokenizer.get_added_vocab()) <= set(tokenizer.all_special_tokens)
 
     def test_build_inputs_pad_and_prepare_for_model(self, stock):
@@ -210,7 +210,7 @@ class TestStockCases:
         folder = tmp_path / "saved"
         tokenizer.save_pretrained(folder)
         files = {path.name for path in folder.iterdir()}
-        # transformers 5 keeps special_tokens_map.json's content in tokenizer_config.json
+        # transformers 5 keeps the content of special_tokens_map.json in tokenizer_config.json
         assert set(expected["save_pretrained_files"]) - files <= {"special_tokens_map.json"}
         assert not any(name.endswith(".py") for name in files)
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -240,7 +240,7 @@ class TestFixedOnPurpose:
             assert ours["position_ids"].tolist() == [[[0, 1, 2, 3, 3], [0, 0, 0, 0, 1]], stock_positions[1]]
             assert ours["input_ids"].tolist() == case["input_ids"]
             seen += 1
-        # Texts with [MASK] of the single cases: stock at [MASK], ours at [gMASK].
+        # In texts with [MASK], stock takes the position of [MASK]; ours takes that of [gMASK].
         for case in golden["cases"]:
             if two_mask_tokens(tokenizer, case["input_ids"]) and "position_ids" in case["padded_single"]:
                 ids = case["input_ids"]
@@ -257,7 +257,7 @@ class TestFixedOnPurpose:
         assert positions.tolist() == [[0, 1, 2, 1, 1], [0, 0, 0, 1, 2]]
 
     def test_num_image_tokens_is_0_without_being_said(self, tmp_path):
-        # The stock class's own default, 20000, shifted every id by 20000 here.
+        # The stock class's own default of 20000 would shift every id here.
         shutil.copy(TINY / "ice_text.model", tmp_path)
         config = json.loads((TINY / "tokenizer_config.json").read_text())
         del config["num_image_tokens"]

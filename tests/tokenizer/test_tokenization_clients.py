@@ -1,4 +1,4 @@
-"""What third-party code asks of a tokenizer beyond stock's own answers: special tokens, labels, limits, arguments."""
+"""Third-party code asks more of a tokenizer than stock answers: special tokens, labels, limits, arguments."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 
 
 def config_with(folder, **changes):
-    """A tokenizer directory whose tokenizer_config.json has the changes."""
+    """Write a tokenizer directory with the changes in its tokenizer_config.json."""
     shutil.copy(TINY / "ice_text.model", folder)
     content = json.loads((TINY / "tokenizer_config.json").read_text("utf-8"))
     (folder / "tokenizer_config.json").write_text(json.dumps({**content, **changes}))
@@ -27,7 +27,7 @@ CONTROL = ("<s>", "</s>", "<pad>", "[MASK]", "[gMASK]", "[sMASK]", "<unused_0>",
 
 @pytest.mark.parametrize("token", [*CONTROL, "<unk>"])
 def test_special_tokens_are_shown_by_their_names(stock, token):
-    """lm-evaluation-harness makes a stop string of the end token's text: '' cuts every answer at once."""
+    """lm-evaluation-harness makes a stop string of the end token's text: '' would cut every answer at once."""
     tokenizer, _ = stock
     index = tokenizer.convert_tokens_to_ids(token)
     assert tokenizer.decode([index], skip_special_tokens=False) == token
@@ -97,7 +97,7 @@ def test_labels_of_minus_100_as_in_stock(stock):
     assert tokens[:2] == ["<image_-100>"] * 2 and tokens[-1] == "<image_-100>"
     assert tokenizer.convert_ids_to_tokens(-100) == "<image_-100>" == tokenizer.decode(-100)
     expected = "<image_-100><image_-100> hello<image_-100>"
-    assert tokenizer.sp_model.DecodePieces(tokens) == expected  # what stock does
+    assert tokenizer.sp_model.DecodePieces(tokens) == expected  # stock does this
     assert tokenizer.decode(labels) == tokenizer.decode(torch.tensor(labels)) == expected
     assert tokenizer.batch_decode([labels, labels], skip_special_tokens=True) == [expected, expected]
     shown = "<image_-100><image_-100> hello<eop><image_-100>"
@@ -133,7 +133,7 @@ def test_a_longest_sequence_that_is_given_wins(tmp_path):
     assert ChatGLMTokenizer.from_pretrained(folder).model_max_length == 300
     assert ChatGLMTokenizer.from_pretrained(folder, model_max_length=40).model_max_length == 40
     assert ChatGLMTokenizer(TINY / "ice_text.model", model_max_length=10**6).model_max_length == 10**6
-    # The number that transformers itself saved for "not given".
+    # transformers itself saves this number for "not given".
     unlimited = config_with(tmp_path, model_max_length=int(1e30))
     assert ChatGLMTokenizer.from_pretrained(unlimited).model_max_length == 2048
 
@@ -163,7 +163,7 @@ def test_truncation_cuts_the_end_of_the_text_as_in_stock(tiny):
 
 @pytest.fixture
 def log(monkeypatch):
-    """Messages of the tokenizer's log."""
+    """Collect the messages of the tokenizer's log."""
     messages = []
     logger = transformers.utils.logging.get_logger("faster_chatglm_6b.tokenizer.encoding")
     monkeypatch.setattr(logger, "warning", messages.append)
@@ -192,7 +192,7 @@ def test_known_arguments_are_not_logged(tiny, log):
 
 
 def test_special_tokens_mask_has_one_value_per_id(stock):
-    """Stock's has none for the tokens that it adds."""
+    """Stock's mask has no value for the tokens that it adds."""
     tokenizer, golden = stock
     for case in golden["batch_cases"]:
         if "special_tokens_mask" in case and "error" not in case:

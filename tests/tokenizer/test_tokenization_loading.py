@@ -1,4 +1,4 @@
-"""ChatGLMTokenizer: text of users, loading and its errors, copies, added tokens, rows to pad."""
+"""ChatGLMTokenizer handles users' text, loading and its errors, copies, added tokens, and rows to pad."""
 
 import copy
 import json
@@ -81,7 +81,7 @@ class TestLoading:
         assert str(tmp_path / "ice_text.model") in str(raised.value)
 
     def test_vocabulary_of_another_model(self, tmp_path):
-        """With other text pieces, and no control, blank or byte pieces."""
+        """The file has other text pieces, and no control, blank or byte pieces."""
         path = tmp_path / "ice_text.model"
         sentencepiece.SentencePieceTrainer.Train(
             sentence_iterator=iter(["hello world", "你好 世界"] * 20),
@@ -134,7 +134,7 @@ class TestCopies:
         assert (tmp_path / "saved" / "ice_text.model").read_bytes() == (TINY / "ice_text.model").read_bytes()
 
     def test_saved_special_tokens_do_not_come_back_as_others(self, tmp_path):
-        """A tokenizer_config.json of another transformers version can list tokens with other properties."""
+        """A ``tokenizer_config.json`` of another transformers version can list tokens with other properties."""
         shutil.copy(TINY / "ice_text.model", tmp_path)
         config = json.loads((TINY / "tokenizer_config.json").read_text())
         plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
@@ -165,7 +165,7 @@ class TestAddedTokens:
 
 class TestPadding:
     def test_rows_that_have_masks_are_padded(self, tiny):
-        """As a data collator does: truncated rows come with masks of their own size."""
+        """A data collator pads truncated rows that come with masks of their own size."""
         rows = [tiny(text, truncation=True, max_length=12) for text in TEXTS]
         assert len({row["attention_mask"].shape for row in rows}) == 3
         padded = tiny.pad(rows, padding=True, return_tensors="pt")

@@ -1,4 +1,4 @@
-"""Attributes and methods of the stock tokenizer that third-party code reads, and constrained decoding with xgrammar."""
+"""Third-party code finds the stock tokenizer's attributes and methods, and xgrammar constrains decoding."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_sp_tokenizer(tokenizer):
 
 
 def test_text_tokenizer(tokenizer):
-    """The bare model: its ids count from 0 in every vocabulary."""
+    """The bare model counts its ids from 0 in every vocabulary."""
     model = tokenizer.sp_tokenizer.text_tokenizer
     ids = model.encode("hello world")
     assert ids == [157, 156] and model.decode(ids) == "hello world"
@@ -64,7 +64,7 @@ def test_bytes_of_ids_are_what_decoding_gives(tokenizer):
 
 @pytest.fixture(scope="module")
 def xgrammar():
-    """Not among the dependencies; it is in the environment of the clients."""
+    """Return xgrammar, which is no dependency but part of the clients' environment."""
     return pytest.importorskip("xgrammar", reason="xgrammar is not installed")
 
 
@@ -77,7 +77,7 @@ def test_xgrammar_from_huggingface(xgrammar, tokenizer):
     markers += [f"<|blank_{length}|>" for length in range(2, 81)]
     literal = {tokenizer.convert_tokens_to_ids(marker) for marker in markers}
     for index in range(tokenizer.num_image_tokens, tokenizer.vocab_size):
-        # It takes markers and control pieces for the text of their names: see the next test for what does not.
+        # xgrammar takes markers and control pieces as the text of their names; the next test shows what does not.
         name = tokenizer.convert_ids_to_tokens(index)
         assert decoded[index] == (name.encode() if index in literal else expected[index]), name
 

@@ -1,4 +1,4 @@
-"""Files of a tokenizer's directory that are hostile, damaged, of another time, or overwritten while they are in use."""
+"""A tokenizer's files may be hostile, damaged, of another time, or overwritten while in use."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from faster_chatglm_6b.tokenizer.ice_text import VocabularyError
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of the tiny tokenizer's files."""
+    """Return a copy of the tiny tokenizer's files."""
     for name in ("ice_text.model", "tokenizer_config.json"):
         shutil.copy(TINY / name, tmp_path)
     return tmp_path
@@ -36,7 +36,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     ["/etc/passwd", "/nowhere/ice_text.model", "../ice_text.model", "tokenizer_config.json", ["a"], 3, "/dev/zero"],
 )
 def test_the_vocabulary_is_the_directorys_own(folder, path):
-    """transformers 4 opened any path that tokenizer_config.json named, and errors told what is there."""
+    """transformers 4 opened any path that ``tokenizer_config.json`` named, and its errors told what is there."""
     edit(folder, vocab_file=path)
     for load in (
         ChatGLMTokenizer.from_pretrained,
@@ -152,7 +152,7 @@ def test_a_tokenizer_of_april_2023_loads_as_its_file_says(april, with_number, tm
     assert type(tokenizer) is ChatGLMTokenizer and tokenizer.num_image_tokens == 0
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("</s>", 2)
     assert (tokenizer.eop_token, tokenizer.eop_token_id) == ("<eop>", 325)
-    assert tokenizer("你好", "你好")["input_ids"] == [5, 143, 321, 324, 5, 143, 2]  # as the stock code of today
+    assert tokenizer("你好", "你好")["input_ids"] == [5, 143, 321, 324, 5, 143, 2]  # as today's stock code does
     assert "<eop>" not in tokenizer.all_special_tokens
     saved = tmp_path_factory.mktemp("saved")
     tokenizer.save_pretrained(saved)

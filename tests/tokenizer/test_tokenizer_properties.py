@@ -1,4 +1,4 @@
-"""Any text survives the tokenizer up to the normalisation written down here, whole or streamed."""
+"""Any text survives the tokenizer, whole or streamed, up to the normalisation that is written down here."""
 
 import re
 import unicodedata
@@ -13,12 +13,12 @@ from faster_chatglm_6b.conversation.detokenizer import IncrementalDetokenizer
 
 HALF = "\N{REPLACEMENT CHARACTER}"
 
-# sentencepiece's "nmt_nfkc", which both vocabularies name: these vanish, these become a blank, the full-width tilde
-# stays, and all else is NFKC, character by character.
+# sentencepiece's "nmt_nfkc", which both vocabularies name: the first set vanishes, the second becomes a blank, the
+# full-width tilde stays, and all else is NFKC, character by character.
 DROPPED = {*range(0x01, 0x09), 0x0B, *range(0x0E, 0x20), 0x7F, 0x8F, 0x9F}
 BLANKS = {0x09, 0x0A, 0x0C, 0x0D, 0x1680, 0x200B, 0x200C, 0x200E, 0x200F, 0x2028, 0x2029, 0x2581, 0xFEFF, 0xFFFD}
 KEPT = {0xFF5E}
-# The tables of the two vocabularies were made with different releases of Unicode, which treat these differently.
+# The two vocabularies' tables come from different releases of Unicode, which treat these differently.
 DIFFERENT = {0x200D, 0x061C}
 MARKER = re.compile(r"(<n>|<\|tab\|>|<\|blank_(?:[2-9]|[1-7][0-9]|80)\|>)")
 SPACING = (
@@ -28,18 +28,18 @@ SPACING = (
 
 
 def normalised_characters(text: str) -> str:
-    """``text`` after sentencepiece's normalisation of characters."""
+    """Return ``text`` after sentencepiece's normalisation of characters."""
     kept = (" " if ord(c) in BLANKS else c for c in text if ord(c) not in DROPPED)
     return "".join(c if ord(c) in KEPT else unicodedata.normalize("NFKC", c) for c in kept)
 
 
 def normalised(text: str, characters=normalised_characters) -> str:
-    """What comes back for ``text``: the tokenizer's documented normalisation.
+    """Return what comes back for ``text`` after the tokenizer's documented normalisation.
 
-    Line breaks, tabs and runs of 2 to 80 blanks survive as markers. Around them characters are normalised, what is then
-    a run of blanks (from full-width ones, or the rest of a run of more than 80) is one, and blanks at either end go.
-    Markers that the text spelled out, or that normalisation made of full-width characters, become whitespace. Last goes
-    the blank before English punctuation and contractions.
+    Line breaks, tabs and runs of 2 to 80 blanks survive as markers. The characters around them are normalised. A run of
+    blanks that is left (from full-width blanks, or from more than 80) becomes one, and blanks at either end go. Markers
+    become whitespace if the text spelled them out or normalisation made them of full-width characters. The blank before
+    English punctuation and contractions goes last.
     """
     text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
     text = re.sub(" {2,80}", lambda run: f"<|blank_{len(run[0])}|>", text)
@@ -56,14 +56,14 @@ def whitespace(marker: str) -> str:
 
 
 def second_halves() -> set[str]:
-    """Characters that NFKC may join with the one before, which sentencepiece's table does for the usual pairs only."""
+    """Return characters that NFKC may join with the one before; sentencepiece's table joins the usual pairs only."""
     pairs = (unicodedata.decomposition(chr(code)).split() for code in range(0x110000))
     seconds = {chr(int(pair[1], 16)) for pair in pairs if len(pair) == 2 and pair[0][0] != "<"}
     return seconds | {chr(code) for code in (*range(0x1161, 0x1176), *range(0x11A8, 0x11C3))}
 
 
 def is_the_same_everywhere(character: str) -> bool:
-    """Whether every release of Unicode since 3.2 that knows the character normalises it alike and alone."""
+    """Return True if every release of Unicode since 3.2 that knows the character normalises it alike and alone."""
     old, new = unicodedata.ucd_3_2_0, unicodedata.normalize("NFKC", character)
     if unicodedata.category(character) in ("Cn", "Cs") or unicodedata.combining(character):
         return False
@@ -102,10 +102,10 @@ def test_a_text_comes_back_normalised(tokenizer, text):
 @examples(short=200, long=20_000)
 @given(text=ANY_TEXT)
 def test_any_unicode_comes_back_as_sentencepiece_normalises_it(tokenizer, text):
-    """Marks that combine, and characters newer than the vocabulary: sentencepiece's own table says what they become."""
+    """sentencepiece's own table says what becomes of marks that combine and of characters newer than the vocabulary."""
 
     def characters(part: str) -> str:
-        # Between letters, since sentencepiece drops blanks at the ends.
+        # The text stands between letters, since sentencepiece drops blanks at the ends.
         return tokenizer.sp_tokenizer.model.Normalize(f"x{part}x").replace("▁", " ")[2:-1]
 
     assert tokenizer.decode(tokenizer.encode_text(text)) == normalised(text, characters)
@@ -133,7 +133,7 @@ def test_a_streamed_text_has_whole_characters_at_every_cut(tokenizer, text, data
     for end in sorted({*cuts, len(ids)}):
         shown = stream.push(ids[taken:end])
         taken = end
-        # No text holds U+FFFD itself: it is a blank after normalisation.
+        # No text holds U+FFFD itself: normalisation makes it a blank.
         assert HALF not in shown and shown == tokenizer.decode(ids[:end]).rstrip(HALF)
         assert stream.finish() == tokenizer.decode(ids[:end])
     assert shown == tokenizer.decode(ids)
