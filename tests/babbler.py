@@ -9,7 +9,7 @@ from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 
 
 def make_babbler(source: Path, folder: Path) -> Path:
-    """The random weights of ``source`` with a score of 0 for <eop>: greedy search finds a better token every time."""
+    """Save ``source`` with a score of 0 for ``<eop>``, so that greedy search always finds a better token."""
     model = ChatGLMForConditionalGeneration.from_pretrained(source).float()
     with torch.no_grad():
         model.lm_head.weight[model.config.eos_token_id] = 0

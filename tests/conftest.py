@@ -23,25 +23,25 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
-    """Reference data made with the stock code; its README says how."""
+    """Return the folder of the reference data that the stock code made."""
     return GOLDEN
 
 
 @pytest.fixture(scope="session")
 def golden_tensors():
-    """Read golden/<model>/<name>.safetensors."""
+    """Return a function that reads ``golden/<model>/<name>.safetensors``."""
     return lambda name, model="tiny", root=GOLDEN: load_file(root / "golden" / model / f"{name}.safetensors")
 
 
 @pytest.fixture(scope="session")
 def golden_json():
-    """Read golden/<model>/<name>.json."""
+    """Return a function that reads ``golden/<model>/<name>.json``."""
     return lambda name, model="tiny": json.loads((GOLDEN / "golden" / model / f"{name}.json").read_text("utf-8"))
 
 
 @pytest.fixture(scope="session")
 def large_golden_dir() -> Path:
-    """The part of the golden data that is too large for the repository."""
+    """Return the folder of the golden data that is too large for the repository."""
     if not (BEYOND_THE_REPO / "ckpt" / "tiny_hd128").is_dir():
         pytest.skip(
             f"no golden data with heads of 128 in {BEYOND_THE_REPO}; set FASTER_CHATGLM_6B_GOLDEN to the directory "
@@ -52,19 +52,19 @@ def large_golden_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_dir(golden_dir) -> Path:
-    """The tiny random checkpoint of the golden data."""
+    """Return the folder of the tiny random checkpoint."""
     return golden_dir / "ckpt" / "tiny"
 
 
 @pytest.fixture
 def checkpoint(tiny_dir, tmp_path) -> Path:
-    """A copy of the tiny checkpoint to tamper with or to save over."""
+    """Copy the tiny checkpoint, to tamper with or to save over."""
     return shutil.copytree(tiny_dir, tmp_path / "checkpoint")
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_dir):
-    """The tiny checkpoint in float32; tests must not change it."""
+    """Load the tiny checkpoint in float32; tests must not change it."""
     from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 
     return ChatGLMForConditionalGeneration.from_pretrained(tiny_dir).float().eval()
@@ -72,7 +72,7 @@ def tiny_model(tiny_dir):
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_dir):
-    """The tiny checkpoint's tokenizer."""
+    """Load the tiny checkpoint's tokenizer."""
     from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 
     return ChatGLMTokenizer.from_pretrained(tiny_dir)
@@ -80,7 +80,7 @@ def tiny_tokenizer(tiny_dir):
 
 @pytest.fixture(scope="module", params=["tiny", "real"])
 def stock(request):
-    """(our tokenizer, what stock gave with the same ice_text.model), with the tiny and with THUDM's vocabulary."""
+    """Return our tokenizer and the stock answers, with the tiny and with THUDM's ``ice_text.model``."""
     from tokenizer_data import load_golden, load_tokenizer
 
     return load_tokenizer(request.param), load_golden(request.param)
@@ -88,7 +88,7 @@ def stock(request):
 
 @pytest.fixture
 def tiny():
-    """The tiny checkpoint's tokenizer, to be changed by the test."""
+    """Load the tiny checkpoint's tokenizer for a test that changes it."""
     from tokenizer_data import load_tokenizer
 
     return load_tokenizer("tiny")
@@ -96,9 +96,9 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def load_tuned(golden_dir, tiny_dir):
-    """Load the tiny model as the P-Tuning trainer's users build it: base weights, then the prefix from its own file.
+    """Return a function that builds the tiny model with a P-Tuning prefix, as the trainer's users do.
 
-    The argument says whether the prefix has a projection, 0 or 1.
+    It loads the base weights, then the prefix from its own file. Its argument is 1 for a projected prefix, otherwise 0.
     """
     from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
     from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration

@@ -1,6 +1,6 @@
-"""Examples of a property test: few and always the same in ``make test``, many new ones in ``make test-long``.
+"""Numbers of examples for property tests: few and always the same in ``make test``, many new in ``make test-long``.
 
-hypothesis' own option --hypothesis-profile=long chooses.
+The option ``--hypothesis-profile=long`` of hypothesis chooses the second.
 """
 
 from hypothesis import HealthCheck, Phase, settings
@@ -12,10 +12,12 @@ settings.load_profile("short")
 
 
 def examples(short: int, long: int, shrink: bool = True) -> settings:
-    """Decorator of a property test: how many examples it tries in either profile.
+    """Return a decorator that sets how many examples a property test tries in either profile.
 
     Args:
-        shrink: look for a smaller example where one fails, which takes hundreds of further runs.
+        short: examples in the default profile.
+        long: examples in the profile ``long``.
+        shrink: look for a smaller example if one fails, which takes hundreds of further runs.
     """
     phases = [phase for phase in Phase if shrink or phase not in (Phase.shrink, Phase.explain)]
     return settings(max_examples=long if settings.get_current_profile_name() == "long" else short, phases=phases)

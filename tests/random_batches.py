@@ -26,7 +26,7 @@ class Rows:
 
 
 def random_prompt(config, rng, longest=40):
-    """Text with [gMASK] or [MASK], at its end or inside it; some go on behind <sop>."""
+    """Return random text with ``[gMASK]`` or ``[MASK]`` at its end or inside; some prompts go on after ``<sop>``."""
     text = [rng.randrange(5, 300) for _ in range(rng.randint(0, longest))]
     mask = config.gmask_token_id if rng.random() < 0.75 else config.mask_token_id
     place = len(text) if rng.random() < 0.75 else rng.randint(0, len(text))
@@ -35,14 +35,14 @@ def random_prompt(config, rng, longest=40):
 
 
 def greedy(model, rows, end_ids, **kwargs):
-    """New tokens of each row of ids, as ``generate`` returns them."""
+    """Return the new tokens of each row of ids, as ``generate`` gives them."""
     ids = torch.tensor(rows, device=model.device)
     settings = {"do_sample": False, "max_new_tokens": MOST_TOKENS, **kwargs}
     return model.generate(ids, eos_token_id=end_ids, **settings)[:, ids.shape[1] :].tolist()
 
 
 def single_runs(model, count=64, seed=0):
-    """``count`` random prompts, run one by one; the end tokens are such that answers stop everywhere."""
+    """Run ``count`` random prompts one by one, with end tokens that stop answers at many lengths."""
     rng = random.Random(seed)
     prompts = [random_prompt(model.config, rng) for _ in range(count)]
     free = [greedy(model, [ids], None)[0] for ids in prompts]
@@ -51,7 +51,7 @@ def single_runs(model, count=64, seed=0):
 
 
 def random_batches(rows, count, seed=1, largest=8):
-    """``count`` times (rows, max_new_tokens, one of ``WAYS``), the small batches first."""
+    """Draw ``count`` times (rows, ``max_new_tokens``, one of ``WAYS``); small batches come first."""
     rng = random.Random(seed)
     batches = [
         (rng.sample(rows, rng.randint(1, largest)), rng.randint(1, MOST_TOKENS), rng.choice(WAYS)) for _ in range(count)
@@ -60,7 +60,7 @@ def random_batches(rows, count, seed=1, largest=8):
 
 
 def inputs_of(batch, way, tokenizer, device):
-    """Arguments of ``generate`` for rows of different lengths, padded on the left."""
+    """Return the arguments of ``generate`` for rows of different lengths, padded on the left."""
     inputs = dict(tokenizer.pad({"input_ids": [row.ids for row in batch]}, padding=True, return_tensors="pt"))
     assert inputs["attention_mask"].dim() == 4
     if way == "2-D mask":
@@ -71,14 +71,14 @@ def inputs_of(batch, way, tokenizer, device):
 
 
 def expected_rows(batch, tokens, pad):
-    """The single runs' answers, cut at ``tokens`` and filled up to the longest of them."""
+    """Cut the single runs' answers at ``tokens`` and fill them up to the longest of them."""
     answers = [row.answer[:tokens] for row in batch]
     longest = max(len(answer) for answer in answers)
     return [answer + [pad] * (longest - len(answer)) for answer in answers]
 
 
 def check_beams(model, tokenizer, runs, way, count):
-    """Each batch of beams gives the sequences that beams give to each row alone, best first."""
+    """Check that beams give each row of a batch the sequences that it gets alone, best first."""
     rng, pad = random.Random(2), model.config.pad_token_id
     for _ in range(count):
         batch, beams = rng.sample(runs.rows, rng.randint(2, 4)), rng.randint(2, 4)

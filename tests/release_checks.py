@@ -1,4 +1,4 @@
-"""What a newer transformers may do, simulated, for the interpreter and the GPU; and the tools of the tripwire."""
+"""Simulated changes of a newer transformers, for the interpreter and the GPU, and the tools of the tripwire."""
 
 import contextlib
 import logging
@@ -18,7 +18,7 @@ PROMPT = [[20, 30, 40, 50, 60, 321, 324]]
 
 @contextlib.contextmanager
 def rows_read(model):
-    """The number of tokens that each forward of the network reads."""
+    """Yield a list that gets the number of tokens each forward of the network reads."""
     rows = []
 
     def note(module, arguments, kwargs):
@@ -34,7 +34,7 @@ def rows_read(model):
 
 @contextlib.contextmanager
 def notices():
-    """The sentences that are recorded inside, and that the log gets each of them once."""
+    """Yield a list that gets the sentences recorded inside; check that the log gets each of them once."""
     records, found = [], []
     handler = logging.Handler()
     handler.emit = records.append
@@ -52,7 +52,7 @@ def notices():
 
 @contextlib.contextmanager
 def arguments_changed(change):
-    """``change`` works on the keyword arguments with which ``generate`` calls ``_sample``."""
+    """Let ``change`` alter the keyword arguments with which ``generate`` calls ``_sample``."""
     original = Model._sample
 
     def _sample(self, *args, **kwargs):
@@ -75,7 +75,7 @@ def _served():
 
 
 def _check(model, captured, change, reason=None):
-    """The same tokens with and without the change, on the path that serves the model; plain for a ``reason``."""
+    """Check that the change leaves the tokens alone and takes the expected path: plain if there is a ``reason``."""
     expected = _generate(model)
     before = _served()
     with arguments_changed(change):
@@ -88,13 +88,13 @@ def _check(model, captured, change, reason=None):
 
 
 def rename_cache(kwargs):
-    """As a release with another name would pass it. transformers 5.0 lets the model make the first one."""
+    """Pass the cache under another name, if there is one: transformers 5.0 lets the model make the first."""
     if CACHE_NAME in kwargs:
         kwargs["memory"] = kwargs.pop(CACHE_NAME)
 
 
 def a_renamed_cache(model, captured=True):
-    """An empty cache under a name that nobody knows is still the cache, in streams too."""
+    """Check that an empty cache under an unknown name is still used as the cache, in streams too."""
 
     with notices() as found:
         _check(model, captured, rename_cache)
@@ -107,7 +107,7 @@ def a_renamed_cache(model, captured=True):
 
 
 def new_arguments(model, captured=True):
-    """None and False cost nothing; what no model of ours reads costs a sentence."""
+    """Check that new arguments of None or False say nothing, and that an unread value is noticed in one sentence."""
     with notices() as found:
         _check(model, captured, lambda kwargs: kwargs.update(novelty=None, other=False))
         assert not faster_chatglm_6b.status().notices
@@ -116,7 +116,7 @@ def new_arguments(model, captured=True):
 
 
 def new_arguments_of_the_search(model, captured=True):
-    """A new parameter of transformers' own loop: its default is served, another value is left to that loop."""
+    """Check that a new parameter of transformers' own loop is served at its default and left to that loop otherwise."""
     known = reading._defaults(reading.GenerationMixin._sample)
     with mock.patch.dict(known, {"novelty": 7}):
         _check(model, captured, lambda kwargs: kwargs.update(novelty=7))
@@ -125,7 +125,7 @@ def new_arguments_of_the_search(model, captured=True):
 
 
 def new_settings(model, captured=True):
-    """A new field of GenerationConfig: its default is served, another value goes to transformers' loop."""
+    """Check that a new field of ``GenerationConfig`` is served at its default and left to transformers otherwise."""
     original = GenerationConfig.__init__
 
     def __init__(self, **kwargs):
@@ -146,7 +146,7 @@ def new_settings(model, captured=True):
 
 
 def a_pad_token_in_another_place(model, captured=True):
-    """The private name of the derived pad token may go; rows that ended are padded all the same."""
+    """Check that ended rows are padded even if the private name of the derived pad token is gone."""
     ids = torch.tensor([PROMPT[0], [9, *PROMPT[0][1:]]], device=model.device)
     free = model.generate(ids, do_sample=False, max_new_tokens=4, eos_token_id=None)
     settings = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 3}
@@ -160,14 +160,14 @@ def a_pad_token_in_another_place(model, captured=True):
 
     kept = []
     with notices() as found, arguments_changed(hide):
-        # transformers' own loop of today reads it, so only ours can be asked on the plain path.
+        # transformers' own loop of today reads that name, so only our loop can run on the plain path.
         answers = torch.stack(list(model.stream_tokens(ids, **settings)), dim=1).tolist()
     assert [row[len(PROMPT[0]) :] for row in expected] == answers
     assert len(found) == 1 and "derived pad token" in found[0]
 
 
 def processors_in_another_form(model, captured=True):
-    """A processor whose parameters moved, or whose class is gone, goes to transformers' loop with the reason."""
+    """Check that a processor with moved parameters or a missing class goes to transformers' loop, with the reason."""
     from transformers.generation import logits_process
 
     from faster_chatglm_6b.generation.requests import _known
@@ -189,7 +189,7 @@ def processors_in_another_form(model, captured=True):
 
 
 def a_model_with_its_own_inputs(model, captured=True):
-    """Inputs that a subclass or a wrapper of the instance prepares are followed, so the plain path serves them."""
+    """Check that the plain path serves a model whose subclass or instance prepares its own inputs."""
     original = Model.prepare_inputs_for_generation
 
     def replaced(self, *args, first_token=None, **kwargs):

@@ -1,7 +1,7 @@
 """Checkpoints that bring their own code, and fresh Python processes to load them in.
 
-A tripwire file notes its name in the file $TRIPWIRE_LOG and raises when it is executed. Executed code thus shows twice:
-in that log, and as an error of the load.
+A tripwire file notes its name in the file ``$TRIPWIRE_LOG`` and raises when it is executed. Executed code thus shows
+twice: in that log, and as an error of the load.
 """
 
 import hashlib
@@ -73,7 +73,7 @@ class ChatGLMForConditionalGeneration(PreTrainedModel):
 """,
 }
 
-# What tells these configurations apart, as published on the hub; sizes are of no importance here.
+# The keys that tell these configurations apart, as published on the hub; sizes do not matter here.
 CHATGLM2_CONFIG = {
     "model_type": "chatglm",
     "architectures": ["ChatGLMModel"],
@@ -106,7 +106,7 @@ CHATGLM2_TOKENIZER_CONFIG = {"tokenizer_class": "ChatGLMTokenizer", "remove_spac
 
 
 def auto_map(upstream: str = "") -> dict[str, str]:
-    """The auto_map of ChatGLM-6B's config.json; ``upstream`` is a hub id that holds the code."""
+    """Return the ``auto_map`` of ChatGLM-6B's config.json; ``upstream`` is a hub id that holds the code."""
     prefix = upstream and f"{upstream}--"
     return {
         "AutoConfig": f"{prefix}configuration_chatglm.ChatGLMConfig",
@@ -116,12 +116,12 @@ def auto_map(upstream: str = "") -> dict[str, str]:
 
 
 def tokenizer_auto_map(upstream: str = "") -> dict[str, list[str | None]]:
-    """The auto_map of tokenizer_config.json."""
+    """Return the ``auto_map`` of tokenizer_config.json."""
     return {"AutoTokenizer": [f"{upstream and f'{upstream}--'}tokenization_chatglm.ChatGLMTokenizer", None]}
 
 
 def chatglm_6b(directory: Path, tiny: Path, upstream: str = "") -> Path:
-    """The tiny checkpoint without any code in it."""
+    """Copy the tiny checkpoint without any code in it."""
     directory.mkdir(parents=True)
     for name in ("config.json", "tokenizer_config.json", "ice_text.model", "model.safetensors"):
         shutil.copyfile(tiny / name, directory / name)
@@ -131,7 +131,7 @@ def chatglm_6b(directory: Path, tiny: Path, upstream: str = "") -> Path:
 
 
 def chatglm_6b_with_tripwires(directory: Path, tiny: Path, upstream: str = "") -> Path:
-    """The tiny checkpoint with a tripwire in every file of code that the published one has."""
+    """Copy the tiny checkpoint with a tripwire in every file of code that the published one has."""
     chatglm_6b(directory, tiny, upstream)
     for name in (*_WORKING_CODE, "quantization.py"):
         (directory / name).write_text(_TRIPWIRE)
@@ -139,20 +139,20 @@ def chatglm_6b_with_tripwires(directory: Path, tiny: Path, upstream: str = "") -
 
 
 def plant_custom_generate(directory: Path, source: str = _TRIPWIRE) -> None:
-    """Adds the folder whose generate.py transformers would put in the place of ``generate``."""
+    """Add the folder whose generate.py transformers would run in place of ``generate``."""
     (directory / "custom_generate").mkdir(parents=True)
     (directory / "custom_generate" / "generate.py").write_text(source)
 
 
 def add_working_code(directory: Path) -> Path:
-    """Code that loads, and notes in the log that it was executed."""
+    """Add code that loads and notes in the log that it was executed."""
     for name, source in _WORKING_CODE.items():
         (directory / name).write_text(_NOTE + source)
     return directory
 
 
 def other_glm(directory: Path, config: dict[str, Any], tokenizer_config: dict[str, Any]) -> Path:
-    """A checkpoint of another model with the same model type and class names, and with working code."""
+    """Make a checkpoint of another model with the same model type and class names, and with working code."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({**config, "auto_map": auto_map()}))
     (directory / "tokenizer_config.json").write_text(json.dumps({**tokenizer_config, "auto_map": tokenizer_auto_map()}))
@@ -165,7 +165,7 @@ def other_glm(directory: Path, config: dict[str, Any], tokenizer_config: dict[st
 
 
 def put_into_hub_cache(hf_home: Path, hub_id: str, revision: str, checkpoint: Path) -> None:
-    """Lays ``checkpoint`` down as a download of ``hub_id`` at the branch or tag ``revision``."""
+    """Put ``checkpoint`` into the cache as a download of ``hub_id`` at the branch or tag ``revision``."""
     commit = hashlib.sha1(f"{hub_id} {revision}".encode()).hexdigest()
     repository = hf_home / "hub" / f"models--{hub_id.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True, exist_ok=True)
@@ -174,15 +174,15 @@ def put_into_hub_cache(hf_home: Path, hub_id: str, revision: str, checkpoint: Pa
 
 
 def edit_json(path: Path, remove: tuple[str, ...] = (), **changes: Any) -> None:
-    """Changes or removes keys of a JSON file."""
+    """Change or remove keys of a JSON file."""
     content = {**json.loads(path.read_text("utf-8")), **changes}
     path.write_text(json.dumps({key: value for key, value in content.items() if key not in remove}))
 
 
 def run_python(source: str, working_directory: Path, *arguments: Any, **environment: str) -> Any:
-    """Runs ``source`` in a fresh process without network, and returns what it gave to ``answer(...)``, through JSON.
+    """Run ``source`` in a fresh process without network and return, through JSON, what it gave to ``answer(...)``.
 
-    The process has its own Hugging Face home in ``working_directory``. Its list of executed files is ``executed()``.
+    The process has its own Hugging Face home in ``working_directory``. It lists executed files with ``executed()``.
     """
     working_directory.mkdir(parents=True, exist_ok=True)
     script, answer = working_directory / "script.py", working_directory / "answer.json"
@@ -212,7 +212,7 @@ def run_python(source: str, working_directory: Path, *arguments: Any, **environm
     return json.loads(answer.read_text())
 
 
-# Must not import anything of transformers or of ours: the order of imports is what is tested.
+# Import nothing of transformers or of ours here: the tests are about the order of imports.
 _PRELUDE = '''
 def answer(value):
     import json, os

@@ -1,4 +1,4 @@
-"""Contradict or damage a checkpoint, and see it refused."""
+"""Damage a checkpoint or let it contradict itself, and see it refused."""
 
 import json
 
@@ -27,7 +27,7 @@ def edit_weights(checkpoint, change):
 
 
 def as_bin(checkpoint, **changes):
-    """Turn the weights into a .bin file, with changes."""
+    """Turn the weights into a ``.bin`` file, with changes."""
     tensors = load_file(checkpoint / "model.safetensors")
     (checkpoint / "model.safetensors").unlink()
     torch.save(tensors | changes, checkpoint / "pytorch_model.bin")
@@ -35,7 +35,7 @@ def as_bin(checkpoint, **changes):
 
 
 def refused(checkpoint, message, error=ValueError, model_class=ChatGLMForConditionalGeneration, **settings):
-    """The sentence of the refusal, which comes before a model is built that has memory."""
+    """Check that loading is refused in one sentence, before a model takes memory."""
     built = []
     initialise = model_class.__init__
 

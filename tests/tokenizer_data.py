@@ -1,4 +1,4 @@
-"""What the tokenizer tests share: both vocabularies, the stock tokenizer's answers, and how to read them."""
+"""Shared data of the tokenizer tests: both vocabularies and the stock tokenizer's answers."""
 
 import json
 import os
@@ -16,7 +16,7 @@ TEXTS = ["你好", "晚上睡不着应该怎么办", "hello world this is a test
 
 
 def real_tokenizer_folder() -> Path:
-    """Folder with THUDM's ice_text.model, which is not in this repository; without one the test is skipped."""
+    """Return the folder with THUDM's ice_text.model, which this repository lacks; skip the test without one."""
     given = os.environ.get(REAL_VARIABLE)
     folder = Path(given) if given else TESTS.parents[1] / "shared" / "golden" / "tokenizer_real"
     if not (folder / "ice_text.model").is_file():
@@ -28,17 +28,17 @@ def real_tokenizer_folder() -> Path:
 
 
 def load_tokenizer(which: str) -> ChatGLMTokenizer:
-    """Our tokenizer with the "tiny" or the "real" vocabulary."""
+    """Load our tokenizer with the "tiny" or the "real" vocabulary."""
     return ChatGLMTokenizer.from_pretrained(TINY if which == "tiny" else real_tokenizer_folder())
 
 
 def load_golden(which: str) -> dict:
-    """All that the stock tokenizer gave on transformers 4.27.1."""
+    """Read the stock tokenizer's answers, made on transformers 4.27.1."""
     return json.loads((GOLDEN / "golden" / f"tokenizer_{which}.json").read_text(encoding="utf-8"))
 
 
 def text_of(case: dict) -> str:
-    """The text of a golden case; a very long one is stored as [unit, count]."""
+    """Return the text of a golden case; a very long one is stored as [unit, count]."""
     if case.get("text_repeat"):
         unit, count = case["text_repeat"]
         return unit * count

@@ -1,4 +1,4 @@
-"""A process that answers one JSON line with another: where a test may crash, hang or need an environment of its own."""
+"""A process that answers one JSON line with another, for tests that may crash, hang or need their own environment."""
 
 import json
 import os
@@ -14,10 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Worker:
-    """Runs a Python program that calls ``serve``; started anew after it died or was too slow.
+    """Run a Python program that calls ``serve``, and start it anew after it died or was too slow.
 
     Args:
-        program: path of the program. environment: variables beside the caller's own.
+        program: path of the program.
+        environment: variables in addition to the caller's own.
         timeout: seconds that one answer may take.
     """
 
@@ -28,7 +29,7 @@ class Worker:
         self._errors = tempfile.TemporaryFile()
 
     def ask(self, question: Any) -> Any:
-        """The program's answer.
+        """Return the program's answer.
 
         Raises:
             AssertionError: the program died or took too long; the message holds the end of what it wrote to stderr.
@@ -79,7 +80,7 @@ class Worker:
 
 
 def serve(answer: Callable[[Any], Any]) -> None:
-    """Answer every line of stdin until it ends. What else is printed goes to stderr."""
+    """Answer every line of stdin until it ends. Everything else that is printed goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print(json.dumps("ready"), file=answers, flush=True)

@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(scope="session")
 def load_on_gpu(tiny_dir) -> Callable[[torch.dtype], torch.nn.Module]:
-    """Load the tiny checkpoint anew in a dtype, for a test that changes the model or counts its memory."""
+    """Return a function that loads the tiny checkpoint anew, for tests that change the model or count its memory."""
     from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 
     def load(dtype):
@@ -19,11 +19,11 @@ def load_on_gpu(tiny_dir) -> Callable[[torch.dtype], torch.nn.Module]:
 
 @pytest.fixture(scope="module")
 def single(load_on_gpu):
-    """The tiny checkpoint in float32."""
+    """Load the tiny checkpoint in float32."""
     return load_on_gpu(torch.float32)
 
 
 @pytest.fixture(scope="module")
 def half(load_on_gpu):
-    """The tiny checkpoint in float16."""
+    """Load the tiny checkpoint in float16."""
     return load_on_gpu(torch.float16)

@@ -1,7 +1,7 @@
-"""What the captured loop does where memory runs out or something else interrupts it, for the interpreter and the GPU.
+"""Checks of the captured loop when memory runs out or something interrupts it, for the interpreter and the GPU.
 
-Each check takes a tiny golden model on its device, breaks one thing and raises AssertionError unless the model answers
-rightly afterwards.
+Each check takes a tiny golden model on its device, breaks one thing and raises ``AssertionError`` unless the model
+answers rightly afterwards.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ EXACT = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
 
 
 class Injected(Exception):
-    """Raised by a test in the middle of something."""
+    """An error that a test raises in the middle of something."""
 
 
 def out_of_memory(*arguments, **kwargs):
@@ -30,7 +30,7 @@ def out_of_memory(*arguments, **kwargs):
 
 
 def failing_at(method, call, error):
-    """The method of ``Session``, whose ``call``-th call, counted from 1, does its work and then raises."""
+    """Let the ``call``-th call of a method of ``Session``, counted from 1, do its work and then raise."""
     original, calls = getattr(Session, method), []
 
     def fail(*arguments, **kwargs):
@@ -47,7 +47,7 @@ def failing_at(method, call, error):
 
 @contextlib.contextmanager
 def raises(kind):
-    """Exactly this error comes out; it is yielded in a list."""
+    """Check that exactly this error comes out; yield a list that gets it."""
     caught = []
     try:
         yield caught
@@ -59,7 +59,7 @@ def raises(kind):
 
 @contextlib.contextmanager
 def warnings_logged():
-    """What the library warns of inside."""
+    """Yield a list that gets the library's warnings."""
     logger, messages = logging.getLogger("faster_chatglm_6b"), []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -71,7 +71,7 @@ def warnings_logged():
 
 
 def is_usable(model, ids, expected):
-    """Nobody holds the model, from another thread or this one, and it answers through the captured loop."""
+    """Check that no thread holds the model and that it answers through the captured loop."""
     outputs, short = [], {**EXACT, "max_new_tokens": 1}
     with expect(captured=2):
         worker = threading.Thread(target=lambda: outputs.append(model.generate(ids, **EXACT).tolist()))
@@ -93,7 +93,7 @@ def new_reason(before):
 
 
 def interrupt_inside_the_loop(model):
-    """KeyboardInterrupt in the prompt, in a step and while waiting for a token; half a step is never gone on with."""
+    """Check ``KeyboardInterrupt`` in the prompt, in a step and in a wait: half a step is never continued."""
     ids, expected = start(model)
     for method, call in (("begin", 1), ("advance", 2), ("_mark", 2), ("read", 2)):
         with failing_at(method, call, KeyboardInterrupt()), raises(KeyboardInterrupt):
@@ -106,7 +106,7 @@ def interrupt_inside_the_loop(model):
 
 
 def exception_in_the_callers_code(model):
-    """A streamer, a stopping criterion, the code around a stream; the next request goes on as if nothing was."""
+    """Check that an error in a streamer, a criterion or the code around a stream leaves the next request unharmed."""
     ids, expected = start(model)
 
     class Streamer(Recorder):
@@ -135,7 +135,7 @@ def exception_in_the_callers_code(model):
 
 
 def out_of_memory_for_the_cache(model):
-    """What other batch sizes keep is given up first; then the plain path answers, with the reason in status()."""
+    """Check that sessions of other batch sizes go first, and then the plain path answers and ``status`` says why."""
     ids, expected = start(model)
     made, make = [], engine.Session
 
@@ -156,7 +156,7 @@ def out_of_memory_for_the_cache(model):
 
 
 def out_of_memory_in_the_prompt(model):
-    """The cache is given up and the plain path answers, from generate and from a stream."""
+    """Check that the cache is given up and the plain path answers, in ``generate`` and in a stream."""
     ids, expected = start(model)
     before = faster_chatglm_6b.status().plain_generations
     with failing_at("begin", 1, out_of_memory), expect(plain=1):
@@ -170,7 +170,7 @@ def out_of_memory_in_the_prompt(model):
 
 
 def out_of_memory_in_capture(model):
-    """The answer goes on uncaptured; the next request starts anew."""
+    """Check that the answer goes on uncaptured and the next request starts anew."""
     ids, expected = start(model)
     model.release_cache()
     kept = []
@@ -190,7 +190,7 @@ def out_of_memory_in_capture(model):
 
 
 def out_of_memory_in_the_middle(model):
-    """With tokens out already there is no other path: the error says what was asked for, and nothing is kept."""
+    """Check that the error says what was asked for and nothing is kept, because tokens are out already."""
     ids, expected = start(model)
     with failing_at("advance", 4, out_of_memory), raises(torch.cuda.OutOfMemoryError) as caught:
         model.generate(ids, **EXACT)
@@ -203,7 +203,7 @@ def out_of_memory_in_the_middle(model):
 
 
 def absurd_lengths(model):
-    """More tokens than any memory holds, or than bytes can be counted: the plain path, which takes what it needs."""
+    """Check that the plain path serves lengths beyond any memory, because it takes only what it needs."""
     ids, expected = start(model)
     for tokens in (10**13, 10**18):
         stop = StoppingCriteriaList([StopAtLength(ids.shape[1], 5)])

@@ -1,6 +1,6 @@
 """Block shapes for Triton's interpreter.
 
-It runs program after program: few large blocks take seconds where a GPU's small ones take minutes.
+It runs program after program: a few large blocks take seconds, while a GPU's small ones take minutes.
 """
 
 from dataclasses import replace
@@ -10,10 +10,11 @@ from faster_chatglm_6b.ops.triton.quantized import gemv as quantized_gemv
 
 
 def use_large_blocks(gemv: tuple[int, int, int] = (256, 512, 4), keys: int = 256) -> None:
-    """For the rest of this process.
+    """Set block shapes for the rest of this process.
 
     Args:
-        gemv: BLOCK_N, BLOCK_K and warps of the product with a float weight. keys: per block of attention.
+        gemv: ``BLOCK_N``, ``BLOCK_K`` and warps of the product with a float weight.
+        keys: keys in a block of attention.
     """
     attention = configs.Attention(keys, 4, 1)
     configs._CONSUMER = replace(

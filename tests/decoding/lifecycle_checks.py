@@ -1,6 +1,6 @@
-"""Checks of what the captured loop keeps on a model between calls, and of what it leaves to transformers' own loop.
+"""Checks of what the captured loop keeps on a model between calls and of what it leaves to transformers' own loop.
 
-Each takes a tiny golden model on its device and raises AssertionError.
+Each takes a tiny golden model on its device and raises ``AssertionError``.
 """
 
 import copy
@@ -19,7 +19,7 @@ from faster_chatglm_6b.decoding.session import Session
 
 
 def abandoned_streams(model):
-    """A stream that is dropped or closed leaves the model usable; an open one of this thread makes others plain."""
+    """Check that a dropped or closed stream leaves the model usable; an open one sends this thread's calls plain."""
     ids = prompt(model, 7, seed=5)
     settings = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
     expected = check_equal(model, input_ids=ids, max_new_tokens=5, eos_token_id=None)
@@ -43,7 +43,7 @@ def abandoned_streams(model):
 
 
 def failures(model):
-    """An exception in the caller's code on the way leaves the model usable."""
+    """Check that an exception in the caller's streamer leaves the model usable."""
     ids = prompt(model, 4)
 
     class Failing(Recorder):
@@ -62,7 +62,7 @@ def failures(model):
 
 
 def grad_modes(model):
-    """The same tokens in every mode, and no mode leaks out of a stream."""
+    """Check that every gradient mode gives the same tokens and that no mode leaks out of a stream."""
     ids = prompt(model, 5)
     settings = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": None}
     outputs = [model.generate(ids, **settings).tolist()]
@@ -76,7 +76,7 @@ def grad_modes(model):
 
 
 def refusals(model):
-    """What the loop cannot do goes to transformers' loop with the reason."""
+    """Check that requests the loop cannot serve go to transformers' loop with the reason."""
 
     class Unknown(LogitsProcessor):
         def __call__(self, input_ids, scores):
@@ -108,7 +108,7 @@ def refusals(model):
 
 
 def changed_models(model):
-    """Modules that are not ours, hooks, training mode and new weights are noticed at the next call."""
+    """Check that foreign modules, hooks, training mode, autocast and new weights are noticed at the next call."""
     other = copy.deepcopy(model)
     assert "_decode_engine" not in other.__dict__ or not other.__dict__["_decode_engine"]._sessions
     pickle.loads(pickle.dumps(loop.engine_of(model)))
@@ -160,7 +160,7 @@ def threads_take_turns(model):
 
 
 def released_cache(model):
-    """release_cache frees at once, or when the open stream ends; a longer request replaces the session."""
+    """Check that ``release_cache`` frees at once or after an open stream, and longer requests get a new session."""
     engine = loop.engine_of(model)
     ids = prompt(model, 4)
     settings = {"do_sample": False, "max_new_tokens": 2, "eos_token_id": None}

@@ -1,6 +1,6 @@
 """Checks of the captured loop against transformers' own loop, for the interpreter and the GPU alike.
 
-Each takes a tiny golden model on its device and raises AssertionError.
+Each takes a tiny golden model on its device and raises ``AssertionError``.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from faster_chatglm_6b.generation.processors import InvalidScoreLogitsProcessor
 
 @contextlib.contextmanager
 def plain_path():
-    """Only transformers' loop serves."""
+    """Let only transformers' loop serve."""
 
     def refuse(*arguments):
         raise CannotServe("the test asks for the plain path")
@@ -30,14 +30,14 @@ def plain_path():
 
 
 def served():
-    """How many generations either path has served."""
+    """Return how many generations the captured and the plain path have served."""
     status = faster_chatglm_6b.status()
     return sum(status.captured_generations.values()), sum(status.plain_generations.values())
 
 
 @contextlib.contextmanager
 def expect(captured=0, plain=0):
-    """Exactly so many generations happen inside, on these paths."""
+    """Check that exactly so many generations happen inside, on these paths."""
     before = served()
     yield
     after = served()
@@ -45,7 +45,7 @@ def expect(captured=0, plain=0):
 
 
 def prompt(model, length, seed=0, batch=1):
-    """Random ids [batch, length] that end in [gMASK] <sop>."""
+    """Return random ids [batch, length] that end in ``[gMASK] <sop>``."""
     config = model.config
     text = torch.randint(5, 300, (batch, length - 2), generator=torch.Generator().manual_seed(seed))
     end = torch.tensor([[config.gmask_token_id, config.bos_token_id]]).expand(batch, 2)
@@ -53,7 +53,7 @@ def prompt(model, length, seed=0, batch=1):
 
 
 def padded(model, lengths, seed=0):
-    """Prompts of several lengths, padded on the left, with their mask."""
+    """Return prompts of several lengths, padded on the left, with their mask."""
     longest, pad = max(lengths), model.config.pad_token_id
     ids = torch.full((len(lengths), longest), pad, device=model.device)
     for row, length in enumerate(lengths):
@@ -62,7 +62,7 @@ def padded(model, lengths, seed=0):
 
 
 def both(model, **kwargs):
-    """Generate on either path, in turn; the captured loop must really serve."""
+    """Generate on each path in turn; the captured loop must really serve."""
     with expect(captured=1):
         ours = model.generate(**kwargs)
     with plain_path(), expect(plain=1):
@@ -78,7 +78,7 @@ def check_equal(model, **kwargs):
 
 
 class Recorder(BaseStreamer):
-    """Keeps what a streamer is given."""
+    """Keep what a streamer is given."""
 
     def __init__(self):
         self.values, self.ended = [], False
@@ -92,7 +92,7 @@ class Recorder(BaseStreamer):
 
 
 class StopAtLength(StoppingCriteria):
-    """Ends row r after ``new`` + r tokens; what it was shown is kept."""
+    """End row r after ``new`` + r tokens, and keep the ids that it was shown."""
 
     def __init__(self, length, new):
         self.length, self.new, self.seen = length, new, []
@@ -104,7 +104,7 @@ class StopAtLength(StoppingCriteria):
 
 
 def golden_cases(model, cases, names):
-    """The ids of the stock code, from recorded cases."""
+    """Check that the captured loop gives the stock code's ids in recorded cases."""
     for name in names:
         case = cases[name]
         with expect(captured=1):
@@ -118,7 +118,7 @@ def greedy(model):
 
 
 def one_token(model):
-    """A single token comes from the prompt's logits alone; so does max_length one above the prompt."""
+    """Check a single token, which comes from the prompt's logits alone, by ``max_new_tokens`` and ``max_length``."""
     ids = prompt(model, 5)
     assert len(check_equal(model, input_ids=ids, max_new_tokens=1)[0]) == 6
     assert len(check_equal(model, input_ids=ids, max_length=6)[0]) == 6
@@ -132,7 +132,7 @@ def left_padded_batch(model):
 
 
 def prompt_that_goes_on_behind_sop(model):
-    """Tokens behind <sop> are answer already: prefix LM, not context."""
+    """Check that tokens after ``<sop>`` belong to the answer, not to the context."""
     ids = torch.cat((prompt(model, 6), torch.tensor([[20, 30, 40]], device=model.device)), dim=1)
     check_equal(model, input_ids=ids, max_new_tokens=4)
 
@@ -155,7 +155,7 @@ def processors(model):
 
 
 def end_tokens(model):
-    """Rows end at different steps and are padded; nothing is made after the last."""
+    """Check that rows end at different steps and are padded, and that nothing follows the last end."""
     ids = prompt(model, 6, seed=3, batch=3)
     free = check_equal(model, input_ids=ids, max_new_tokens=6, eos_token_id=None)
     ends = sorted({free[0][8], free[1][7], free[2][9]})
@@ -181,7 +181,7 @@ def streams(model):
 
 
 def host_criteria(model):
-    """Criteria without a kernel are asked in order, see the ids so far, and end rows one by one."""
+    """Check that criteria without a kernel see the ids so far, as in transformers' loop, and end rows one by one."""
     ids = prompt(model, 6, seed=3, batch=3)
     seen = []
     for captured in (True, False):
@@ -199,7 +199,7 @@ SAMPLERS = ({"top_k": 50, "top_p": 0.7, "temperature": 1.5}, {"top_k": 0, "top_p
 
 
 def seeds(model, samplers=SAMPLERS, batch=1):
-    """torch.manual_seed and a generator make a run repeatable; greedy search leaves both alone."""
+    """Check that ``torch.manual_seed`` and a generator make runs repeatable and greedy search draws nothing."""
     ids = prompt(model, 4, batch=batch)
     for sampler in samplers:
         settings = {"do_sample": True, "max_new_tokens": 3, "eos_token_id": None, **sampler}
@@ -223,15 +223,17 @@ def seeds(model, samplers=SAMPLERS, batch=1):
 
 
 def states_and_guidance(model):
-    """States are put out with a dict alone, which transformers' loop makes; without one nothing is asked for. Guidance
-    and caches of fixed size go the way that their settings allow."""
+    """Check which loop serves states, guidance and caches of fixed size.
+
+    transformers' loop puts states out, and only in a dict. Without a dict they are not asked for, so ours serves.
+    """
     ids = prompt(model, 5)
     settings = {"do_sample": False, "max_new_tokens": 2, "eos_token_id": None}
     asked = {"output_hidden_states": True, "output_attentions": True}
     with expect(plain=2):
         output = model.generate(ids, **settings, **asked, return_dict_in_generate=True)
         guided = model.generate(ids, **settings, guidance_scale=1.5)
-    # In one call: each of these settings alone would send it the other way.
+    # All in one call, because each of these settings alone could send it to transformers' loop.
     with expect(captured=1):
         ours = model.generate(ids, **settings, **asked, prefill_chunk_size=2, cache_implementation="static")
     assert ours.tolist() == output.sequences.tolist() and guided.shape == ours.shape

@@ -1,4 +1,4 @@
-"""Where two computations that round differently may choose different tokens: the two best logits are nearly equal."""
+"""Near-ties: two computations that round differently may choose different tokens if the best logits are close."""
 
 import torch
 
@@ -6,14 +6,14 @@ from faster_chatglm_6b.decoding.loop import engine_of
 
 
 def margin(model, ids):
-    """Difference of the two best logits behind ids, on the plain path."""
+    """Return the difference of the two best logits after ``ids``, on the plain path."""
     with torch.no_grad():
         best = model(torch.tensor([ids], device=model.device)).logits[0, -1].double().topk(2).values
     return float(best[0] - best[1])
 
 
 def assert_equal_up_to_near_ties(model, ours, theirs, length, near_tie):
-    """Rows of ids are equal, or first differ behind the prompt where the margin is below ``near_tie``; counts those."""
+    """Check that rows of ids are equal or first differ at a margin below ``near_tie``; return how many differ."""
     different = 0
     for one, other in zip(ours, theirs, strict=True):
         step = next((i for i in range(length, len(one)) if one[i] != other[i]), None)
@@ -24,16 +24,16 @@ def assert_equal_up_to_near_ties(model, ours, theirs, length, near_tie):
 
 
 def measured_near_tie(model, batches):
-    """The margin on the plain path below which rounding alone may decide between two tokens.
+    """Return the margin on the plain path below which rounding alone may decide between two tokens.
 
-    It is twice the largest difference, over ``batches``, of the logits that the captured loop and the prompt of a batch
-    form to those of each row alone on the plain path: either of two computations may err by that. Each batch holds
-    ``generate``'s arguments, padded with the model's pad id.
+    It is twice the largest error over ``batches``, because either computation may err by that much. The error is the
+    difference between the logits of each row alone on the plain path and those of the captured loop or of a batch's
+    prompt. Each batch holds ``generate``'s arguments, padded with the model's pad id.
     """
     error = 0.0
     for inputs in batches:
         output = model.generate(**inputs, do_sample=False, max_new_tokens=2, eos_token_id=None)[:, :-1]
-        # Of the step that chose the last token.
+        # The logits of the step that chose the last token.
         looped = engine_of(model)._sessions[len(output)].step._logits
         with torch.no_grad():
             prompts = model(output).logits[:, -1]

@@ -1,4 +1,4 @@
-"""Requests of every kind for the captured loop, as hypothesis draws them, and their check against transformers' loop.
+"""Requests of every kind for the captured loop, drawn by hypothesis, and their check against transformers' loop.
 
 A request is a dict of plain values, so that it can be sent to a process that runs Triton's interpreter.
 """
@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList
 import faster_chatglm_6b
 from faster_chatglm_6b.generation.processors import InvalidScoreLogitsProcessor
 
-# What the loop says when it leaves a drawn request to transformers.
+# Reasons with which the loop may leave a drawn request to transformers.
 KNOWN_REFUSALS = ("the repetition penalty leaves the padding out and the n-gram rule does not",)
 
 
@@ -28,10 +28,10 @@ SAMPLED = st.fixed_dictionaries(
 def requests(
     most_rows: int, longest: int, most_tokens: int, sampling: st.SearchStrategy
 ) -> st.SearchStrategy[dict[str, Any]]:
-    """Requests of up to ``most_rows`` prompts of up to ``longest`` tokens, for up to ``most_tokens`` new ones.
+    """Draw requests of up to ``most_rows`` prompts of up to ``longest`` tokens, for up to ``most_tokens`` new ones.
 
     Args:
-        sampling: GREEDY, SAMPLED or either.
+        sampling: ``GREEDY``, ``SAMPLED`` or either.
     """
     row = st.fixed_dictionaries(
         {
@@ -44,7 +44,7 @@ def requests(
         {
             "rows": st.lists(row, min_size=1, max_size=most_rows),
             "seed": st.integers(0, 2**16),
-            # Few different tokens make repetitions, which penalty and n-gram rule act on.
+            # Few different tokens make repetitions, on which the penalty and the n-gram rule act.
             "tokens": st.sampled_from([1, 3, 300]),
             "mask": st.sampled_from(["none", "2-D", "4-D"]),
             "limit": st.sampled_from(["max_new_tokens", "max_length"]),
@@ -67,7 +67,7 @@ def requests(
 
 
 def arguments(model: Any, tokenizer: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """What ``generate`` gets, but for end tokens and sampling."""
+    """Return the arguments of ``generate`` except for end tokens and sampling."""
     draw = torch.Generator().manual_seed(request["seed"])
     rows = [_row(model.config, draw, request["tokens"], **row) for row in request["rows"]]
     padded = tokenizer.pad({"input_ids": rows}, padding=True, return_tensors="pt")
@@ -107,14 +107,14 @@ def _row(config: Any, draw: torch.Generator, tokens: int, length: int, answer: i
 
 
 def check(model: Any, tokenizer: Any, request: dict[str, Any], near_tie: float) -> dict[str, Any]:
-    """Both loops serve the request alike.
+    """Check that both loops serve the request alike.
 
-    Greedy search: the same tokens. Sampling: every token that the captured loop drew has a probability above zero
-    under transformers' processors and warpers behind the same tokens, and rows end and are padded alike.
+    Greedy search must give the same tokens. In sampling, every token that the captured loop drew must have a
+    probability above zero under transformers' processors and warpers, and rows must end and be padded alike.
 
     Args:
-        near_tie: a token may differ where transformers' scores of the two are no further apart; tokens behind it are
-            not compared.
+        near_tie: a token may differ if transformers' scores of the two are no further apart; tokens after it are not
+            compared.
 
     Returns:
         {"captured": whether the loop served it, "ties": rows that differ at a near-tie}
@@ -145,7 +145,7 @@ def check(model: Any, tokenizer: Any, request: dict[str, Any], near_tie: float) 
 
 
 def _end_tokens(model: Any, kwargs: dict[str, Any], request: dict[str, Any]) -> list[int] | None:
-    """Tokens that the rows come upon at chosen steps of a free greedy search; None for no end token."""
+    """Return the tokens at chosen steps of a free greedy search, or None for no end token."""
     if not request["ends"]:
         return None
     free = {name: kwargs[name] for name in ("input_ids", "attention_mask") if name in kwargs}
@@ -158,7 +158,7 @@ def _end_tokens(model: Any, kwargs: dict[str, Any], request: dict[str, Any]) -> 
 
 
 def _ours(model: Any, kwargs: dict[str, Any], request: dict[str, Any]) -> tuple[torch.Tensor, str | None]:
-    """Sequences from the captured loop, on the CPU, and the reason if it did not serve."""
+    """Return our sequences on the CPU, and the reason if the captured loop did not serve."""
     before = faster_chatglm_6b.status()
     torch.manual_seed(request["seed"])
     if request["stream"] and "num_return_sequences" not in (request["sampling"] or {}):
@@ -177,7 +177,7 @@ def _ours(model: Any, kwargs: dict[str, Any], request: dict[str, Any]) -> tuple[
 
 @contextlib.contextmanager
 def _forced(tokens: torch.Tensor):
-    """transformers' loop draws these tokens [B, N], one column after the other."""
+    """Let transformers' loop draw these tokens [B, N], one column after the other."""
     columns, multinomial = iter(tokens.T), torch.multinomial
 
     def chosen(probabilities: torch.Tensor, num_samples: int, **kwargs: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Checks of the operators' table for NVIDIA GPUs against the definitions, on tensors that fit a kernel or not."""
+"""Checks of the operators' table for NVIDIA GPUs against the definitions, on tensors with and without a kernel."""
 
 import torch
 
@@ -22,7 +22,7 @@ def _random(device, dtype, *shape):
 
 
 def pointwise_and_products(device, dtype):
-    """Contiguous, transposed and strided tensors, and a dtype without a kernel."""
+    """Check contiguous, transposed and strided tensors, and a dtype without a kernel."""
     table = choose(device)
     for kind in (dtype, torch.float64):
         x, other = _random(device, kind, 6, 10), _random(device, kind, 6, 10) + 1
@@ -44,7 +44,7 @@ def pointwise_and_products(device, dtype):
 
 
 def rotary_positions(device, dtype):
-    """2-D positions through the kernel and 1-D ones, and positions of another integer type."""
+    """Check 2-D and 1-D positions, in both integer types."""
     table = choose(device)
     packed = _random(device, dtype, 2, 3, 2 * 3 * 8)
     for width, positions in ((2, torch.arange(12).view(2, 2, 3)), (4, torch.arange(6).view(2, 3))):
@@ -61,8 +61,7 @@ def rotary_positions(device, dtype):
 
 
 def attention(device, dtype):
-    """A generation prompt without a bias, alone and behind a prefix, a padded one with a row that sees
-    nothing, and one query row; never NaN."""
+    """Check a prompt with a prefix length or a bias, also after a key; a row that sees nothing gives no NaN."""
     table = choose(device)
     for rows in (1, 2, 9, 33):
         query, key, value = (_random(device, dtype, 2, 3, rows, 16) + i for i in range(3))
@@ -87,7 +86,7 @@ def attention(device, dtype):
 
 
 def appended_cache(device, dtype):
-    """The preallocated cache holds what was appended and nothing else, through the kernel and through ``update``."""
+    """Check that the preallocated cache holds exactly what was appended, through the table and the definition."""
     table = choose(device)
     for append in (table.fused_attention_concat_past_key_value, reference.fused_attention_concat_past_key_value):
         cache = KVCache(2, 2, 3, 9, 8, dtype, torch.device(device))
@@ -108,7 +107,7 @@ def appended_cache(device, dtype):
 
 
 def quantized_products(device, dtype):
-    """Integer weights with and without groups, contiguous or not, and a dtype without a kernel."""
+    """Check integer weights with and without groups, contiguous or not, and a dtype without a kernel."""
     table = choose(device)
     for kind in (dtype, torch.float64):
         x, bias, residual = (_random(device, kind, *shape) for shape in ((3, 64), (7,), (3, 7)))

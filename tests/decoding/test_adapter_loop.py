@@ -1,4 +1,4 @@
-"""LoRA adapters and the captured loop: plain while unmerged, captured once merged; interpreted, and on a GPU."""
+"""LoRA adapters take the plain path until they are merged, then the captured loop: interpreted, and on a GPU."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ NAMES = ("tiny", "tiny-int8", "tiny-int4")
 
 
 def check(name: str, device: str, dtype: torch.dtype, tokens: int) -> None:
-    """Base, adapted, merged and unmerged again: the loop serves what has no adapter in it, with the right weights."""
+    """Check that the loop serves the base and the merged model with the right weights, and not the adapted one."""
     from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 
     model = ChatGLMForConditionalGeneration.from_pretrained(CHECKPOINTS / name).to(dtype).to(device).eval()
@@ -41,7 +41,7 @@ def check(name: str, device: str, dtype: torch.dtype, tokens: int) -> None:
     reasons = [why for why, count in faster_chatglm_6b.status().plain_generations.items() if count != seen.get(why, 0)]
     assert len(reasons) == 1 and reasons[0].startswith("transformer.layers.0.attention.query_key_value is a "), reasons
     with warnings.catch_warnings():
-        # Said of integer weights.
+        # Merging into integer weights warns of rounding.
         warnings.simplefilter("ignore", UserWarning)
         merged = adapted.merge_and_unload()
     after = check_equal(merged, **settings)

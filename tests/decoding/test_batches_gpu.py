@@ -11,15 +11,19 @@ from loop_checks import expect  # noqa: E402
 from near_ties import margin, measured_near_tie  # noqa: E402
 from random_batches import WAYS, check_beams, expected_rows, inputs_of, random_batches, single_runs  # noqa: E402
 
-# Of the rows, and of the margin that is measured; a wrong kernel would measure far more.
+# Limits of the share of different rows and of the measured margin; a wrong kernel would exceed them by far.
 MOST_DIFFERENT = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.4}
 LARGEST_MARGIN = {torch.float32: 1e-3, torch.float16: 0.5, torch.bfloat16: 4.0}
 
 
 def compare(model, tokenizer, count):
-    """Run ``count`` random batches; (rows that differ at a near-tie, rows, the margin that counts as one).
+    """Run ``count`` random batches and compare each row with its single run.
 
-    The margin is measured: rounding can change a token only where the two best logits are nearer than twice its error.
+    The margin of a near-tie is measured: rounding can change a token only if the two best logits are nearer than
+    twice its error.
+
+    Returns:
+        (rows that differ at a near-tie, rows, the margin of a near-tie)
     """
     runs, pad = single_runs(model), model.config.pad_token_id
     batches = random_batches(runs.rows, count)
@@ -61,5 +65,5 @@ def test_200_random_batches(load_on_gpu, tiny_tokenizer, dtype):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_beams(single, tiny_tokenizer, way):
-    """On the plain path, which beams take."""
+    """Beams of a batch equal those of each row alone, on the plain path."""
     check_beams(single, tiny_tokenizer, single_runs(single), way, 6)

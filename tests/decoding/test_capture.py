@@ -1,4 +1,4 @@
-"""How a capture is left, with a graph in place of CUDA's; test_faults_gpu.py does it to real ones."""
+"""A capture is left cleanly, with a stand-in for CUDA's graph; test_faults_gpu.py tests real ones."""
 
 import gc
 from collections import defaultdict
@@ -12,7 +12,7 @@ POOL = (0, 7)
 
 
 class Tensor:
-    """Stands for a tensor on a GPU."""
+    """Stand in for a tensor on a GPU."""
 
     device = torch.device("cuda", 0)
 
@@ -22,7 +22,7 @@ class Tensor:
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What is called, in order; the first graph cannot be ended where ``spoilt`` is in it."""
+    """Return a list of the calls in order; the first graph cannot be ended if ``spoilt`` is in it."""
     made = []
 
     class Graph:
@@ -53,7 +53,7 @@ def calls(monkeypatch):
 
 
 def test_streams_are_taken_up_again(monkeypatch):
-    """One for each owner that lives, whatever came and went before."""
+    """Each living owner has one stream, and the stream of a dead owner is taken up again."""
     monkeypatch.setattr(capture, "_idle_streams", defaultdict(list))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: [device])
     owners = [Tensor() for _ in range(3)]
@@ -88,7 +88,7 @@ def test_the_first_error_comes_out(calls, error, spoilt):
 
 
 def test_a_capture_that_cannot_be_ended(calls):
-    """Nothing else went wrong: this error is the one. A pool that nobody records to is not released once too often."""
+    """The error of the end comes out if it is the first, and an unused pool is not released once too often."""
     calls.append("_cuda_endAllocateToPool fails")
     with pytest.raises(RuntimeError, match="previous error during capture"):
         capture.capture(POOL, lambda: calls.append("spoilt"), Tensor())

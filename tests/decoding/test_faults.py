@@ -22,7 +22,7 @@ PROMPT = torch.tensor([[5, 143, 90, 91, 321, 324]])
 
 
 class Injected(Exception):
-    """Raised by a test in the middle of something."""
+    """An error that a test raises in the middle of something."""
 
 
 def out_of_memory(*arguments, **kwargs):
@@ -72,7 +72,7 @@ WAYS = {
 @pytest.mark.parametrize("error", [Injected(), KeyboardInterrupt()], ids=["exception", "interrupt"])
 @pytest.mark.parametrize("way", WAYS)
 def test_exception_in_the_callers_code(tiny_model, way, error):
-    """It comes out as it is, from generate and from a stream, and the next answer is what it was."""
+    """The error comes out unchanged, from ``generate`` and from a stream, and the next answer is right."""
     expected = tiny_model.generate(PROMPT, **GREEDY).tolist()
     with pytest.raises(type(error)):
         tiny_model.generate(PROMPT, **GREEDY, **WAYS[way](error))
@@ -118,7 +118,7 @@ def test_two_threads_chat_on_one_model(tiny_model, tiny_tokenizer):
 
 
 class StandInSession:
-    """Counts up instead of computing: the bookkeeping around it is what is tested."""
+    """Count up instead of computing, because the test is about the bookkeeping around it."""
 
     graphs = SimpleNamespace(capture_failed=False)
 
@@ -140,7 +140,7 @@ class StandInSession:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """A model without weights that the captured loop takes, and a request of four tokens."""
+    """Return a model without weights that the captured loop takes, and a request of four tokens."""
     monkeypatch.setattr(loop, "check_model", lambda model: ("key",))
     monkeypatch.setattr(engine, "check_sizes", lambda model: None)
     monkeypatch.setattr(engine, "Session", StandInSession)
@@ -155,17 +155,17 @@ def stand_in(monkeypatch):
 
 
 def test_interrupt_at_every_line(stand_in):
-    """KeyboardInterrupt before each line of loop.py and engine.py in turn: the model is free and answers at once.
+    """After an interrupt before any line of decoding/loop.py or decoding/engine.py, the model answers at once.
 
-    Lines that only open a block are left out: Python lets no interrupt in between taking a lock and standing inside its
-    block, but a trace function would.
+    Lines that only open a block are left out: Python takes a lock and enters its block without an interrupt between
+    the two, but a trace function can raise there.
     """
     model, request = stand_in
     files = {loop.__file__: open(loop.__file__).readlines(), engine.__file__: open(engine.__file__).readlines()}
     expected = [10, 11, 12, 13]
 
     def run_until(stop):
-        """Whether the answer was finished before line number ``stop`` of the run came up."""
+        """Tell whether the answer was finished before line number ``stop`` of the run."""
         count = 0
 
         def trace(frame, event, argument):
@@ -210,7 +210,7 @@ def test_a_thread_that_holds_the_model_is_not_left_waiting_for_itself(stand_in):
 
 @pytest.mark.parametrize("step", [0, 2], ids=["prompt", "later token"])
 def test_out_of_memory_on_the_plain_path(tiny_model, monkeypatch, step):
-    """The error says what was asked for, what it takes, what is free and what would fit; the next answer is right."""
+    """The error says what was asked for, what it takes, what is free and what fits; the next answer is right."""
     expected = tiny_model.generate(PROMPT, **GREEDY).tolist()
     normal, calls = type(tiny_model.transformer).forward, []
 
@@ -239,7 +239,7 @@ def test_out_of_memory_on_the_plain_path(tiny_model, monkeypatch, step):
 
 
 def test_what_would_fit_fits(tiny_model):
-    """The numbers of the error, put into its own estimate, need no more than was free; one more would."""
+    """By the error's own estimate, the numbers that it names fit into the free memory, and one token more does not."""
     for batch, prompt, total, free in ((1, 20, 10**6, 2**28), (64, 20, 4000, 2**28), (8, 900, 5000, 2**27)):
         tokens = memory.most_tokens(tiny_model, batch, prompt, free)
         sequences = memory.most_sequences(tiny_model, prompt, total, free)
@@ -269,7 +269,7 @@ def test_other_errors_are_left_alone(tiny_model, monkeypatch):
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"stream": True}], ids=["search", "beams", "stream"])
 def test_the_error_holds_no_memory(tiny_model, monkeypatch, settings):
-    """Whoever looks at the exception does not hold the activations or the cache of the run that failed."""
+    """A kept exception holds neither the activations nor the cache of the failed run."""
     normal, held = type(tiny_model.transformer).forward, []
 
     def short(self, *arguments, **kwargs):
@@ -306,13 +306,13 @@ def test_the_error_holds_no_memory(tiny_model, monkeypatch, settings):
     assert caught.value.__cause__ is not None
     assert len(held) == 6 and [reference() for reference in held[3:]] == [None] * 3
     assert len(masks) == 1 and masks[0]() is None
-    # What would fit is said of the memory that is free once all this is.
+    # The error's estimate counts the memory that is free after all this is gone.
     assert seen[-1] == [True] * 3
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the address space is limited by Linux' RLIMIT_AS")
 def test_real_out_of_memory_on_a_cpu(tiny_dir):
-    """With a few hundred MB left to the process: torch's allocator really fails, and the process goes on."""
+    """The process goes on after torch's allocator really fails, with a few hundred MB left to it."""
     script = """
         import re, resource, sys
         import torch
@@ -343,7 +343,7 @@ def test_real_out_of_memory_on_a_cpu(tiny_dir):
 
 
 def test_turns_leave_no_memory_behind(tiny_model, tiny_tokenizer):
-    """Sixty turns of mixed lengths, some of them abandoned: Python objects and their memory stay flat."""
+    """Python objects and their memory stay flat over sixty turns of mixed lengths, some of them abandoned."""
     queries = ["你好", "晚上睡不着怎么办？" * 3, "hello " * 20, "a"]
 
     def turns(count):
@@ -375,7 +375,7 @@ def test_turns_leave_no_memory_behind(tiny_model, tiny_tokenizer):
 
 
 def test_a_prompt_keeps_no_layers_input(tiny_model):
-    """Only what is asked for with output_hidden_states: 28 layers' inputs would be most of a long prompt's memory."""
+    """Layers' inputs live only with ``output_hidden_states``; 28 would be most of a long prompt's memory."""
     alive, inputs = [], []
 
     def note(layer, arguments):

@@ -1,4 +1,4 @@
-"""Faults and memory on a GPU: those injected on a CPU too, memory that is really short, long use, the stated bound."""
+"""Faults and memory on a GPU: injected faults, memory that is really short, long use and the stated bound."""
 
 import contextlib
 import gc
@@ -22,29 +22,29 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 MB = 2**20
-# A few small tensors of torch's own may come with a captured graph.
+# A captured graph may come with a few small tensors of torch's own.
 SLACK = 2**16
 
 
 def keep_longest_table(model):
-    """Make the rotary table that the longest request here asks for: the model keeps it, as it keeps its weights."""
+    """Make the rotary table for the longest request here, because the model keeps it like its weights."""
     model.transformer.rotary.get(4096, model.device, model.dtype)
 
 
 def allocated():
-    """Bytes allocated, but for the cuBLAS workspaces that torch keeps, one for each thread and stream with a product.
+    """Return the allocated bytes, without the cuBLAS workspaces that torch keeps for each thread and stream.
 
-    Which of them there are depends on what ran before; test_new_sessions_leave_memory_flat counts them too.
+    Those workspaces depend on what ran before; ``test_new_sessions_leave_memory_flat`` counts them too.
     """
     torch.cuda.synchronize()
-    # Without a public name, but with this private one from torch 2.4 to 2.13.
+    # The function has no public name, only this private one from torch 2.4 to 2.13.
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     return torch.cuda.memory_allocated()
 
 
 def settled(model):
-    """Bytes allocated once everything that can be given back is."""
+    """Return the allocated bytes after everything that can be given back is."""
     model.release_cache()
     gc.collect()
     return allocated()
@@ -52,7 +52,7 @@ def settled(model):
 
 @contextlib.contextmanager
 def only_free(size):
-    """The process may take ``size`` bytes more of the GPU's memory than it has."""
+    """Let the process take only ``size`` bytes of the GPU's memory in addition to what it has."""
     fraction = (torch.cuda.memory_reserved() + size) / torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction(fraction)
     try:
@@ -71,12 +71,12 @@ def test_as_in_the_interpreter_and_memory_returns(single, check):
 
 @pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("out of memory"), KeyboardInterrupt()], ids=repr)
 def test_fault_inside_a_capture(single, error):
-    """Between the beginning and the end of a capture: the stream is not left capturing, the memory comes back."""
+    """After a fault inside a capture, the stream is not capturing any more and the memory comes back."""
     ids = prompt(single, 12)
     settings = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
     expected = single.generate(ids, **settings).tolist()
     before = settled(single)
-    # The first step runs as it is, the second call of the method is its capture.
+    # The first step runs eagerly; the second call of the method is its capture.
     with fault_checks.failing_at("_run", 2, error):
         if isinstance(error, KeyboardInterrupt):
             with pytest.raises(KeyboardInterrupt):
@@ -84,7 +84,7 @@ def test_fault_inside_a_capture(single, error):
         else:
             with expect(captured=1):
                 assert single.generate(ids, **settings).tolist() == expected
-    # The parameter outlives the test, and would keep the frames that it passed through.
+    # The error is a parameter, which outlives the test and would keep the frames that it passed through.
     error.with_traceback(None)
     assert not torch.cuda.is_current_stream_capturing()
     assert settled(single) <= before + SLACK
@@ -94,14 +94,14 @@ def test_fault_inside_a_capture(single, error):
 
 
 def spoil():
-    """CUDA forbids to wait for a stream that is capturing, and ends no capture well in which that was tried."""
+    """Spoil a capture by waiting for its stream, which CUDA forbids, and raise ``KeyboardInterrupt``."""
     with pytest.raises(RuntimeError, match="captur"):
         torch.cuda.current_stream().synchronize()
     raise KeyboardInterrupt
 
 
 def test_fault_that_spoils_a_capture(single):
-    """The interrupt comes out, not CUDA's error; random numbers, memory and further captures are as before."""
+    """The interrupt comes out instead of CUDA's error; random numbers, memory and later captures are as before."""
     ids = prompt(single, 12)
     settings = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
     expected = single.generate(ids, **settings).tolist()
@@ -123,7 +123,7 @@ def test_fault_that_spoils_a_capture(single):
 
 
 def test_an_old_graph_that_is_garbage_during_a_capture(single):
-    """torch 2.11 destroys graphs with a call that spoils a capture, if the collector finds one in the midst of it."""
+    """An old graph in the garbage does no harm, although torch 2.11 would spoil a capture by destroying it."""
     ids = prompt(single, 12)
     settings = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
     expected = single.generate(ids, **settings).tolist()
@@ -164,7 +164,7 @@ def test_abandoned_and_failed_streams_return_their_memory(single):
 
 
 def test_new_sessions_leave_memory_flat(single):
-    """torch keeps a cuBLAS workspace for each stream on which a step of 80 sequences was captured."""
+    """Memory stays flat over sessions, although torch keeps a cuBLAS workspace for each capturing stream."""
     ids = prompt(single, 12, batch=80)
 
     def held(tokens):
@@ -184,7 +184,7 @@ def test_new_sessions_leave_memory_flat(single):
 
 
 def test_two_threads_on_the_plain_path(single):
-    """They launch kernels on one stream side by side; nothing of one is read by the other."""
+    """Threads that launch kernels on one stream side by side read nothing of each other."""
     ids = [prompt(single, 10 + 7 * index, seed=index) for index in range(3)]
     settings = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": None}
     with plain_path():
@@ -203,7 +203,7 @@ def test_two_threads_on_the_plain_path(single):
 
 
 def test_real_out_of_memory_for_the_cache(single):
-    """Half a gigabyte asked for where 0.3 are left: the plain path answers."""
+    """The plain path answers a request for half a gigabyte with 0.3 left."""
     ids = prompt(single, 10, batch=8)
     settings = {"do_sample": False, "eos_token_id": None}
     expected = single.generate(ids, **settings, max_new_tokens=3).tolist()
@@ -216,7 +216,7 @@ def test_real_out_of_memory_for_the_cache(single):
 
 
 def test_real_out_of_memory_in_the_prompt(single):
-    """The error comes with numbers, holds no memory, and what it says would fit does."""
+    """The error has numbers and holds no memory, and the batch that it names fits."""
     ids = prompt(single, 1500, batch=64)
     settings = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 4}
     check_equal(single, input_ids=ids[:1, -20:], max_new_tokens=3)
@@ -240,7 +240,7 @@ def test_real_out_of_memory_in_the_prompt(single):
 
 
 def test_real_out_of_memory_in_a_long_answer(single):
-    """The plain path's cache grows until nothing is left; the tokens that the error names do fit."""
+    """If the plain path's cache grows until nothing is left, the tokens that the error names do fit."""
     ids = prompt(single, 20, batch=64)
     settings = {"do_sample": False, "eos_token_id": None}
     single.generate(ids[:1], **settings, max_new_tokens=2)
@@ -258,7 +258,7 @@ def test_real_out_of_memory_in_a_long_answer(single):
 
 
 def test_a_thousand_turns_leave_memory_flat(single):
-    """Prompts of 3 to 500 tokens, greedy and sampled, whole, streamed and abandoned."""
+    """Memory stays flat over prompts of 3 to 500 tokens: greedy, sampled, streamed and abandoned."""
 
     def turn(number):
         ids = prompt(single, 3 + (number * 37) % 498, seed=number)
@@ -289,7 +289,7 @@ def test_a_thousand_turns_leave_memory_flat(single):
 
 @pytest.fixture(scope="module")
 def wide():
-    """Two layers of the real widths and the real vocabulary, in float16, with random weights."""
+    """Return two layers of the real widths and vocabulary, in float16 with random weights."""
     from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
     from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 
@@ -302,7 +302,7 @@ def wide():
 @pytest.mark.parametrize("sampler", [{"do_sample": False}, {"do_sample": True, "top_k": 0, "top_p": 0.9}], ids=str)
 @pytest.mark.parametrize("lengths", [(20,), (2000,), (1000,) * 8, (300, 700) * 16], ids=lambda n: f"{len(n)}x{max(n)}")
 def test_peak_memory_is_within_the_bound(wide, lengths, sampler):
-    """docs/questions.md states weights, cache and workspace; the peak is what generation takes beside the weights."""
+    """Generation takes at most the cache and workspace that docs/questions.md states in addition to the weights."""
     before, batch, longest = settled(wide), len(lengths), max(lengths)
     inputs = padded(wide, lengths)
     torch.cuda.reset_peak_memory_stats()

@@ -26,8 +26,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 
-# Where two paths round differently, a token may differ only if the two best logits are nearer than this: a few units in
-# the last place of the tiny model's float16 logits, whose magnitude is below 16.
+# Two paths that round differently may choose different tokens only if the two best logits are nearer than this: a few
+# units in the last place of the tiny model's float16 logits, whose magnitude is below 16.
 NEAR_TIE = 0.05
 EVERYWHERE = loop_checks.EVERYWHERE + lifecycle_checks.EVERYWHERE + release_checks.EVERYWHERE
 EXACT = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
@@ -40,7 +40,7 @@ def test_as_in_the_interpreter(single, check):
 
 @pytest.mark.parametrize("captured", [True, False])
 def test_ids_on_the_cpu(single, captured):
-    """transformers 5.24 takes them, and moves them to the model; the answer is where the ids are."""
+    """Ids on the CPU are moved to the model, as in transformers 5.24, and the answer is where the ids are."""
     ids = prompt(single, 6, batch=2)
     settings = {"do_sample": False, "max_new_tokens": 4, "repetition_penalty": 1.3}
     with contextlib.nullcontext() if captured else loop_checks.plain_path():
@@ -100,7 +100,7 @@ def test_many_end_ways(half):
 
 @pytest.mark.parametrize("batch", [1, 5, 33])
 def test_runs_repeat_to_the_bit(half, batch):
-    """The same kernels in the same order, whether they ran as they are or captured."""
+    """Runs repeat to the bit, because the same kernels run in the same order, eagerly or captured."""
     ids = prompt(half, 12, batch=batch)
     first = half.generate(ids, do_sample=False, max_new_tokens=20, eos_token_id=None)
     for _ in range(10):
@@ -155,7 +155,7 @@ def test_the_count_of_synchronisations_can_fail():
 
 
 def test_memory_is_freed(load_on_gpu, half):
-    # Scratch memory that the process keeps for the prompt's kernels.
+    # This run takes the scratch memory that the process keeps for the prompt's kernels.
     half.generate(prompt(half, 10), **EXACT)
     gc.collect()
     torch.cuda.synchronize()
@@ -176,14 +176,14 @@ def test_memory_is_freed(load_on_gpu, half):
     gone = weakref.ref(model)
     del model
     gc.collect()
-    # A few small tensors of torch's own may have come with the first captured graph.
+    # The first captured graph may have come with a few small tensors of torch's own.
     assert gone() is None and torch.cuda.memory_allocated() <= empty + 2**16
 
 
 def test_capture_beside_a_busy_thread(single):
-    """Another thread allocates and computes on its own stream while graphs are captured.
+    """Graphs are captured while another thread allocates and computes on its own stream.
 
-    It draws no random numbers on the GPU: torch's generator for it is part of every capture, whoever captures.
+    That thread draws no random numbers on the GPU, because torch's generator there is part of every capture.
     """
     expected = single.generate(prompt(single, 10), **EXACT).tolist()
     stop, failures, done = threading.Event(), [], []
@@ -231,7 +231,7 @@ def test_too_large_a_cache_takes_the_plain_path(single):
 
 
 def test_moved_weights(load_on_gpu):
-    """.half(), .cpu() and back, and loading other values in place."""
+    """Weights that were moved by ``half``, ``cpu`` and back, or loaded in place, serve from the next call on."""
     model = load_on_gpu(torch.float32)
     ids = prompt(model, 10)
     first = check_equal(model, input_ids=ids, max_new_tokens=6)

@@ -1,4 +1,4 @@
-"""The decode loop on a CPU, its kernels in Triton's interpreter and its steps run one by one instead of captured.
+"""The decode loop on a CPU, with its kernels in Triton's interpreter and its steps run eagerly instead of captured.
 
 The interpreter is chosen by an environment variable when the kernels are imported, so the checks run in one process of
 their own, which this file starts as a program.
@@ -32,7 +32,7 @@ TABLE = {check.__name__: check for check in table_checks.EVERYWHERE}
 
 
 def run_all() -> dict[str, str | None]:
-    """Name of each check and what went wrong, None where nothing did."""
+    """Map the name of each check to what went wrong, or to None."""
     import torch
     from interpreter_blocks import use_large_blocks
 

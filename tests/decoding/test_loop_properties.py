@@ -17,7 +17,7 @@ from request_checks import GREEDY, SAMPLED, check, requests  # noqa: E402
 from worker import Worker, serve  # noqa: E402
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "golden" / "ckpt" / "tiny"
-# Both loops compute in float32, and nothing but the order of their sums differs.
+# Both loops compute in float32 and differ only in the order of their sums.
 NEAR_TIE = 1e-4
 
 
@@ -44,7 +44,7 @@ def test_sampling_in_the_interpreter(interpreter, request):
 
 
 def small_model():
-    """One narrow layer: the interpreter takes its time for every program of a kernel."""
+    """Return a model of one narrow layer, because the interpreter is slow for every program of a kernel."""
     import torch
 
     from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
@@ -60,7 +60,7 @@ def small_model():
 
 
 def main() -> None:
-    """Answer requests with None or what went wrong."""
+    """Answer each request with None or with what went wrong."""
     import traceback
 
     import torch

@@ -17,14 +17,14 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 
-# Where two paths round differently, a token may differ only if transformers' scores of the two are nearer than this:
-# the golden data's tolerance, and a few units in the last place of float16 logits below 16, which a penalty may double.
+# Two paths that round differently may choose different tokens only if transformers' scores are nearer than this: the
+# golden data's tolerance, and a few units in the last place of float16 logits below 16, which a penalty may double.
 NEAR_TIE = {torch.float32: 1e-3, torch.float16: 0.1}
 
 
 @pytest.fixture(scope="module")
 def counted():
-    """What happened, to be shown with pytest -s."""
+    """Count what happened, and print it for ``pytest -s``."""
     results = Counter()
     yield results
     print(dict(results))
@@ -51,5 +51,5 @@ def test_greedy_search_in_float16(half, tiny_tokenizer, counted, request):
 @examples(short=100, long=5000)
 @given(request=requests(6, 40, 12, SAMPLED))
 def test_sampling(single, tiny_tokenizer, counted, request):
-    """In float32 only: half precision moves tokens over the edge of top_p."""
+    """Sampling is compared in float32 only, because half precision moves tokens over the edge of ``top_p``."""
     run(single, tiny_tokenizer, request, counted, "sampling")

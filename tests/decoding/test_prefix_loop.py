@@ -1,4 +1,4 @@
-"""The captured loop behind a P-Tuning prefix against stock and transformers' loop: interpreted, and on a GPU."""
+"""The captured loop after a P-Tuning prefix against stock and transformers' loop: interpreted, and on a GPU."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ EXACT = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
 
 
 def load(kind: str, device: str) -> torch.nn.Module:
-    """The tiny model in float32 with a golden prefix of 8 keys."""
+    """Load the tiny model in float32 with a golden prefix of 8 keys."""
     from safetensors.torch import load_file
 
     from faster_chatglm_6b.configuration_chatglm import ChatGLMConfig
@@ -35,7 +35,7 @@ def load(kind: str, device: str) -> torch.nn.Module:
 
 
 def stock_tokens(model: torch.nn.Module, kind: str, tokens: int = 8) -> None:
-    """The tokens of the stock code: both kinds of prompt, and a padded batch."""
+    """Check that both kinds of prompt and a padded batch give stock's tokens."""
     from safetensors.torch import load_file
 
     tensors = load_file(GOLDEN / "golden" / "tiny" / f"ptuning_proj{KINDS.index(kind)}.safetensors")
@@ -61,7 +61,7 @@ def cache_that_must_hold_the_prefix_too(model: torch.nn.Module) -> None:
     kept, session._SMALLEST_CAPACITY = session._SMALLEST_CAPACITY, 16
     try:
         model.release_cache()
-        # One key more than 16 with the prefix, and one less without it.
+        # One key more than 16 with the prefix, fewer than 16 without it.
         check_equal(model, input_ids=prompt(model, 5), max_new_tokens=4, eos_token_id=None)
         assert loop.engine_of(model)._sessions[1].capacity == 32
     finally:
@@ -70,7 +70,7 @@ def cache_that_must_hold_the_prefix_too(model: torch.nn.Module) -> None:
 
 
 def trained_prefix(model: torch.nn.Module) -> None:
-    """New prefix values serve from the next call on; a hook on the prefix runs, as on the plain path."""
+    """Check that new prefix values serve from the next call on and that a hook on the prefix runs."""
     ids, encoder = prompt(model, 6), model.transformer.prefix_encoder
     before = check_equal(model, input_ids=ids, max_new_tokens=3, eos_token_id=None)
     weight = encoder.embedding.weight
@@ -143,7 +143,7 @@ class TestOnAGPU:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("prefix_dtype", [torch.float32, None], ids=["float32 prefix", "same prefix"])
     def test_half(self, kind, dtype, prefix_dtype):
-        """The trainer keeps the prefix in float32 above a half model."""
+        """A half model serves with a prefix of its own dtype, or of float32 as the trainer keeps it."""
         model = load(kind, "cuda").to(dtype)
         model.transformer.prefix_encoder.to(prefix_dtype or dtype)
         prompts = [prompt(model, 3 + seed, seed) for seed in range(40)]

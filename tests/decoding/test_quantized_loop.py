@@ -19,7 +19,7 @@ EXACT = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
 
 
 def load(name: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """A stored quantised checkpoint, or one quantised here in groups with its head."""
+    """Load a stored quantised checkpoint, or quantise one here in groups with its head."""
     from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 
     bits, grouped = name.split()[0], "groups" in name
@@ -31,13 +31,13 @@ def load(name: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
 
 
 def check_tokens(model: torch.nn.Module, tokens: int) -> None:
-    """One sequence, and a padded batch."""
+    """Check one sequence and a padded batch."""
     ids = loop_checks.prompt(model, 6)
     loop_checks.check_equal(model, input_ids=ids, max_new_tokens=tokens, eos_token_id=None)
     loop_checks.check_equal(model, **loop_checks.padded(model, [6, 3]), max_new_tokens=tokens, eos_token_id=None)
 
 
-# Two of them, because the interpreter takes seconds for a token.
+# Only two of the models, because the interpreter takes seconds for a token.
 @pytest.mark.parametrize("name", ["int8", "int4 groups head"])
 def test_interpreted(name):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

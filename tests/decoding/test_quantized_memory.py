@@ -1,4 +1,4 @@
-"""What quantising leaves of a GPU's memory."""
+"""The memory that a quantised model leaves free on a GPU."""
 
 import gc
 
@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-# Two layers as wide as ChatGLM-6B's, so that every weight is as large as there, and a small vocabulary.
+# Two layers as wide as ChatGLM-6B's, so that every weight has its real size, and a small vocabulary.
 SETTINGS = {
     "num_layers": 2,
     "vocab_size": 6000,

@@ -1,4 +1,4 @@
-"""Why the captured loop leaves a model to the plain path: whatever its kernels would pass by. No kernel runs here."""
+"""The captured loop leaves a model to the plain path if its kernels would skip something. No kernel runs here."""
 
 import copy
 
@@ -70,7 +70,7 @@ def test_hooked(model, name, kind):
 
 @pytest.mark.parametrize("kind", [blocks.SelfAttention, blocks.GLU, blocks.GLMBlock, nn.Linear, nn.LayerNorm])
 def test_forward_of_a_class_replaced(model, kind, monkeypatch):
-    """As forks patch an attention in for all layers."""
+    """A class with a replaced forward is refused, because forks patch attention in all layers like this."""
     forward = kind.forward
     monkeypatch.setattr(kind, "forward", lambda self, *arguments: forward(self, *arguments))
     with pytest.raises(CannotServe, match="has a forward hook or a replaced forward$"):
@@ -100,7 +100,7 @@ def test_norm_without_vectors(model, settings):
 
 
 def test_plain_modules_of_the_user_are_served(model):
-    """They are what the network is made of."""
+    """Plain norms and linear layers of the user are served, because the network is made of them."""
     norm, linear = model.transformer.final_layernorm, model.get_submodule(LAYER).attention.dense
     put(model, "transformer.final_layernorm", nn.LayerNorm(norm.normalized_shape))
     put(model, f"{LAYER}.attention.dense", nn.Linear(linear.in_features, linear.out_features))
@@ -109,7 +109,7 @@ def test_plain_modules_of_the_user_are_served(model):
 
 @pytest.mark.parametrize("name", [f"{LAYER}.attention.dense", f"{LAYER}.input_layernorm"])
 def test_weight_that_is_no_parameter(model, name):
-    """Its address would not be among those that tell graphs apart."""
+    """A weight that is no parameter is refused, because graphs are told apart by the parameters' addresses."""
     module = model.get_submodule(name)
     weight = module.weight.data
     del module.weight
@@ -124,7 +124,7 @@ def test_model_as_configured_fits(model):
 
 
 def test_pruned_mlp(model):
-    """Plain layers of another width, which the network computes; the kernels' buffers have the configured one."""
+    """Plain layers of another width are refused, because the kernels' buffers have the configured width."""
     mlp = model.get_submodule(LAYER).mlp
     key, inner = check_model(model), mlp.dense_h_to_4h.out_features
     mlp.dense_h_to_4h = nn.Linear(mlp.dense_h_to_4h.in_features, inner // 2)
@@ -135,14 +135,14 @@ def test_pruned_mlp(model):
 
 
 def test_shape_is_part_of_the_key(model):
-    """Memory that a larger weight gave up may hold a smaller one."""
+    """The key holds shapes, because a smaller weight may lie in the memory of a larger one."""
     key, linear = check_model(model), model.get_submodule(LAYER).mlp.dense_h_to_4h
     linear.weight.data, linear.bias.data = linear.weight.data[:-2], linear.bias.data[:-2]
     assert check_model(model) != key
 
 
 def test_epsilon_is_part_of_the_key(model):
-    """It is written into captured graphs."""
+    """The key holds epsilon, because it is written into captured graphs."""
     key = check_model(model)
     model.transformer.final_layernorm.eps *= 2
     assert check_model(model) != key

@@ -20,7 +20,7 @@ def runs(tiny_model):
 
 
 def test_200_random_batches(tiny_model, tiny_tokenizer, runs):
-    """Token for token, with nothing but pads behind the end of a row, and nothing behind the end of the last."""
+    """Each row equals its single run token for token, with only pads after its end."""
     pad, ended_early, ways = tiny_model.config.pad_token_id, 0, dict.fromkeys(WAYS, 0)
     for batch, tokens, way in random_batches(runs.rows, 200):
         inputs = inputs_of(batch, way, tiny_tokenizer, tiny_model.device)
@@ -35,7 +35,7 @@ def test_200_random_batches(tiny_model, tiny_tokenizer, runs):
 
 
 def test_a_shorter_run_is_the_beginning_of_a_longer_one(tiny_model, runs):
-    """What the test above takes for granted of the single runs."""
+    """A shorter limit cuts a single run short, as the test above takes for granted."""
     lengths = {len(row.answer) for row in runs.rows}
     assert lengths >= {1, MOST_TOKENS} and len(lengths) > 4
     for tokens, row in enumerate(runs.rows[:MOST_TOKENS], start=1):

@@ -1,4 +1,4 @@
-"""What ``generate`` gives besides tokens, and the searches and settings that it follows or refuses."""
+"""Outputs of ``generate`` other than tokens, and the searches and settings that it follows or refuses."""
 
 import copy
 import inspect
@@ -21,7 +21,7 @@ PADDED = torch.tensor([PROMPT, [3, 3, 3, 70, 80, 321, 324]])
 NEW = 5
 GREEDY = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 3}
 STATES = {"output_hidden_states": True, "output_attentions": True, "return_dict_in_generate": True}
-# The random checkpoint never draws the end token of these settings; assisted decoding of transformers 4 needs one.
+# Assisted decoding of transformers 4 needs an end token; the random checkpoint never draws this one.
 ASSISTED = {**GREEDY, "eos_token_id": 0}
 
 
@@ -35,7 +35,7 @@ def close(one, other):
 
 
 def check_states(output, whole, prompt, rows=slice(None), heads=None):
-    """Each step's states are rows of one forward over the finished sequences."""
+    """Check that each step's states are rows of one forward over the finished sequences."""
     heads = slice(None) if heads is None else heads
     prefix = whole.attentions[0].shape[2] - whole.attentions[0].shape[1]
     assert len(output.hidden_states) == len(output.attentions) == NEW
@@ -81,13 +81,13 @@ def test_states_of_a_padded_batch(tiny_model):
     output = tiny_model.generate(PADDED, attention_mask=mask, **GREEDY, **STATES)
     whole = by_hand(tiny_model, output.sequences[:, :-1])
     check_states(output, whole, len(PROMPT), rows=slice(0, 1), heads=slice(0, 4))
-    # Pads attend to nothing that counts: only real rows are compared.
+    # Only real rows are compared: what pads attend to does not count.
     for step in range(1, NEW):
         close(output.hidden_states[step][-1], whole.hidden_states[-1][len(PROMPT) + step - 1 : len(PROMPT) + step])
 
 
 def test_states_of_beams(tiny_model):
-    """The last step's beams go on with rows of earlier steps, which beam_indices name."""
+    """``beam_indices`` name the rows of earlier steps that the best sequence went through."""
     output = tiny_model.generate(IDS, **GREEDY, **STATES, num_beams=3, output_scores=True)
     path = output.beam_indices[0].tolist()
     assert len(path) == NEW and [one[-1].shape[:2] for one in output.hidden_states] == [(7, 3), *[(1, 3)] * (NEW - 1)]
@@ -139,7 +139,7 @@ def test_states_without_a_dict_change_nothing(tiny_model):
 
 
 def test_states_with_embeddings_are_those_of_the_embeddings(tiny_model):
-    """Drafts have no embeddings of the caller's: assisted decoding read the ids instead, without a word."""
+    """States follow the caller's embeddings; assisted decoding is refused, because drafts have none."""
     embeds = torch.zeros(1, len(PROMPT), 128)
     output = tiny_model.generate(input_ids=IDS, inputs_embeds=embeds, **GREEDY, **STATES)
     close(output.hidden_states[0][0], embeds.transpose(0, 1))
@@ -147,11 +147,8 @@ def test_states_with_embeddings_are_those_of_the_embeddings(tiny_model):
         tiny_model.generate(input_ids=IDS, inputs_embeds=embeds, **ASSISTED, prompt_lookup_num_tokens=3)
 
 
-# Guidance.
-
-
 def guided_by_hand(model, ids, negative, scale, tokens):
-    """Greedy tokens of the definition, without any cache; one row, negative [1, N]."""
+    """Compute greedy tokens from the definition, without any cache; one row, negative [1, N]."""
     answer, found = ids[:, :0], []
     for _ in range(tokens):
         with torch.no_grad():
@@ -202,7 +199,7 @@ def test_guidance_of_batches_beams_drafts_and_streams(tiny_model):
 
 
 def test_guidance_of_an_answer_that_has_begun(tiny_model):
-    """Without a negative prompt the context is left out, and nothing of the answer."""
+    """Without a negative prompt, guidance leaves out the context and keeps the whole answer."""
     begun = torch.tensor([[*PROMPT, 36, 158], [3, 70, 80, 320, 90, 324, 40, 41, 42]])
     rows = tiny_model.generate(begun, **GREEDY, guidance_scale=1.7)
     for row, other in zip(rows, ([321, 324, 36, 158], [320, 324, 40, 41, 42]), strict=True):
@@ -243,9 +240,6 @@ def test_guidance_of_another_model_is_left_alone(tiny_model):
     assert theirs in found and not [one for one in found if isinstance(one, PrefixGuidanceLogitsProcessor)]
 
 
-# Searches and settings.
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -253,7 +247,7 @@ def test_guidance_of_another_model_is_left_alone(tiny_model):
         ({"dola_layers": "low"}, "DoLa reads hidden states"),
         ({"token_healing": True}, "nothing to heal"),
         ({"use_mtp": True}, "no heads that predict several tokens"),
-        # transformers 4 says itself that it knows no such cache.
+        # transformers 4 itself refuses this cache as unknown.
         ({"cache_implementation": "paged"}, "Continuous batching|Invalid `cache_implementation` .paged."),
     ],
 )

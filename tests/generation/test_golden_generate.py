@@ -12,7 +12,7 @@ def cases(golden_json):
 
 
 def arguments(case, config):
-    """What stock was given: ids, and for padded calls the 4-D mask and the positions that the tokenizer makes."""
+    """Return stock's arguments: ids, and for padded calls the tokenizer's 4-D mask and positions."""
     input_ids = torch.tensor(case["prompt_ids"])
     if "attention_mask" not in case["inputs"]:
         return {"input_ids": input_ids}
@@ -41,7 +41,7 @@ def test_greedy_and_processors(tiny_model, cases):
 
 
 def test_min_length_goes_on_with_the_best_allowed_token(tiny_model, cases):
-    """Stock takes the -inf of min_length for an overflow only in chat; plain generate is right and must stay equal."""
+    """``min_length`` gives stock's ids; only stock's chat takes its -inf for an overflow."""
     for name in names(cases, "min_length"):
         case = cases[name]
         assert (
@@ -50,10 +50,13 @@ def test_min_length_goes_on_with_the_best_allowed_token(tiny_model, cases):
 
 
 def reference_beams(model, input_ids, num_beams, max_length, layout_mask=None):
-    """Beam search over whole sequences, in transformers' way of since 4.36: finished beams are scored by the generated
-    tokens alone (and <eop> among them). One row; no processors; early_stopping False; length_penalty 1.
+    """Search beams over whole sequences, with transformers' scores since 4.36.
 
-    Returns the sequences from best to worst.
+    Finished beams are scored by their generated tokens alone, ``<eop>`` among them. One row, without processors;
+    ``early_stopping`` is False, ``length_penalty`` 1.
+
+    Returns:
+        The sequences from best to worst.
     """
     eos, prompt = model.config.eos_token_id, input_ids.shape[1]
     beams, finished = [(0.0, input_ids[0].tolist())], []
@@ -80,8 +83,10 @@ def reference_beams(model, input_ids, num_beams, max_length, layout_mask=None):
 
 
 def test_beams(tiny_model, cases):
-    """Stock's ids where no beam ended early; transformers scores ended beams differently since 4.36 (without the
-    prompt), so those are compared with a loop of our own over uncached forwards."""
+    """Beams equal our own uncached loop, and stock's ids if no beam ended early.
+
+    transformers scores ended beams without the prompt since 4.36, so stock's ids differ there.
+    """
     equal_to_stock = 0
     for name in names(cases, "beam3|"):
         case = cases[name]
@@ -115,7 +120,7 @@ def test_beams_over_a_padded_batch_equal_the_single_rows(tiny_model, cases):
 
 
 def test_masks_and_positions(tiny_model, golden_json):
-    """Stock takes pads without a mask for tokens; a run of pad ids at the start is padding for us."""
+    """Masks and positions equal stock's, but a run of pad ids at the start is padding even without a mask."""
     for case in golden_json("masks_positions")["cases"]:
         input_ids = torch.tensor(case["input_ids"])
         if "error" in case:
@@ -137,7 +142,7 @@ def test_masks_and_positions(tiny_model, golden_json):
 
 @pytest.mark.parametrize("form", ["stock", "2-D", "ids alone"])
 def test_a_padded_row_equals_its_single_run(tiny_model, golden_tensors, form):
-    """Stock ignores a 2-D mask, and pads without a mask; both are honoured."""
+    """A 2-D mask and pads without a mask are honoured, both of which stock ignores."""
     batch = golden_tensors("batch")
     input_ids = batch["input_ids"]
     inputs = {"input_ids": input_ids}
@@ -155,7 +160,7 @@ def test_a_padded_row_equals_its_single_run(tiny_model, golden_tensors, form):
 
 
 def test_padded_and_unpadded_calls_agree_about_the_mask_token(tiny_model, tiny_tokenizer, cases):
-    """Stock's tokenizer prefers [MASK] for the mask position, its model [gMASK], so the two calls differ there."""
+    """Both calls agree; in stock they differ, for its tokenizer prefers ``[MASK]`` and its model ``[gMASK]``."""
     stock = [
         cases[f"text_with_special_{form}|北京是[MASK]的首都"]["output_ids"] for form in ("unpadded", "padded_call")
     ]
@@ -169,7 +174,7 @@ def test_padded_and_unpadded_calls_agree_about_the_mask_token(tiny_model, tiny_t
 
 
 def test_other_modes(tiny_model, cases):
-    """Prompt lookup, static cache, return_dict, several sequences, streamer, stopping criteria, processors."""
+    """Lookup, static cache, dicts, several sequences, streamers, criteria and processors keep stock's ids."""
     from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
     from transformers.generation.streamers import BaseStreamer
 

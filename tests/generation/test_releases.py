@@ -1,4 +1,4 @@
-"""The tripwire for new releases of transformers: each step of any generation reads what is new and no more."""
+"""The tripwire for new releases of transformers: each step of a generation reads only what is new."""
 
 import contextlib
 import copy
@@ -37,7 +37,7 @@ SETTINGS = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None}
 
 @contextlib.contextmanager
 def quietly(but=()):
-    """No word of deprecation from transformers inside, but what begins so, and nothing noticed about it."""
+    """Check that transformers warns of no deprecation inside, except for texts that begin with ``but``."""
     records = []
     handler = logging.Handler()
     handler.emit = records.append
@@ -57,14 +57,14 @@ def quietly(but=()):
 
 @pytest.fixture
 def quiet():
-    """``quietly`` around the test's own generations."""
+    """Run the whole test inside ``quietly``."""
     with quietly():
         yield
 
 
 @pytest.fixture(params=["float", "int8", "prefix", "projected prefix", "LoRA", "merged LoRA"])
 def model(request, golden_dir, load_tuned):
-    """The tiny checkpoint in each form in which people use it."""
+    """Load the tiny checkpoint in each form in which people use it."""
     if "prefix" in request.param:
         return load_tuned(int("projected" in request.param))
     folder = golden_dir / "ckpt" / ("tiny-int8" if request.param == "int8" else "tiny")
@@ -88,7 +88,7 @@ class Ignored(BaseStreamer):
 
 
 def network_of(model):
-    """Our model, out of the wrapper that PEFT puts around it."""
+    """Return our model from inside the wrapper that PEFT puts around it."""
     return model if isinstance(model, ChatGLMForConditionalGeneration) else model.get_base_model()
 
 
@@ -137,7 +137,7 @@ def test_streams_read_one_token_per_step(model, tiny_tokenizer, quiet):
 
 
 def test_a_filled_cache_is_gone_on_with(tiny_model, quiet):
-    """Turns that hand their cache on, under either name, read what is new."""
+    """Turns that hand their cache on, under either name, read only what is new."""
     whole = tiny_model.generate(IDS, **{**SETTINGS, "max_new_tokens": 2 * NEW}).tolist()
     for name in ("past_key_values", "cache"):
         cache = DynamicCache()
@@ -149,7 +149,7 @@ def test_a_filled_cache_is_gone_on_with(tiny_model, quiet):
 
 
 def test_a_returned_cache_is_gone_on_with(tiny_model):
-    """transformers 4.45 and 4.46 made a tuple of it, of another layout than stock's."""
+    """A returned cache serves the next turn, also as the tuple that transformers 4.45 and 4.46 make of it."""
     whole = tiny_model.generate(IDS, **{**SETTINGS, "max_new_tokens": 2 * NEW}).tolist()
     first = tiny_model.generate(IDS, **SETTINGS, return_dict_in_generate=True)
     with rows_read(tiny_model) as rows:
@@ -167,15 +167,15 @@ def test_two_caches_are_refused(tiny_model):
 
 
 def test_assisted_decoding(tiny_model):
-    """A draft of at most three tokens and the token before it, never the whole sequence; the same tokens."""
-    # transformers 4 and 5.0 fail here without an end token: one that is not said.
+    """Each step reads a draft of at most three tokens and the token before it; the tokens stay the same."""
+    # transformers 4 and 5.0 fail here without an end token, so the test gives one that is never drawn.
     settings = {**SETTINGS, "eos_token_id": 0}
     expected = tiny_model.generate(IDS, **settings).tolist()
     assert len(expected[0]) == len(PROMPT[0]) + NEW
     assistant = copy.deepcopy(tiny_model)
     assistant.generation_config.num_assistant_tokens = 3
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
-    # transformers calls the assistant in a way that it deprecates itself.
+    # transformers calls the assistant in a way that transformers itself deprecates.
     its_own = ("Passing `generation_config` together with generation-related arguments",)
     with quietly(but=its_own), rows_read(tiny_model) as rows, rows_read(assistant) as drafts:
         output = tiny_model.generate(IDS, **settings, assistant_model=assistant)
@@ -216,7 +216,7 @@ def test_a_renamed_cache_reaches_every_step(tiny_model, quiet):
 
 
 def test_a_cache_of_the_callers_under_a_third_name(tiny_model, quiet):
-    """generate() takes the names of today and hands on the release's own, which no check for unused arguments minds."""
+    """``generate`` takes today's names and hands on the release's own name without a complaint about it."""
     prepare = GenerationMixin._prepare_cache_for_generation
 
     def nothing_more_to_prepare(self, generation_config, model_kwargs, *args, **kwargs):
@@ -257,7 +257,7 @@ def test_a_search_that_is_gone_is_said():
 
 
 def test_a_network_with_the_former_arguments(tiny_model, quiet):
-    """A replaced inner forward need not know the newer name."""
+    """A replaced inner forward need not know the cache's newer name."""
     model = copy.deepcopy(tiny_model)
     forward = model.transformer.forward
     names = [name for name in signature(forward).parameters if name != "cache"]
@@ -283,7 +283,7 @@ def test_early_exits_are_refused_before_anything_changes(tiny_model):
 
 
 def test_settings_in_a_generation_config(tiny_model, tiny_tokenizer, quiet):
-    """transformers 5 warns of arguments beside one, and chat has arguments of its own."""
+    """A generation config serves alone, and in chat beside chat's own arguments, without a warning."""
     config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=[0])
     config.cache_implementation = "static"
     before = config.to_dict()
@@ -298,7 +298,7 @@ def test_settings_in_a_generation_config(tiny_model, tiny_tokenizer, quiet):
 
 
 def test_a_cache_that_transformers_does_not_hand_on(tiny_model, quiet):
-    """Should a release look for it elsewhere in the outputs, the next step gets it all the same."""
+    """The next step gets the cache even if transformers does not find it in the outputs."""
     original = GenerationMixin._update_model_kwargs_for_generation
 
     def without_cache(self, outputs, model_kwargs, **kwargs):
@@ -330,7 +330,7 @@ def test_a_lost_cache_is_said_once(tiny_model):
 
 
 def test_only_steps_of_one_generation_are_compared():
-    """What is no later step of the same generate() call is no loss: a single one, another call, a step that is cut."""
+    """A single step, another call and a cut step are no later steps of one generation, so no cache counts as lost."""
 
     def lost(*steps):
         with notices() as found:
@@ -367,7 +367,7 @@ def test_no_cache_is_what_the_caller_asked_for(tiny_model, quiet):
 
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}, {"quantization_bit": 8}])
 def test_loading_and_saving(options, tmp_path, quiet):
-    """The name of the dtype's argument changed in 4.56."""
+    """Loading and saving warn of nothing, although the dtype's argument changed its name in 4.56."""
     settings = {"trust_remote_code": True}
     tokenizer = AutoTokenizer.from_pretrained(TINY, **settings)
     model = AutoModel.from_pretrained(TINY, **settings, **options)

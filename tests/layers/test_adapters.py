@@ -42,7 +42,7 @@ def base(request, golden_dir):
 
 
 def adapted(model, **options):
-    """The model with a random adapter that changes its answers."""
+    """Give the model a random adapter that changes its answers."""
     torch.manual_seed(0)
     options = {"r": 4, "lora_alpha": 32, "target_modules": ALL_LINEARS, "init_lora_weights": False} | options
     return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
@@ -58,7 +58,7 @@ def tokens(model):
 
 
 def summed_by_hand(adapter_model):
-    """A float copy of the model, each weight with its adapter's product added."""
+    """Return a float copy of the model, with each adapter's product added to its weight."""
     model = copy.deepcopy(adapter_model).get_base_model()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -91,7 +91,7 @@ def test_unmerged_and_disabled(base, tiny_tokenizer):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training(base, checkpointing):
-    """A step moves the adapter alone and lowers the loss; default targets, as PEFT knows them for ChatGLM."""
+    """With PEFT's default targets for ChatGLM, a step moves only the adapter and lowers the loss."""
     model = adapted(base, target_modules=None, init_lora_weights=True)
     frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
     assert frozen and all("lora_" not in name for name in frozen)
@@ -127,7 +127,7 @@ def test_save_and_load(base, golden_dir, request, tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"quantization_bit": 8}])
 @pytest.mark.parametrize("by_auto_class", [False, True])
 def test_an_adapter_directory_and_its_base_quantised_or_not(golden_dir, tmp_path, by_auto_class, settings):
-    """The adapter is there, whichever class loads it and whether its base is quantised while it is read."""
+    """Either class loads the adapter, also if its base is quantised while it is read."""
     adapted(load(golden_dir, "float")).save_pretrained(tmp_path)
     kwargs = {"torch_dtype": torch.float32, **settings}
     expected = ChatGLMForConditionalGeneration.from_pretrained(golden_dir / "ckpt" / "tiny", **kwargs).eval()
@@ -145,13 +145,13 @@ def test_an_adapter_beside_a_model_leads_to_no_other_directory(golden_dir, tmp_p
     (base / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": str(golden_dir / "ckpt" / "tiny")})
     )
-    # transformers 4 would read that directory; 5 stays with the model, and PEFT refuses an adapter without a kind.
+    # transformers 4 would read the named directory; 5 stays here, and PEFT refuses an adapter without a kind.
     with pytest.raises(ValueError, match="was not checked|does not support None"):
         ChatGLMForConditionalGeneration.from_pretrained(base)
 
 
 def test_auto_model_of_an_adapter_directory(golden_dir, tmp_path):
-    """adapter_config.json names the base checkpoint, whose code is still not run."""
+    """``AutoModel`` loads the base checkpoint that adapter_config.json names, still without running its code."""
     model = adapted(load(golden_dir, "float"))
     model.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, torch_dtype=torch.float32).eval()
@@ -170,7 +170,7 @@ def test_merge(base, safe_merge, tmp_path):
     assert type(merged) is ChatGLMForConditionalGeneration
     assert any("-bit integers, which rounds it" in str(warning.message) for warning in caught) == bool(integers)
     if integers:
-        # What the float sum gives when it is quantised: PEFT alone would fail, or drop the adapter where it checks.
+        # The float sum is quantised again: PEFT alone would fail, or would drop the adapter if it checks.
         for name, layer in merged.named_modules():
             if isinstance(layer, QuantizedLinear) and name != "lm_head":
                 expected = QuantizedLinear.of(by_hand.get_submodule(name), layer.bits, layer.group_size)

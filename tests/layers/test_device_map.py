@@ -1,4 +1,4 @@
-"""A model that accelerate's device_map spreads over places: the same answers, on the plain path, and why."""
+"""A model that accelerate's ``device_map`` spreads gives the same answers, on the plain path and with the reason."""
 
 import copy
 
@@ -21,20 +21,20 @@ NAMES = ("tiny", "tiny-int8", "tiny-int4", "tiny-ptuning-proj1")
 
 @pytest.fixture(scope="module", params=NAMES)
 def folder(request, golden_dir, tmp_path_factory):
-    """A golden checkpoint; a P-Tuning one in one folder with its base weights."""
+    """Return the folder of a golden checkpoint; a P-Tuning prefix is put together with its base weights."""
     source = golden_dir / "ckpt" / request.param
     if "ptuning" not in request.param:
         return source
     whole, base = tmp_path_factory.mktemp("ptuning"), golden_dir / "ckpt" / "tiny"
     ChatGLMConfig.from_pretrained(source).save_pretrained(whole)
-    # With lm_head.weight, as THUDM's: transformers 4 does not find a tied weight on the disk by its other name.
+    # lm_head.weight stays, as in THUDM's: transformers 4 does not find an offloaded tied weight by its other name.
     tensors = load_file(base / "model.safetensors") | load_file(source / "model.safetensors")
     save_file(tensors, whole / "model.safetensors", metadata={"format": "pt"})
     return whole
 
 
 def place(embedding, *layers):
-    """A device_map: the embedding, the head it is tied to and the prefix, each layer, and the rest with the last."""
+    """Return a ``device_map``: head and prefix lie with the embedding, the last norm lies with the last layer."""
     map_ = {f"transformer.layers.{i}": layer for i, layer in enumerate(layers)}
     together = ("transformer.word_embeddings", "lm_head", "transformer.prefix_encoder")
     return map_ | dict.fromkeys(together, embedding) | {"transformer.final_layernorm": layers[-1]}
@@ -49,7 +49,7 @@ def load(folder, device_map, tmp_path):
 
 
 def check(model, alone, tokenizer):
-    """Logits, single runs, a padded batch, chats and streams; counted as plain, with the places as the reason."""
+    """Check that logits, answers, chats and streams equal those of ``alone``, on the plain path due to the places."""
     before = faster_chatglm_6b.status().plain_generations
     device = alone.device
     with torch.no_grad():
@@ -150,7 +150,7 @@ class TestOnGPUs:
 
 @pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload"])
 def test_offloaded_by_accelerate(tiny_model, tiny_tokenizer, offload, tmp_path):
-    """The weights lie on no device between two steps."""
+    """A model whose weights lie on no device between two steps gives the same answers."""
     model = copy.deepcopy(tiny_model)
     options = {"offload_dir": str(tmp_path)} if offload == "disk_offload" else {}
     getattr(accelerate, offload)(model, execution_device="cpu", **options)

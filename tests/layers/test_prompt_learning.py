@@ -1,4 +1,4 @@
-"""PEFT's virtual tokens in front of a prompt: refused with what to do instead, and the model as before."""
+"""PEFT's virtual tokens before a prompt are refused with an alternative, and the model stays as it was."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": None, "pad_to
 
 @pytest.fixture(params=["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
 def wrapped(request, tiny_dir):
-    """(PEFT's model, ours)."""
+    """Return PEFT's model and ours inside it."""
     peft = pytest.importorskip("peft", reason="prompt learning needs peft: pip install peft")
     model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir).float().eval()
     config = getattr(peft, request.param)(task_type="CAUSAL_LM", num_virtual_tokens=4)

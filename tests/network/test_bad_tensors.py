@@ -1,4 +1,4 @@
-"""Each tensor or cache that cannot be meant ends in one sentence of forward and of generate, before any work."""
+"""Each tensor or cache that cannot be meant is refused in one sentence by forward and generate, before any work."""
 
 import copy
 
@@ -16,7 +16,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 2, "eos_token_id": None, "pad_to
 
 
 def refused(model, message, *calls):
-    """Every call raises ValueError with the message, before anything is computed."""
+    """Check that every call raises ``ValueError`` with the message before anything is computed."""
     computed = []
     handles = [
         module.register_forward_pre_hook(lambda *arguments: computed.append(1))
@@ -72,7 +72,7 @@ def test_ids_of_32_bits_are_ids(tiny_model):
 
 @pytest.mark.parametrize("ids", [torch.tensor([[704]]), torch.tensor([[-1]])], ids=str)
 def test_ids_after_a_cache_and_with_everything_given(tiny_model, ids):
-    """Where nothing is derived from the ids, they are looked at all the same."""
+    """Ids are checked even if nothing is derived from them."""
     with torch.no_grad():
         cache = tiny_model(IDS, use_cache=True)[CACHE_NAME]
     step = {"position_ids": torch.tensor([[[5], [2]]]), "past_key_values": cache}
@@ -175,9 +175,6 @@ def test_labels(tiny_model, labels, message):
     refused(tiny_model, message, lambda: tiny_model(IDS, labels=labels))
 
 
-# Caches.
-
-
 def cache_of(layers, tokens=3, batch=1, heads=4, head_size=32):
     cache = DynamicCache()
     for layer in range(layers):
@@ -257,7 +254,7 @@ def test_a_cache_without_the_prefix(load_tuned):
 
 
 def test_stocks_tuples_are_gone_on_with(tiny_model, golden_tensors):
-    """generate takes what forward takes: keys and values [length, batch, heads, head size], layer by layer."""
+    """``generate`` takes stock's pairs of keys and values [length, batch, heads, head size], one for each layer."""
     expected = tiny_model.generate(IDS, **GREEDY).tolist()
     begun = tiny_model.generate(IDS, **{**GREEDY, "max_new_tokens": 1}, return_dict_in_generate=True)
     cache = begun[CACHE_NAME]
@@ -272,7 +269,7 @@ def test_stocks_tuples_are_gone_on_with(tiny_model, golden_tensors):
 
 
 def test_a_quantised_cache(tiny_model):
-    """Its keys are rounded; with as much room for exact ones as there are tokens, nothing is."""
+    """A quantised cache serves, whether transformers or the caller makes it; here its room keeps all keys exact."""
     pytest.importorskip("optimum.quanto", reason="quantised caches need optimum-quanto")
     expected = tiny_model.generate(IDS, **GREEDY).tolist()
     config = {"backend": "quanto", "nbits": 4, "q_group_size": 32, "residual_length": 64}

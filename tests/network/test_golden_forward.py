@@ -27,7 +27,7 @@ def check_prefill(model, tensors):
 
 
 def check_decode(model, tensors):
-    """16 greedy steps, each fed the token that stock chose."""
+    """Check 16 greedy steps, each of which is given the token that stock chose."""
     for name in cases(tensors, ".prompt_ids"):
         prompt, generated = tensors[f"{name}.prompt_ids"], tensors[f"{name}.generated"]
         layout = PromptLayout.of(prompt[None], model.config)
@@ -81,7 +81,7 @@ def test_cache_after_prefill(tiny_model, golden_tensors):
 
 
 def layers_of(cache):
-    """(key, value) [B, H, T, K] of each layer, on every transformers."""
+    """Return (key, value) [B, H, T, K] of each layer, on every transformers."""
     if hasattr(cache, "layers"):
         return [(layer.keys, layer.values) for layer in cache.layers]
     return list(zip(cache.key_cache, cache.value_cache, strict=True))
@@ -137,7 +137,7 @@ def test_loss_and_gradients(tiny_dir, golden_tensors, checkpointing):
     if checkpointing:
         model.gradient_checkpointing_enable()
     computed = []
-    # Before and not after: recomputing stops as soon as nothing more is needed.
+    # Count before a layer, not after it: recomputing stops as soon as nothing more is needed.
     model.transformer.layers[1].register_forward_pre_hook(lambda *arguments: computed.append(1))
     for name in cases(tensors, ".input_ids"):
         model.zero_grad()
@@ -154,7 +154,7 @@ def test_loss_and_gradients(tiny_dir, golden_tensors, checkpointing):
 
 
 def test_one_dimensional_positions(tiny_dir, golden_tensors):
-    """Stock repeats the mask's position at every cached step of a [gMASK] prompt; its uncached run is the right one."""
+    """1-D positions equal stock's uncached run; its cached steps wrongly repeat the position of ``[gMASK]``."""
     tensors = golden_tensors("pos1d")
     model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, position_encoding_2d=False).float()
     for name in cases(tensors, ".position_ids"):
@@ -182,7 +182,7 @@ def test_one_dimensional_positions(tiny_dir, golden_tensors):
 
 
 def test_half_and_bfloat16(tiny_dir, golden_tensors):
-    """Loose: stock rounds elsewhere in half, and its bfloat16 angles are wrong on the long prompt (the last one)."""
+    """Half and bfloat16 stay near float32, unlike stock's bfloat16, whose angles are wrong on the long last prompt."""
     tensors = golden_tensors("half_bf16")
     model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir)
     for dtype, margin in ((torch.float16, 1.0), (torch.bfloat16, 1.0)):

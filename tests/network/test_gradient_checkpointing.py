@@ -1,4 +1,4 @@
-"""Gradient checkpointing under its names of before and since transformers 5.24."""
+"""Gradient checkpointing under its names before and since transformers 5.24."""
 
 import copy
 from inspect import signature
@@ -19,12 +19,12 @@ NAMES = ("activation_checkpointing", "gradient_checkpointing")
 
 @pytest.fixture
 def tuned(tiny_dir):
-    """The tiny model with a new P-Tuning prefix, which alone is trained."""
+    """Load the tiny model with a new P-Tuning prefix, which alone is trained."""
     return ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, pre_seq_len=4).float()
 
 
 def enable(model, settings, **kwargs):
-    """By the name that the installed transformers does not deprecate."""
+    """Enable checkpointing by the name that the installed transformers does not deprecate."""
     name = next(name for name in NAMES if hasattr(model, f"{name}_enable"))
     getattr(model, f"{name}_enable")(**{f"{name}_kwargs": settings}, **kwargs)
 
@@ -32,7 +32,7 @@ def enable(model, settings, **kwargs):
 def gradients(model):
     model.zero_grad()
     model.train()
-    # Its dropout would make every run another one.
+    # The prefix's dropout would make each run differ from the others.
     model.transformer.prefix_encoder.eval()
     model(EXAMPLE, labels=EXAMPLE).loss.backward()
     return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
@@ -40,7 +40,7 @@ def gradients(model):
 
 @pytest.mark.parametrize("settings", [None, {}, {"use_reentrant": False}], ids=str)
 def test_the_trainer(tuned, tmp_path, settings):
-    """PEFT's helpers pass empty settings, and the Trainer of 5.24 passes new arguments."""
+    """The Trainer trains only the prefix, also with PEFT's empty settings and the new arguments of 5.24."""
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate: pip install accelerate")
     before = {name: parameter.detach().clone() for name, parameter in tuned.named_parameters()}
     name = next(name for name in NAMES if name in TrainingArguments.__dataclass_fields__)
@@ -56,7 +56,7 @@ def test_the_trainer(tuned, tmp_path, settings):
 @pytest.mark.parametrize("settings", [None, {}], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_not_reentrant_unless_asked_for(tuned, name, settings):
-    """A prefix gets its gradient past the layers' inputs, which the reentrant way does not see."""
+    """The default is not reentrant, because reentrant checkpoints do not see the prefix beside the layers' inputs."""
     if not hasattr(tuned, f"{name}_enable"):
         pytest.skip(f"the installed transformers has no {name}_enable")
     expected = gradients(tuned)
@@ -69,7 +69,7 @@ def test_not_reentrant_unless_asked_for(tuned, name, settings):
 
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_every_so_many_layers(tuned, every):
-    """The argument of newer releases counts layers; other layers keep what they computed."""
+    """Every n-th layer is recomputed in newer releases; the others keep what they computed."""
     switch = next(getattr(type(tuned), f"{name}_enable") for name in NAMES if hasattr(tuned, f"{name}_enable"))
     if "every_n_layers" not in signature(super_of(switch)).parameters:
         pytest.skip("the installed transformers checkpoints all layers or none")
@@ -90,7 +90,7 @@ def test_every_so_many_layers(tuned, every):
 
 
 def super_of(switch):
-    """transformers' own function of the same name."""
+    """Return transformers' own function of the same name."""
     from transformers import PreTrainedModel
 
     return getattr(PreTrainedModel, switch.__name__)
@@ -98,7 +98,7 @@ def super_of(switch):
 
 @pytest.mark.parametrize("generator", [None, torch.Generator()], ids=["transformers' loop", "own loop"])
 def test_generation_keeps_its_cache(tiny_model, generator):
-    """Without gradients nothing is recomputed, so a generation in training mode may keep its keys."""
+    """A generation in training mode keeps its cache, because nothing is recomputed without gradients."""
     model = copy.deepcopy(tiny_model).train()
     enable(model, None)
     with rows_read(model) as rows, notices() as found:
@@ -107,7 +107,7 @@ def test_generation_keeps_its_cache(tiny_model, generator):
 
 
 def test_reentrant_checkpoints_of_a_prefix_are_refused(tuned, tiny_dir):
-    """torch would end the first step with "backward through the graph a second time"."""
+    """Reentrant checkpoints of a prefix are refused: torch would fail in the first step with an obscure error."""
     for settings in ({"use_reentrant": True}, {"use_reentrant": True, "preserve_rng_state": False}):
         with pytest.raises(ValueError, match="use_reentrant=True cannot train a P-Tuning prefix"):
             enable(tuned, settings)

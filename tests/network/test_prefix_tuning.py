@@ -13,7 +13,7 @@ PREFIX = "transformer.prefix_encoder."
 
 @pytest.fixture(params=[0, 1], ids=["embedding", "projection"])
 def tuned(request, load_tuned, golden_tensors):
-    """The model with its prefix, and what stock computed with it."""
+    """Return the model with its prefix, and the tensors that stock computed with it."""
     return load_tuned(request.param), golden_tensors(f"ptuning_proj{request.param}")
 
 
@@ -97,7 +97,7 @@ def test_assisted_decoding_is_refused(tuned):
 @pytest.mark.parametrize("settings", [{}, {"quantization_bit": 8}, {"quantization_bit": 4}], ids=str)
 @pytest.mark.parametrize("projection", [False, True])
 def test_training_starts_from_a_plain_checkpoint(tiny_dir, settings, projection):
-    """A config that asks for a prefix, weights that have none: the prefix is new, and it alone is trained."""
+    """If the config asks for a prefix that the weights lack, the prefix is new and it alone is trained."""
     config = ChatGLMConfig.from_pretrained(tiny_dir, pre_seq_len=4, prefix_projection=projection, **settings)
     model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir, config=config)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -50,7 +50,7 @@ def test_quantize_from_half_gives_the_integers_of_the_checkpoint(golden_dir, tin
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantize_from_float32(tiny_dir, golden_tensors, bits):
-    """The division runs in the weight's dtype, so some integers differ from those of half weights."""
+    """Integers equal stock's from float32 too; some differ from those of half weights, whose division rounds."""
     tensors, case = golden_tensors("quant"), f"int{bits}_from_float32"
     model = load(tiny_dir).float().quantize(bits)
     state = model.state_dict()
@@ -141,7 +141,7 @@ def test_quantised_linear_against_float64(bits, dtype):
 @pytest.mark.parametrize(("rows", "features"), [(1, (96, 160)), (4, (96, 160)), (5, (96, 160)), (1, (33, 70))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_cpus_int8_kernel_equals_the_definition(rows, features, dtype):
-    """The last shape is one that PyTorch's kernel reads out of bounds for; it must not get there."""
+    """The CPU's product equals the definition; PyTorch's kernel would read out of bounds for the last shape."""
     torch.manual_seed(1)
     arguments = (
         torch.randn(rows, 1, features[1], dtype=dtype),

@@ -1,4 +1,4 @@
-"""quantize() after an interrupt, on a quantised model, with stock's arguments, and over what is no plain layer."""
+"""``quantize`` after an interrupt, on a quantised model, with stock's arguments, and over layers of other kinds."""
 
 import copy
 from unittest import mock
@@ -30,7 +30,7 @@ def equal(one, other):
 
 
 def interrupted(model, after, error, *arguments, **settings):
-    """Call quantize() and let its layer ``after``, counted from 0, fail."""
+    """Call ``quantize`` and let its layer ``after``, counted from 0, fail."""
     of, calls = QuantizedLinear.of, []
 
     def fail(*given):
@@ -51,13 +51,13 @@ SETTINGS = [{"bits": 8}, {"bits": 4, "group_size": 32}, {"bits": 4, "head_bits":
     ("settings", "after"), [*((one, after) for one in SETTINGS for after in (0, 1, 6, 11)), (SETTINGS[2], 12)], ids=str
 )
 def test_interrupted_and_called_again(tiny_model, model, error, settings, after):
-    """The same call finishes what another began: the integers are those of one call, never integers of integers."""
+    """A second call finishes an interrupted one with the integers of a single call; none is quantised twice."""
     expected = copy.deepcopy(tiny_model).quantize(**settings)
     before = logits(model)
     interrupted(model, after, error, **settings)
     half = logits(model)
     assert torch.isfinite(half).all() and torch.equal(half, before) == (after == 0)
-    # A second interrupt changes nothing about that.
+    # A second interrupt leaves the half-quantised model as it is.
     interrupted(model, 0, error, **settings)
     assert torch.equal(logits(model), half)
     assert model.quantize(**settings) is model
@@ -102,7 +102,7 @@ def test_half_quantised_with_a_head(model):
     ],
 )
 def test_stocks_calls_on_a_quantised_model(golden_dir, arguments, settings):
-    """Stock's examples call quantize() on what is quantised already; it returns the model."""
+    """A quantised model is returned unchanged, because stock's examples quantise it again."""
     model = ChatGLMForConditionalGeneration.from_pretrained(golden_dir / "ckpt" / "tiny-int4")
     before = copy.deepcopy(model.state_dict())
     assert model.quantize(*arguments, **settings) is model
@@ -178,7 +178,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_what_is_no_plain_layer_is_not_thrown_away(model, case):
-    """It is the last layer's: nothing before it may be quantised when the error comes."""
+    """A module of another kind is refused before any layer is quantised, even if it is in the last layer."""
     put, message = BAD[case]
     mlp = model.transformer.layers[-1].mlp
     mlp.dense_4h_to_h = put(mlp.dense_4h_to_h)

@@ -1,4 +1,4 @@
-"""What scripts read on the checkpoint's own model, under the same names and with the same values."""
+"""Names that scripts read on the checkpoint's own model, with the same values."""
 
 import inspect
 
@@ -11,7 +11,7 @@ from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 
 @pytest.fixture(scope="module")
 def one_axis(tiny_dir):
-    """An untrained model with 1-D positions."""
+    """Return an untrained model with 1-D positions."""
     config = ChatGLMConfig.from_pretrained(tiny_dir, position_encoding_2d=False, num_layers=1)
     return ChatGLMForConditionalGeneration(config)
 
@@ -45,7 +45,7 @@ def test_ids_without_sop(tiny_model):
 
 
 def test_they_are_what_forward_and_tokenizer_take(tiny_model, tiny_tokenizer):
-    """The stock idiom: mask and positions made by the model, handed to the model."""
+    """The model takes the mask and positions that it made, as stock's idiom has it."""
     batch = tiny_tokenizer(["你好", "a"], padding=True, return_tensors="pt")
     ids = batch["input_ids"]
     longest = [row for row in range(2) if ids[row, 0] != tiny_tokenizer.pad_token_id]
@@ -117,7 +117,7 @@ def test_quantize_is_seen(tiny_dir):
 
 
 def test_what_scripts_set_stays_settable(tiny_dir):
-    """ChatGLM-Tuning and its forks set these before training."""
+    """Scripts can set ``is_parallelizable`` and ``model_parallel``, as ChatGLM-Tuning and its forks do."""
     model = ChatGLMForConditionalGeneration(ChatGLMConfig.from_pretrained(tiny_dir, num_layers=1))
     model.is_parallelizable = model.model_parallel = True
     assert model.is_parallelizable and model.model_parallel
@@ -136,7 +136,7 @@ def test_the_prefix_in_stocks_layout(load_tuned, golden_tensors, projection):
         assert network.get_prompt(1, "cpu")[0].dtype == torch.float16
         packed = network.prefix_encoder(network.prefix_tokens.unsqueeze(0).expand(2, -1))
     assert isinstance(prompt, tuple) and packed.shape == (2, 8, 3 * 2 * 128)
-    # As stock's get_prompt makes it of the encoder's output.
+    # Stock's get_prompt makes the pairs like this from the encoder's output.
     by_hand = packed.view(2, 8, 6, 4, 32).permute(2, 1, 0, 3, 4).split(2)
     for layer, (one, other) in enumerate(zip(prompt, by_hand, strict=True)):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Trainer on ChatGLM-6B: the loss, accumulated batches, collators, and labels that teach a prefix LM nothing."""
+"""The Trainer on ChatGLM-6B: the loss, accumulated batches, collators, and labels that teach a prefix LM nothing."""
 
 import copy
 import logging
@@ -27,7 +27,7 @@ def examples(tiny_tokenizer):
 
 
 def summed_by_hand(model, row):
-    """(sum of the negative log-probabilities, count) of one unpadded row's labels."""
+    """Return the sum of the negative log-probabilities of one unpadded row's labels, and their count."""
     ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
     with torch.no_grad():
         scores = model(ids).logits[0].log_softmax(-1)
@@ -58,7 +58,7 @@ def collate(side, tokenizer):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_batch_of_several_lengths(tiny_model, tiny_tokenizer, examples, side):
-    """DataCollatorForSeq2Seq pads ids, labels, masks and positions on the left; right padding gives the same loss."""
+    """The loss equals the sum by hand for left padding by ``DataCollatorForSeq2Seq`` and for right padding."""
     batch = collate(side, tiny_tokenizer)([dict(row) for row in examples])
     assert batch["labels"].shape == batch["input_ids"].shape
     parts = [summed_by_hand(tiny_model, row) for row in examples]
@@ -73,12 +73,12 @@ def test_a_batch_of_several_lengths(tiny_model, tiny_tokenizer, examples, side):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_accumulated_batches_are_one_large_batch(tiny_model, tiny_tokenizer, examples, tmp_path, side):
-    """A token counts alike whatever batch it is in: the loss, and the weights after a step."""
+    """The loss and the weights after a step do not depend on how rows are split into batches."""
     trained, losses = [], []
     for size, steps in ((4, 1), (2, 2), (1, 4)):
         model = copy.deepcopy(tiny_model)
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "learning_rate": 0.1}
-        # Plain steps: Adam's would hide a wrong scale.
+        # Plain SGD, because Adam's steps would hide a wrong scale.
         options |= {"optim": "sgd", "max_grad_norm": 0.0, "remove_unused_columns": False}
         trainer = Trainer(
             model=model,
@@ -102,7 +102,7 @@ def test_accumulated_batches_are_one_large_batch(tiny_model, tiny_tokenizer, exa
 
 
 def test_the_format_of_the_official_script(tiny_model, tiny_tokenizer, examples):
-    """ptuning/main.py pads on the right without a mask, and counts the prediction of <sop> too."""
+    """Right padding without a mask works as in ptuning/main.py, which also counts the prediction of ``<sop>``."""
     rows = []
     for row in examples:
         ids = row["input_ids"]
@@ -163,7 +163,7 @@ def test_a_row_without_labels_counts_nothing(tiny_model, tiny_tokenizer, example
 
 
 def test_label_smoothing_is_told_of(tiny_model, tiny_tokenizer, examples, tmp_path, caplog):
-    """The Trainer takes the labels away and shifts them only for classes that it knows by name."""
+    """Label smoothing gives a warning: the Trainer takes the labels away and shifts them only for known classes."""
     training._warn_of_missing_labels.cache_clear()
     trainer = Trainer(
         model=copy.deepcopy(tiny_model),

@@ -58,7 +58,7 @@ def examples(tiny_tokenizer):
 
 @pytest.fixture
 def expected(tiny_model, examples):
-    """The loss by hand: every answer's tokens and its <eop>, all alike."""
+    """Return the loss by hand over every answer's tokens and its ``<eop>``, all weighted alike."""
     total, count = (sum(part) for part in zip(*(summed_by_hand(tiny_model, row) for row in examples), strict=True))
     return total / count
 
@@ -130,7 +130,7 @@ def test_the_body_keeps_stocks_layout_outside_of_trl(model, tiny_tokenizer, exam
     ids=["text", "prompt and completion"],
 )
 def test_texts_are_refused(model, tiny_tokenizer, tmp_path, row):
-    """trl joins them to one text, in which nothing says where the answer begins."""
+    """Texts are refused, because trl joins them to one text that does not show where the answer begins."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     one = trainer(model, tiny_tokenizer, [row] * 4, tmp_path)
     with pytest.raises(ValueError, match="trl joins a prompt and its completion to one text: give it messages"):
@@ -146,7 +146,7 @@ def test_packing_is_refused(model, tiny_tokenizer, examples, tmp_path, options):
 
 
 def test_a_quantised_head_is_refused(tiny_dir, tiny_tokenizer, examples, tmp_path):
-    """trl reads its weight, which holds integers."""
+    """A quantised head is refused, because trl reads its weight, which holds integers."""
     model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir).float().quantize(8, head_bits=8)
     options = {"peft_config": peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["query_key_value"])}
     one = trainer(model, tiny_tokenizer, examples, tmp_path, **options)
@@ -155,7 +155,7 @@ def test_a_quantised_head_is_refused(tiny_dir, tiny_tokenizer, examples, tmp_pat
 
 
 def test_preferences(model, tiny_tokenizer, tmp_path):
-    """DPO begins at ln 2, whatever the answers, where the policy is the reference."""
+    """DPO begins at ln 2 whatever the answers, because the policy is still the reference."""
     rows = [
         {"prompt": [turn[0]], "chosen": [turn[1]], "rejected": [{"role": "assistant", "content": "坏"}]}
         for turn in (messages(*turn) for turn in TURNS)

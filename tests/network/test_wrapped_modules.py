@@ -1,4 +1,4 @@
-"""What forks and users put around or in the place of the network's modules is called, and nothing of it is skipped."""
+"""Modules that forks and users put around or in place of the network's own are called, and none is skipped."""
 
 import copy
 
@@ -17,14 +17,14 @@ TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
 class CastOutputToFloat(nn.Sequential):
-    """ChatGLM-Tuning's, as many forks have it."""
+    """Cast the head's output as ChatGLM-Tuning and many forks do."""
 
     def forward(self, x):
         return super().forward(x).to(torch.float32)
 
 
 class Wrapper(nn.Module):
-    """Passes everything on, and counts."""
+    """Pass everything on, and count the calls."""
 
     def __init__(self, inner):
         super().__init__()
@@ -36,7 +36,7 @@ class Wrapper(nn.Module):
 
 
 class OneArgument(nn.Module):
-    """As stock's norms, linear layers and MLP are called: with the hidden states alone."""
+    """Take the hidden states alone, as stock calls its norms, linear layers and MLP."""
 
     def __init__(self, inner):
         super().__init__()
@@ -69,7 +69,7 @@ def base(request, golden_dir):
 
 
 def put(model, name, make):
-    """Put make(module) in a module's place and return it."""
+    """Put ``make(module)`` in a module's place and return it."""
     owner, _, attribute = name.rpartition(".")
     owner = model.get_submodule(owner)
     made = make(getattr(owner, attribute))
@@ -81,7 +81,7 @@ def put(model, name, make):
 
 
 def check(model, expected, tokenizer):
-    """Logits, generations of each kind and chat are those of the other model; the reasons why they ran plainly."""
+    """Check that logits, generations and chat equal the other model's; return the reasons for the plain path."""
     before = faster_chatglm_6b.status().plain_generations
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, expected(IDS).logits, **TOLERANCE)
@@ -141,7 +141,7 @@ def test_several_at_once(base, tiny_tokenizer):
 
 @pytest.mark.parametrize("name", ["transformer.final_layernorm", f"{LAYER}.input_layernorm"])
 def test_another_norm(tiny_model, tiny_tokenizer, name):
-    """Plain ones, without vectors, and of other classes."""
+    """Norms with and without vectors, of torch's class and of others, are all called."""
     for affine in (True, False):
         plain, other = copy.deepcopy(tiny_model), copy.deepcopy(tiny_model)
         put(plain, name, lambda norm, affine=affine: nn.LayerNorm(norm.normalized_shape, elementwise_affine=affine))
@@ -206,7 +206,7 @@ def test_backward_hooks_fire(tiny_model, name):
 
 
 def test_hooks_see_what_stocks_modules_give(base):
-    """A linear layer's product and the attention's and MLP's own outputs, without the residual."""
+    """Hooks see a linear layer's product and the outputs of attention and MLP without the residual."""
     model, outputs = copy.deepcopy(base), {}
     layer = model.transformer.layers[1]
     for name, module in (("mlp", layer.mlp), ("attention", layer.attention)):
@@ -266,7 +266,7 @@ def test_pruned_and_parametrised_weights_count(tiny_model):
 
 
 def test_stocks_state_dict_loads_strictly(tiny_model, tiny_dir):
-    """With the rotary tables that stock keeps in its checkpoints; any other key fails as ever."""
+    """The rotary tables in stock's checkpoints load strictly; any other unknown key still fails."""
     state = {name: value.clone() for name, value in tiny_model.state_dict().items()}
     model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir).float()
     for value in model.parameters():
@@ -289,7 +289,7 @@ def test_stocks_state_dict_loads_strictly(tiny_model, tiny_dir):
 
 
 def test_dropped_and_moved_layers(tiny_model):
-    """The cache counts layers by their places, whatever number they were made with, and whatever num_layers says."""
+    """The cache counts layers by their places, whatever their own numbers and ``num_layers`` say."""
     model = copy.deepcopy(tiny_model)
     kept = list(model.transformer.layers)
     model.transformer.layers = nn.ModuleList((kept[-1], *kept[1:-1], kept[-1]))

@@ -1,4 +1,4 @@
-"""Compile kernels for a GPU that is not there, exactly as the launching functions would."""
+"""Compile kernels for a GPU that is absent, exactly as the launching functions would."""
 
 import re
 import subprocess
@@ -45,7 +45,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a kernel takes: bytes of shared memory, registers per thread, bytes of stack (spills live there)."""
+    """The resources of a kernel: bytes of shared memory, registers per thread, bytes of stack, which holds spills."""
 
     shared: int
     registers: int
@@ -82,7 +82,7 @@ def _describe(kernel: JITFunction, arguments: tuple, keywords: dict) -> Launch:
 
 @contextmanager
 def recorded(capability: int) -> Iterator[list[Launch]]:
-    """Within the block, launching a kernel records it instead, as on a GPU of ``capability`` (such as 90)."""
+    """Record kernels inside instead of launching them, as on a GPU of ``capability`` (such as 90)."""
     launches: list[Launch] = []
 
     def run(self: JITFunction, *arguments: object, grid: object, warmup: bool, **keywords: object) -> None:
@@ -98,14 +98,14 @@ def recorded(capability: int) -> Iterator[list[Launch]]:
 
 
 def record(capability: int, call: Callable[[], object]) -> list[Launch]:
-    """The launches that ``call`` makes on a GPU of ``capability``."""
+    """Return the launches that ``call`` makes on a GPU of ``capability``."""
     with recorded(capability) as launches:
         call()
     return launches
 
 
 def compiled(launch: Launch, capability: int) -> CompiledKernel:
-    """The launch's kernel for ``capability``, with the code of every stage."""
+    """Compile the launch's kernel for ``capability``, with the code of every stage."""
     source = ASTSource(
         fn=launch.kernel,
         signature=dict(launch.signature),
@@ -116,7 +116,7 @@ def compiled(launch: Launch, capability: int) -> CompiledKernel:
 
 
 def compile_launch(launch: Launch, capability: int) -> Resources:
-    """What the launch's machine code for ``capability`` takes."""
+    """Return the resources that the launch's machine code for ``capability`` takes."""
     kernel = compiled(launch, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -129,12 +129,12 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
 
 
 def place_of_wait(text: str) -> int:
-    """Where the wait for the kernel before stands in a kernel's code: Triton 3.9 has a word of its own in its IR."""
+    """Find the wait for the previous kernel in a kernel's code; Triton 3.9 has its own word for it in its IR."""
     return re.search(r"griddepcontrol\.wait|tt\.grid_dependency_wait", text).start()
 
 
 def check_start_of_the_next(launch: Launch, holds_back: bool) -> None:
-    """A kernel that holds the next one back starts it behind its own wait, any other before it."""
+    """Check that the kernel starts the next one after its own wait if ``holds_back``, otherwise before it."""
     ptx = compiled(launch, 90).asm["ptx"]
     wait, start = (ptx.index(f"griddepcontrol.{word}") for word in ("wait", "launch_dependents"))
     assert (start > wait) == holds_back, ptx

@@ -4,7 +4,7 @@ The interpreter is chosen by an environment variable when the kernels are import
 their own, for which the test file is started as a program.
 
 A case is (check, dtype or None, arguments): the function ``check_<check>`` is called with a device, the dtype and the
-arguments, of which texts may name a dtype or spell a configuration, as "Gemv(2, 64, 1)".
+arguments. Texts among them may name a dtype or spell a configuration, such as "Gemv(2, 64, 1)".
 """
 
 import json
@@ -27,7 +27,7 @@ def name_of(case: Case) -> str:
 
 
 def run_in_a_process(file: str) -> dict[str, str | None]:
-    """Name of each case to None or the traceback, from the test ``file``, which must call ``run_and_print``."""
+    """Run the test ``file``, which must call ``run_and_print``, and map each case's name to None or the traceback."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, file], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -35,7 +35,7 @@ def run_in_a_process(file: str) -> dict[str, str | None]:
 
 
 def run_and_print(cases: list[Case], *modules: ModuleType) -> None:
-    """Run every case here and print the results; ``modules`` hold the checks and the kinds of configurations."""
+    """Run every case and print the results; ``modules`` hold the checks and the kinds of configurations."""
     results = {}
     for case in cases:
         check, dtype, arguments = case

@@ -1,4 +1,4 @@
-"""The launches of every kernel, on tensors without memory, for ahead-of-time compilation."""
+"""Launches of every kernel, on tensors without memory, for ahead-of-time compilation."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ def int32(*shape: int) -> torch.Tensor:
 def decode_attention_launch(
     dtype: torch.dtype, batch: int, splits: int, keys: int, two: bool = True
 ) -> Callable[[], object]:
-    """Decode attention of ``batch`` sequences, with positions of two parts or of one."""
+    """Return decode attention of ``batch`` sequences, with positions of two parts or of one."""
     packed, counts = meta(dtype, batch, 3 * HIDDEN), [int32(1)] + 3 * [int32(batch)]
     cache, table = meta(dtype, batch, HEADS, CAPACITY, SIZE), meta(dtype, POSITIONS, SIZE // (4 if two else 2))
     options = {"splits": splits, "max_length": keys, "stable_state": keys <= 256}
@@ -33,7 +33,7 @@ def decode_attention_launch(
 
 
 def operator_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
-    """The operators that are no matrix product, in the shapes of a decode step."""
+    """Return the operators other than matrix products, in the shapes of a decode step."""
     batch = 2
     hidden = meta(dtype, batch, HIDDEN)
     vector = meta(dtype, HIDDEN)
@@ -66,7 +66,7 @@ def operator_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
 
 
 def gemv_launches(family: configs.Family, dtype: torch.dtype) -> list[Callable[[], object]]:
-    """Each weight of the model with each number of rows that the GEMV serves."""
+    """Return the GEMV of each weight of the model with each number of rows that it serves."""
     calls = []
     rows = range(1, family.gemv_rows + 1) if dtype.itemsize == 2 else range(1, 5)
     for n, k in WEIGHTS:
@@ -90,7 +90,7 @@ def gemv_launches(family: configs.Family, dtype: torch.dtype) -> list[Callable[[
 
 
 def dot_launches(family: configs.Family, dtype: torch.dtype) -> list[Callable[[], object]]:
-    """Each weight of the model at each padded number of rows of the tensor-core product."""
+    """Return the tensor-core product of each weight of the model with each padded number of rows."""
     calls = []
     workspace = kernels.Workspace("meta", 64)
     for rows in (16, 32, 64):
@@ -107,7 +107,7 @@ def dot_launches(family: configs.Family, dtype: torch.dtype) -> list[Callable[[]
 
 
 def sampling_launches(dtype: torch.dtype, capacity: int) -> list[Callable[[], object]]:
-    """Samplers over scores of ``dtype``, and the processors in front of them."""
+    """Return the samplers over scores of ``dtype``, and the processors before them."""
     batch = 2
     state = kernels.DecodeState(
         tokens=meta(torch.int64, batch),

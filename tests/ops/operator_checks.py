@@ -23,7 +23,7 @@ def poison(device: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 
 def assert_close(out: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | None = None) -> None:
-    """Compare by norm, and by the largest difference so that a single wrong value is not lost among many."""
+    """Compare by norm and by the largest difference, so that a single wrong value shows among many."""
     assert out.shape == expected.shape
     difference = (out.double() - expected).abs()
     assert not difference.isnan().any(), "some outputs were not written"
@@ -45,7 +45,7 @@ def layer_norm64(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, epsil
 
 
 def rotate64(x: torch.Tensor, positions: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [..., K] in ``len(positions)`` equal blocks of columns; positions [...] each."""
+    """Rotate x [..., K] in ``len(positions)`` equal blocks of columns; each entry of ``positions`` is [...]."""
     blocks = []
     for block, position in zip(x.double().chunk(len(positions), -1), positions, strict=True):
         first, second = block.chunk(2, -1)
@@ -70,7 +70,7 @@ def check_fused_fast_gelu_mul(device: str, dtype: torch.dtype, shape: tuple[int,
 
 
 def check_skip_layer_norm(device: str, dtype: torch.dtype, rows: int, size: int, with_skip: bool) -> None:
-    # A mean far from zero shows a variance computed by cancellation.
+    # A mean far from zero shows a variance that loses digits by cancellation.
     x, skip = random(device, dtype, rows, size) + 3, random(device, dtype, rows, size)
     gamma, beta = random(device, dtype, size), random(device, dtype, size)
     out = kernels.skip_layer_norm(
@@ -108,7 +108,7 @@ def check_rotary(device: str, dtype: torch.dtype, batch: int, rows: int, heads: 
 
 def check_concat(device: str, dtype: torch.dtype, batch: int, rows: int, heads: int, size: int) -> None:
     capacity, length = rows + 9, 5
-    # Strides of a view into a packed projection.
+    # Key and value have the strides of a view into a packed projection.
     packed = random(device, dtype, batch, rows, heads, 3, size)
     key, value = packed[:, :, :, 1].transpose(1, 2), packed[:, :, :, 2].transpose(1, 2)
     for given in (length, torch.tensor([length], dtype=torch.int32, device=device)):
@@ -122,7 +122,7 @@ def check_concat(device: str, dtype: torch.dtype, batch: int, rows: int, heads: 
 def attention64(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, first_key: torch.Tensor, length: int
 ) -> torch.Tensor:
-    """query [B, H, K]; keys first_key[b] <= j <= length of [B, H, T, K]; returns [B, H, K]."""
+    """Attend from query [B, H, K] to the keys ``first_key[b] <= j <= length`` of [B, H, T, K]; return [B, H, K]."""
     key, value = key[:, :, : length + 1].double(), value[:, :, : length + 1].double()
     scores = (query.double()[:, :, None] * key).sum(-1) / math.sqrt(query.shape[-1])
     hidden = torch.arange(length + 1, device=key.device)[None, None] < first_key[:, None, None]
@@ -132,14 +132,14 @@ def attention64(
 def check_attention(
     device: str, dtype: torch.dtype, batch: int, heads: int, size: int, length: int, splits: int | None
 ) -> None:
-    """Attention alone: angles of zero leave query and key unturned, so the newest key is stored as it came."""
+    """Check attention alone: angles of zero leave query and key as they are, so the newest key is stored unchanged."""
     capacity = length + 6
     query = random(device, dtype, batch, heads, 1, size)
     key_cache, value_cache = (poison(device, dtype, batch, heads, capacity, size) for _ in range(2))
     first_key = torch.randint(0, length + 1, (batch,), dtype=torch.int32, device=device)
     first_key[0] = 0
     for row in range(batch):
-        # Only the visible keys hold numbers: reading any other one shows.
+        # Only the visible keys hold numbers, so reading any other one shows.
         for cache in (key_cache, value_cache):
             visible = cache[row, :, first_key[row] : length + 1]
             visible.copy_(random(device, dtype, *visible.shape))
@@ -215,7 +215,7 @@ def check_decode_attention(
 def check_matmul(
     device: str, dtype: torch.dtype, rows: int, n: int, k: int, epilogue: str, with_bias: bool = True
 ) -> None:
-    """``epilogue``: plain, gelu or residual."""
+    """Check the product with an ``epilogue``: plain, gelu or residual."""
     x, weight = random(device, dtype, rows, k), (random(device, torch.float32, n, k) / math.sqrt(k)).to(dtype)
     bias = random(device, dtype, n) if with_bias else None
     residual = random(device, dtype, rows, n) if epilogue == "residual" else None
@@ -242,7 +242,7 @@ def check_matmul(
 
 
 def check_gemv_config(device: str, dtype: torch.dtype, rows: int, n: int, k: int, config: configs.Gemv) -> None:
-    """One configuration, whatever the tables say."""
+    """Check one configuration, whatever the tables say."""
     from faster_chatglm_6b.ops.triton.linear.gemv import launch_gemv
 
     x, weight, bias = random(device, dtype, rows, k), random(device, dtype, n, k), random(device, dtype, n)
@@ -253,7 +253,7 @@ def check_gemv_config(device: str, dtype: torch.dtype, rows: int, n: int, k: int
 
 
 def check_dot_config(device: str, dtype: torch.dtype, rows: int, n: int, k: int, config: configs.Dot) -> None:
-    """One configuration, whatever the tables say."""
+    """Check one configuration, whatever the tables say."""
     from faster_chatglm_6b.ops.triton.linear.small_batch_matmul import launch_small_batch_matmul
 
     x, weight, bias = random(device, dtype, rows, k), random(device, dtype, n, k), random(device, dtype, n)
@@ -270,7 +270,7 @@ def check_dot_config(device: str, dtype: torch.dtype, rows: int, n: int, k: int,
 def check_layer_norm_matmul(
     device: str, dtype: torch.dtype, rows: int, n: int, k: int, config: configs.Gemv | None = None
 ) -> None:
-    """With ``config``: LayerNorm inside the GEMV (one row), whatever the tables say."""
+    """Check LayerNorm before a product; with ``config``, inside the GEMV of one row, whatever the tables say."""
     from faster_chatglm_6b.ops.triton.linear.gemv import launch_persistent_gemv
 
     x, weight = random(device, dtype, rows, k) + 2, (random(device, torch.float32, n, k) / math.sqrt(k)).to(dtype)

@@ -22,10 +22,10 @@ LAUNCHES = {Quantized: launch_quantized_matmul, Stream: launch_quantized_stream,
 def quantized_weight(
     device: str, bits: int, n: int, k: int, group_size: int, dtype: torch.dtype = torch.float16
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The stored integers, with every value that the format has, their scales, and the product of both in float64."""
+    """Return stored integers of every value that the format has, their scales, and the float64 product of both."""
     packed = torch.randint(-128, 128, (n, k * bits // 8), dtype=torch.int8, device=device)
     groups = 1 if group_size < 0 else k // group_size
-    # Unlike scales show a wrong row or group.
+    # Scales that differ show a wrong row or group.
     scale = (torch.rand(n, groups, device=device) + 0.2).mul(1 / math.sqrt(k) / 2 ** (bits - 1)).to(dtype)
     integers = unpack_int4(packed) if bits == 4 else packed
     exact = (integers.double().view(n, groups, -1) * scale.double()[..., None]).view(n, k)
@@ -48,7 +48,7 @@ def expected_product(
 def check_quantized(
     device: str, dtype: torch.dtype, bits: int, rows: int, n: int, k: int, group_size: int = -1, epilogue: str = "plain"
 ) -> None:
-    """The public function, whatever kernel it takes; x has a mean, as activations do, which shows a lost offset."""
+    """Check the public function, whatever kernel it takes; the mean of x shows a lost offset."""
     w, scale, exact = quantized_weight(device, bits, n, k, group_size)
     x = random(device, dtype, rows, k) * 30 + 10
     bias = None if epilogue == "plain" else random(device, dtype, n)
@@ -69,7 +69,7 @@ def check_quantized_config(
     group_size: int,
     config: Quantized | Stream | Row,
 ) -> None:
-    """A tensor-core kernel in one configuration; its sums are float32, so only the rounding of out counts."""
+    """Check a tensor-core kernel in one configuration; its sums are float32, so only the rounding of ``out`` counts."""
     w, scale, exact = quantized_weight(device, bits, n, k, group_size)
     x, bias, residual = random(device, dtype, rows, k) + 1, random(device, dtype, n), random(device, dtype, rows, n)
     assert serves(x, w, bits, group_size)
@@ -84,7 +84,7 @@ def check_quantized_config(
 def check_quantized_gemv(
     device: str, dtype: torch.dtype, bits: int, rows: int, n: int, k: int, group_size: int
 ) -> None:
-    """The kernel for every shape."""
+    """Check the kernel that takes every shape."""
     w, scale, exact = quantized_weight(device, bits, n, k, group_size)
     x, bias = random(device, dtype, rows, k), random(device, dtype, n)
     out = poison(device, dtype, rows, n)
@@ -93,7 +93,7 @@ def check_quantized_gemv(
 
 
 def check_large_values(device: str, bits: int, k: int) -> None:
-    """Sums of the products far beyond the largest half, with scales that bring them back."""
+    """Check sums far beyond the largest half, with scales that bring them back."""
     w, _, _ = quantized_weight(device, bits, 33, k, -1)
     integers = (unpack_int4(w) if bits == 4 else w).double()
     x = torch.full((2, k), 30000.0, dtype=torch.float16, device=device)
@@ -112,7 +112,7 @@ def check_dequantize(device: str, dtype: torch.dtype, bits: int, n: int, k: int,
 def check_normalised_row(
     device: str, dtype: torch.dtype, bits: int, n: int, k: int, group_size: int, config: Row, mean: float = 0.0
 ) -> None:
-    """The product that normalises its x, of numbers around ``mean``."""
+    """Check the product that normalises its x, with numbers around ``mean``."""
     w, scale, exact = quantized_weight(device, bits, n, k, group_size)
     gamma, beta, bias = (random(device, dtype, size) for size in (k, k, n))
     x = random(device, dtype, 1, k) * 3 + mean
@@ -122,7 +122,7 @@ def check_normalised_row(
     launch_quantized_row(x, w, scale, bits, group_size, bias, None, 1.0, True, out, config, norm)
     assert_close(normed, layer_norm64(x, gamma, beta, 1e-5))
     assert_close(out, expected_product(normed, exact, bias, None, True))
-    # Nothing to divide by: what is left is beta.
+    # The deviation is zero, so only beta is left.
     launch_quantized_row(
         torch.full_like(x, 1000.0), w, scale, bits, group_size, bias, None, 1.0, True, out, config, norm
     )

@@ -46,7 +46,7 @@ def value(number: float, dtype: torch.dtype, device: str) -> torch.Tensor:
 
 
 def check_greedy(device: str, dtype: torch.dtype, batch: int, vocab: int) -> None:
-    """Tokens and all the bookkeeping over five steps, one more than the ring and past the history's end."""
+    """Check tokens and all the bookkeeping over five steps, beyond the ring's size and the history's end."""
     state = make_state(device, batch, length=4, capacity=7)
     workspace = make_workspace(device, batch, vocab)
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -77,7 +77,7 @@ def check_greedy(device: str, dtype: torch.dtype, batch: int, vocab: int) -> Non
 
 
 def check_invalid_rule(device: str, dtype: torch.dtype, vocab: int) -> None:
-    """Rows with NaN or +inf give token 5 or the one asked for, a row with -inf does not; other rows are untouched."""
+    """Check that rows with NaN or +inf give token 5 or the one asked for, and that all other rows do not."""
     batch = 4
     scores = torch.randn(batch, vocab, device=device).to(dtype)
     scores[0, vocab // 2] = float("nan")
@@ -101,7 +101,7 @@ def check_invalid_rule(device: str, dtype: torch.dtype, vocab: int) -> None:
 
 
 def reference_probabilities(scores: torch.Tensor, temperature: float, top_k: int | None, top_p: float) -> torch.Tensor:
-    """softmax of scores [1, V] after transformers' warpers, in float32 as there."""
+    """Return the softmax of scores [1, V] after transformers' warpers, in float32 as they compute."""
     scores = TemperatureLogitsWarper(temperature)(None, scores.float().cpu())
     if top_k is not None:
         scores = TopKLogitsWarper(top_k)(None, scores)
@@ -111,7 +111,7 @@ def reference_probabilities(scores: torch.Tensor, temperature: float, top_k: int
 
 
 def assert_distribution(counts: torch.Tensor, probabilities: torch.Tensor) -> None:
-    """Chi-square test at about five standard deviations; outcomes expected less than eight times are put together."""
+    """Run a chi-square test at about five standard deviations; outcomes expected less than eight times are merged."""
     draws = int(counts.sum())
     assert not counts[probabilities == 0].any(), "a token outside the kept set was drawn"
     expected = probabilities * draws
@@ -135,7 +135,7 @@ def check_distribution(
     steps: int,
     spread: float = 2.0,
 ) -> None:
-    """Draw batch * steps tokens of one distribution, and compare with the warpers' probabilities."""
+    """Draw ``batch * steps`` tokens of one distribution and compare them with the warpers' probabilities."""
     generator = torch.Generator().manual_seed(vocab)
     row = (torch.randn(1, vocab, generator=generator) * spread).to(dtype)
     scores = row.to(device).expand(batch, -1).contiguous()
@@ -152,7 +152,7 @@ def check_distribution(
             kernels.full_sample(scores, state, heat, k, p if top_p < 1.0 else None, workspace=workspace)
         counts += torch.bincount(state.tokens.cpu(), minlength=vocab)
     assert not workspace.counters.any()
-    # Which of equal scores top-p keeps is arbitrary in transformers: tokens are told apart by their score only.
+    # transformers' top-p keeps an arbitrary choice of equal scores, so tokens are told apart only by their score.
     probabilities = reference_probabilities(row, temperature, top_k, top_p)
     _, group = row[0].unique(return_inverse=True)
     empty = torch.zeros(int(group.max()) + 1, dtype=torch.double)
@@ -160,9 +160,9 @@ def check_distribution(
 
 
 def check_ties(device: str, sampler: str, batch: int) -> None:
-    """Ties at the k-th value all stay; of ties at the edge of top-p only as many as are needed.
+    """Check that all ties at the k-th value stay, and only as many at the edge of top-p as are needed.
 
-    A small batch shows only that nothing else is drawn, a batch of 32 or more also that all of them are.
+    A small batch shows only that nothing else is drawn; a batch of 32 or more also shows that all of them are.
     """
     vocab = 300
     scores = torch.full((batch, vocab), -20.0, device=device)
@@ -190,7 +190,7 @@ def check_ties(device: str, sampler: str, batch: int) -> None:
 
 
 def check_repeatable(device: str, sampler: str, vocab: int) -> None:
-    """The same seed and step give the same tokens; another seed, step or row others."""
+    """Check that the same seed and step give the same tokens, and another seed, step or row gives others."""
     batch = 32
     scores = torch.zeros(batch, vocab, device=device)
     heat, p = value(1.0, torch.float32, device), value(1.0, torch.float32, device)
@@ -215,7 +215,7 @@ def check_repeatable(device: str, sampler: str, vocab: int) -> None:
 
 
 def check_processors(device: str, dtype: torch.dtype, batch: int, vocab: int) -> None:
-    """Each processor against transformers', the copy included; nothing past the valid ids is read."""
+    """Check each processor and the copy against transformers'; nothing after the valid ids is read."""
     length, capacity = 40, 1100
     ids = torch.full((batch, capacity), vocab - 1, device=device)
     ids[:, :length] = torch.randint(0, 12, (batch, length), device=device)

@@ -20,7 +20,7 @@ GROUPS = {
     "tensor cores fp16": lambda family: launches.dot_launches(family, torch.float16),
     "tensor cores bf16": lambda family: launches.dot_launches(family, torch.bfloat16),
     "sampling fp16": lambda family: launches.sampling_launches(torch.float16, capacity=64),
-    # The larger capacity takes the most shared memory, and a sort takes seconds to compile: once is enough.
+    # Once is enough: the larger capacity takes the most shared memory, and a sort takes seconds to compile.
     "sampling fp32": lambda family: launches.sampling_launches(torch.float32, capacity=128),
 }
 

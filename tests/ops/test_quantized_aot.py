@@ -1,4 +1,4 @@
-"""The kernels of integer weights compile for every supported GPU, within its limits and with the layout assumed."""
+"""The kernels of integer weights compile for every supported GPU, within its limits and in the assumed layout."""
 
 import importlib
 import re
@@ -34,7 +34,7 @@ HALF, BFLOAT = torch.float16, torch.bfloat16
 
 
 def normalised_product(capability: int, bits: int, n: int, config: Row) -> Launch:
-    """The launch of a product with LayerNorm in it."""
+    """Return the launch of a product with LayerNorm in it."""
 
     def call() -> None:
         norm = NormArguments(meta(HALF, HIDDEN), meta(HALF, HIDDEN), 1e-5, meta(HALF, 1, HIDDEN))
@@ -48,7 +48,7 @@ def normalised_product(capability: int, bits: int, n: int, config: Row) -> Launc
 
 
 def product(capability: int, dtype: torch.dtype, bits: int, rows: int, n: int, k: int, group_size: int) -> list:
-    """The launch of one product with a weight [n, k]."""
+    """Return the launch of one product with a weight [n, k]."""
     device = torch.device("meta")
 
     def call() -> None:
@@ -86,9 +86,9 @@ def test_products_compile_within_the_limits(bits, capability):
         resources = ahead_of_time.compile_launch(launch, capability)
         assert resources.shared <= ahead_of_time.SHARED_MEMORY[capability], f"{launch}: {resources}"
         if launch.kernel is quantized_row_kernel:
-            # Shared memory that PTX declares cannot be asked for beyond that.
+            # Shared memory that PTX declares is limited to 48 KiB.
             assert resources.shared <= 48 << 10, f"{launch}: {resources}"
-        # Four registers: some of the 64-row kernels have them there.
+        # Some of the 64-row kernels spill up to four registers.
         assert resources.stack <= 16, f"{launch}: {resources}"
         assert ("launch_pdl", True) in launch.options or capability < 90, f"{launch} is not launched early"
 
@@ -144,7 +144,7 @@ def test_the_weight_is_on_its_way_before_the_wait_and_nothing_else(bits):
         wait, loop = ahead_of_time.place_of_wait(ir), ir.index("scf.for")
         assert "async_copy_global_to_local" in ir[:loop], "no copy of the weight precedes the loop"
         assert loop < wait
-        # Copies ahead are of the weight: those of x or the residual would read what is not written yet.
+        # Only the weight is copied ahead: x and the residual are not written yet.
         copies = re.findall(r"async_copy_global_to_local %(\w+?)_?\d*,", ir)
         assert copies and set(copies) == {"pointers"}, set(copies)
         reads = [found.start() for found in re.finditer("ld.global", ir)]
@@ -159,7 +159,7 @@ def test_of_one_row_the_weight_is_on_its_way_before_the_wait_and_nothing_else(bi
         ir, ptx = kernel.asm["ttgir"], kernel.asm["ptx"]
         wait, loop = ahead_of_time.place_of_wait(ir), ir.index("scf.for")
         assert wait < loop and "cp.async" in ir[:wait], "no copy of the weight precedes the wait"
-        # Scale and bias are the only blocks that Triton itself loads; x and the residual are read by PTX.
+        # Triton itself loads only the blocks of scale and bias; PTX reads x and the residual.
         loads = re.findall(r"%(\w+?)(?:_\d+)? = tt\.load", ir)
         assert loads and set(loads) <= {"row_scale", "row_bias"}, set(loads)
         for text, word in ((ir, "ld.global"), (ptx, "ld.global.v4")):
@@ -185,7 +185,7 @@ def test_of_a_row_that_is_normalised_only_x_is_read_after_the_wait(bits, config,
     ir = ahead_of_time.compiled(launch, capability).asm["ttgir"]
     wait = ahead_of_time.place_of_wait(ir)
     before, after = ir[:wait], ir[wait:]
-    # gamma and beta, then x.
+    # gamma and beta are read before the wait, x after it.
     reads = words_kept(bits, HIDDEN, config.warps) // 4
     assert [part.count("ld.global.v4") for part in (before, after)] == [2 * reads, reads]
     derived = {"%x"}

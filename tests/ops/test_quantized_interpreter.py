@@ -1,6 +1,6 @@
 """The products with integer weights in Triton's interpreter, on a CPU, against float64.
 
-In the interpreter a plain emulation stands for the inline PTX; everything around it is the real kernel.
+In the interpreter a plain emulation takes the place of the inline PTX; everything around it is the real kernel.
 """
 
 import sys
@@ -31,7 +31,7 @@ CASES = [
     ("quantized_config", HALF, [8, 16, 16, 320, -1, "Quantized(1, 2, 2)"]),
     ("quantized_config", HALF, [4, 12, 16, 640, 128, "Quantized(1, 2, 1)"]),
     ("quantized_config", HALF, [8, 25, 48, 128, -1, "Quantized(4, 1, 2)"]),
-    # The few rows that it takes where the streams' layout is another one.
+    # Few rows, which this kernel takes if the streams' layout is another one.
     ("quantized_config", HALF, [4, 2, 40, 512, -1, "Quantized(1, 4, 1)"]),
     ("quantized_config", HALF, [8, 8, 37, 512, 128, "Quantized(1, 4, 1)"]),
     # One round and several, uneven rows and columns, two tiles of rows.

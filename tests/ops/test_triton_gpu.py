@@ -142,7 +142,7 @@ def test_distribution(dtype, sampler, vocab, temperature, top_k, top_p):
 
 
 def test_pinned_ring():
-    """The next tokens reach pinned host memory."""
+    """The chosen tokens reach pinned host memory."""
     state = sampling.make_state(DEVICE, 3)
     state.ring = torch.full((4, 3), -1).pin_memory()
     scores = torch.randn(3, 1000, device=DEVICE)
@@ -153,7 +153,7 @@ def test_pinned_ring():
 
 
 def test_captured_step_repeats():
-    """A step in a CUDA graph, with the state read before the wait, gives at every replay what plain launches gave."""
+    """A step in a CUDA graph that reads its state before the wait gives the same as eager launches at every replay."""
     hidden, heads, size, capacity = 512, 4, 128, 64
     weight, bias = operators.random(DEVICE, HALF, 3 * hidden, hidden) / 22, operators.random(DEVICE, HALF, 3 * hidden)
     dense = operators.random(DEVICE, HALF, hidden, hidden) / 22
