@@ -86,7 +86,9 @@ def check_skip_layer_norm(device: str, dtype: torch.dtype, rows: int, size: int,
     assert_close(out, layer_norm64(summed, gamma, beta, 1e-5))
 
 
-def check_rotary(device: str, dtype: torch.dtype, batch: int, rows: int, heads: int, size: int, two: bool) -> None:
+def check_fused_apply_rotary_emb(
+    device: str, dtype: torch.dtype, batch: int, rows: int, heads: int, size: int, two: bool
+) -> None:
     x = random(device, dtype, batch, rows, heads * 3 * size)
     cos, sin = tables(device, dtype, 50, size // 4 if two else size // 2)
     shape = (batch, 2, rows) if two else (batch, rows)
@@ -106,7 +108,9 @@ def check_rotary(device: str, dtype: torch.dtype, batch: int, rows: int, heads: 
         assert_close(out, rotate64(head, [p[:, None] for p in positions], cos, sin))
 
 
-def check_concat(device: str, dtype: torch.dtype, batch: int, rows: int, heads: int, size: int) -> None:
+def check_fused_attention_concat_past_key_value(
+    device: str, dtype: torch.dtype, batch: int, rows: int, heads: int, size: int
+) -> None:
     capacity, length = rows + 9, 5
     # Key and value have the strides of a view into a packed projection.
     packed = random(device, dtype, batch, rows, heads, 3, size)
@@ -212,7 +216,7 @@ def check_decode_attention(
     assert not workspace.counters.any()
 
 
-def check_matmul(
+def check_fused_matmul_bias(
     device: str, dtype: torch.dtype, rows: int, n: int, k: int, epilogue: str, with_bias: bool = True
 ) -> None:
     """Check the product with an ``epilogue``: plain, gelu or residual."""

@@ -45,7 +45,7 @@ def expected_product(
     return out if residual is None else out + ALPHA * residual.double()
 
 
-def check_quantized(
+def check_fused_linear_with_groupwise_quantized_weight(
     device: str, dtype: torch.dtype, bits: int, rows: int, n: int, k: int, group_size: int = -1, epilogue: str = "plain"
 ) -> None:
     """Check the public function, whatever kernel it takes; the mean of x shows a lost offset."""

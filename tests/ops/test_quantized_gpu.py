@@ -36,14 +36,18 @@ def test_layout(bits, dtype):
 def test_product(bits, dtype, rows):
     for n, k, group_size in ((37, 128, -1), (700, 1152, 128), (384, 512, 64)):
         for epilogue in ("plain", "gelu", "residual"):
-            checks.check_quantized(DEVICE, dtype, bits, rows, n, k, group_size, epilogue)
+            checks.check_fused_linear_with_groupwise_quantized_weight(
+                DEVICE, dtype, bits, rows, n, k, group_size, epilogue
+            )
 
 
 @BITS
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=["fp16", "fp32"])
 def test_odd_shapes(bits, dtype):
     for rows, n, k, group_size in ((1, 1, 2, -1), (3, 701, 1002, 6), (8, 33, 90, 18), (20, 33, 90, 18)):
-        checks.check_quantized(DEVICE, dtype, bits, rows, n, k, group_size, "residual")
+        checks.check_fused_linear_with_groupwise_quantized_weight(
+            DEVICE, dtype, bits, rows, n, k, group_size, "residual"
+        )
     checks.check_quantized_gemv(DEVICE, dtype, bits, 2, 70, 4098, -1)
     checks.check_dequantize(DEVICE, HALF, bits, 701, 1002, 6)
     checks.check_dequantize(DEVICE, BFLOAT, bits, 701, 1024, -1)
@@ -54,7 +58,7 @@ def test_odd_shapes(bits, dtype):
 @pytest.mark.parametrize("n, k", [(12288, 4096), (16384, 4096), (4096, 16384), (130528, 4096)])
 def test_weights_of_the_model(bits, rows, n, k):
     group_size, epilogue = (128, "gelu") if n == 16384 else (-1, "residual")
-    checks.check_quantized(DEVICE, HALF, bits, rows, n, k, group_size, epilogue)
+    checks.check_fused_linear_with_groupwise_quantized_weight(DEVICE, HALF, bits, rows, n, k, group_size, epilogue)
 
 
 @BITS

@@ -43,8 +43,8 @@ def test_skip_layer_norm(dtype, rows, size):
 @pytest.mark.parametrize("batch, rows, heads, size", [(1, 1, 32, 128), (33, 3, 4, 32), (2, 70, 3, 24)])
 def test_rotary_and_concat(dtype, batch, rows, heads, size):
     for two in (True, False):
-        operators.check_rotary(DEVICE, dtype, batch, rows, heads, size, two)
-    operators.check_concat(DEVICE, dtype, batch, rows, heads, size)
+        operators.check_fused_apply_rotary_emb(DEVICE, dtype, batch, rows, heads, size, two)
+    operators.check_fused_attention_concat_past_key_value(DEVICE, dtype, batch, rows, heads, size)
 
 
 @DTYPES
@@ -73,13 +73,13 @@ def test_attention(dtype, batch, heads, size, length, splits):
 @pytest.mark.parametrize("n, k", [(37, 100), (384, 128), (704, 128), (1536, 512), (4096, 4096)])
 def test_matmul(dtype, rows, n, k):
     for epilogue in ("plain", "gelu", "residual"):
-        operators.check_matmul(DEVICE, dtype, rows, n, k, epilogue, with_bias=epilogue != "plain")
+        operators.check_fused_matmul_bias(DEVICE, dtype, rows, n, k, epilogue, with_bias=epilogue != "plain")
 
 
 @pytest.mark.parametrize("n, k", [(12288, 4096), (16384, 4096), (4096, 16384), (130528, 4096)])
 @pytest.mark.parametrize("rows", [1, 4, 8, 33])
 def test_matmul_of_the_model(rows, n, k):
-    operators.check_matmul(DEVICE, HALF, rows, n, k, "gelu" if n == 16384 else "residual")
+    operators.check_fused_matmul_bias(DEVICE, HALF, rows, n, k, "gelu" if n == 16384 else "residual")
 
 
 @DTYPES

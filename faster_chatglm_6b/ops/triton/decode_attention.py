@@ -1,4 +1,8 @@
-"""Attention of one query row per sequence against the cache, the keys split over programs (Flash-Decoding)."""
+"""Attention of one query row per sequence against the cache, the keys split over programs (Flash-Decoding).
+
+Serve ``fused_multi_head_attention_inference_v2`` in the captured loop, with the rotary positions and the append to the
+cache in the same kernel.
+"""
 
 import math
 
