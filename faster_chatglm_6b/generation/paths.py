@@ -1,6 +1,5 @@
 """Choose the path of a generation: the captured loop if it can serve the request, else the plain one."""
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -63,7 +62,8 @@ def generate_tokens(
     try:
         request = read_request(model, *arguments, model_kwargs)
     except CannotServe as reason:
-        request = reason
+        # A new one without a traceback, whose frames would keep the model and the cache until a garbage collection.
+        request = CannotServe(*reason.args)
     return _returning_memory(_captured_or_plain(model, request, arguments, streamer, model_kwargs))
 
 
@@ -79,13 +79,15 @@ def _captured_or_plain(
 ) -> Iterator[torch.Tensor]:
     input_ids, _, _, generation_config = arguments
     with memory_explained(model, input_ids, generation_config.max_length):
-        try:
-            if isinstance(request, CannotServe):
-                raise request
-            yield from _captured(model, request, streamer)
-            return
-        except CannotServe as reason:
-            report.record_generation("plain", str(reason))
+        if isinstance(request, CannotServe):
+            # Not raised: it would hold this frame, which holds it.
+            report.record_generation("plain", str(request))
+        else:
+            try:
+                yield from _captured(model, request, streamer)
+                return
+            except CannotServe as reason:
+                report.record_generation("plain", str(reason))
         yield from plain_tokens(model, *arguments, streamer, model_kwargs)
 
 
@@ -98,14 +100,18 @@ def _captured(model: Any, request: Request, streamer: Any) -> Iterator[torch.Ten
     _check_kernels(model)
     from ..decoding.loop import captured_tokens
 
-    # Closed at once, whatever a streamer or the caller does: an open generator holds the model.
-    with contextlib.closing(captured_tokens(model, request)) as tokens:
+    tokens = captured_tokens(model, request)
+    try:
         for index, token in enumerate(tokens):
             if index == 0:
                 report.record_generation("captured", "sampling" if request.do_sample else "greedy search")
             if streamer is not None:
                 streamer.put(token)
             yield token
+    finally:
+        # Closed at once, whatever a streamer or the caller does: an open generator holds the model's lock. Python code,
+        # as in contextlib.closing, could be interrupted before it closes.
+        tokens.close()
     if streamer is not None:
         streamer.end()
 
