@@ -1,6 +1,6 @@
 """Measure the decode step with int8 and int4 weights without the host, and find the shapes of its products.
 
-    python -m examples.measuring.tune_quantized_kernels --tune      # search the tables of quantized_configs.py
+    python -m examples.measuring.tune_quantized_kernels --tune      # search ops/triton/quantized/configs.py
     python -m examples.measuring.tune_quantized_kernels --chain     # whole steps, next to fp16 in the same process
 
 The step is the product's own over random weights, as one CUDA graph, in which every launch reads another matrix, so
