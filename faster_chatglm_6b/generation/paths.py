@@ -6,11 +6,9 @@ from typing import Any
 import torch
 
 from .. import report
-from ..decoding.refusal import CannotServe
+from ..decoding.refusal import CannotServe, check_place
 from ..decoding.request import Request
 from ..decoding.shortage import memory_explained, memory_returned
-from ..layers.placement import spread_over
-from ..ops.availability import kernels_refusal
 from .plain import plain_tokens
 from .requests import read_request
 
@@ -97,7 +95,9 @@ def _captured(model: Any, request: Request, streamer: Any) -> Iterator[torch.Ten
     Raises:
         CannotServe: before the first token.
     """
-    _check_kernels(model)
+    check_place(model)
+    if model.has_own_inputs():
+        raise CannotServe(f"{type(model).__name__} has a prepare_inputs_for_generation of its own")
     from ..decoding.loop import captured_tokens
 
     tokens = captured_tokens(model, request)
@@ -114,16 +114,3 @@ def _captured(model: Any, request: Request, streamer: Any) -> Iterator[torch.Ten
         tokens.close()
     if streamer is not None:
         streamer.end()
-
-
-def _check_kernels(model: Any) -> None:
-    """Raise CannotServe unless kernels run where the weights lie and our own code prepares the inputs."""
-    places = spread_over(model)
-    if places is not None:
-        raise CannotServe(f"device_map spreads the model over {places}; the captured loop needs it on one GPU")
-    weight = model.transformer.word_embeddings.weight
-    reason = kernels_refusal(weight.device, weight.dtype)
-    if reason is not None:
-        raise CannotServe(reason)
-    if model.has_own_inputs():
-        raise CannotServe(f"{type(model).__name__} has a prepare_inputs_for_generation of its own")

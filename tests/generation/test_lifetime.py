@@ -48,12 +48,12 @@ def test_an_interrupt_closes_the_captured_loop(monkeypatch, is_closed):
         with lock:
             yield from range(4)
 
-    monkeypatch.setattr(paths, "_check_kernels", lambda model: None)
+    monkeypatch.setattr(paths, "check_place", lambda model: None)
     monkeypatch.setitem(
         sys.modules, "faster_chatglm_6b.decoding.loop", SimpleNamespace(captured_tokens=captured_tokens)
     )
     files = {file: Path(file).read_text("utf-8").splitlines() for file in (paths.__file__, contextlib.__file__)}
-    request = SimpleNamespace(do_sample=False)
+    model, request = SimpleNamespace(has_own_inputs=lambda: False), SimpleNamespace(do_sample=False)
     streamer = SimpleNamespace(put=lambda token: None, end=lambda: None)
 
     def run_until(stop):
@@ -74,7 +74,7 @@ def test_an_interrupt_closes_the_captured_loop(monkeypatch, is_closed):
         before = sys.gettrace()
         sys.settrace(trace)
         try:
-            tokens = paths._captured(None, request, streamer)
+            tokens = paths._captured(model, request, streamer)
             assert next(tokens) == 0
             if is_closed:
                 tokens.close()
