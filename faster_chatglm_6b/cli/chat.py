@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import takewhile
 from threading import Event
+from typing import Any
 
 from .checkpoint import load_asked, out_of_memory, too_long
 from .errors import CommandError
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     print("Goodbye. 再见。")
 
 
-def converse(model, tokenizer, settings: dict) -> None:
+def converse(model: Any, tokenizer: Any, settings: dict) -> None:
     """Take turns until "stop", Ctrl-C or Ctrl-D (the end of what is piped in)."""
     ask, history = _prompt(), []
     while True:
@@ -49,7 +50,7 @@ def converse(model, tokenizer, settings: dict) -> None:
             history = answer(model, tokenizer, query, history, settings)
 
 
-def answer(model, tokenizer, query: str, history: list, settings: dict) -> list:
+def answer(model: Any, tokenizer: Any, query: str, history: list, settings: dict) -> list:
     """Print the answer as it comes; return the history with as much of it as was said."""
     if refusal := too_long(query, model):
         print(refusal)

@@ -45,15 +45,9 @@ def check_model(model: Any) -> tuple:
     Raises:
         CannotServe: the captured step would not compute what the modules compute; the message says why.
     """
-    places = spread_over(model)
-    if places is not None:
-        raise CannotServe(f"device_map spreads the model over {places}; the captured loop needs it on one GPU")
-    check_ends(model)
+    check_place(model)
     weight = model.transformer.word_embeddings.weight
     device, dtype = weight.device, weight.dtype
-    reason = kernels_refusal(device, dtype)
-    if reason is not None:
-        raise CannotServe(reason)
     if model.training:
         raise CannotServe("the model is in training mode; call model.eval()")
     if torch.is_autocast_enabled(device.type):
@@ -111,6 +105,22 @@ def _modules(module: nn.Module) -> list[nn.Module]:
     for one in modules:
         modules += [child for child in one._modules.values() if child is not None and type(child) is not PrefixEncoder]
     return modules
+
+
+def check_place(model: Any) -> None:
+    """Check that kernels run where the weights lie; only then can the rest of the captured loop be imported.
+
+    Raises:
+        CannotServe: the weights are on several devices, or no kernel serves their device and dtype.
+    """
+    places = spread_over(model)
+    if places is not None:
+        raise CannotServe(f"device_map spreads the model over {places}; the captured loop needs it on one GPU")
+    check_ends(model)
+    weight = model.transformer.word_embeddings.weight
+    reason = kernels_refusal(weight.device, weight.dtype)
+    if reason is not None:
+        raise CannotServe(reason)
 
 
 def check_ends(model: Any) -> None:

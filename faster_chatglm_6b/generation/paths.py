@@ -1,17 +1,14 @@
 """Choose the path of a generation: the captured loop if it can serve the request, else the plain one."""
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from .. import report
-from ..decoding.refusal import CannotServe
+from ..decoding.refusal import CannotServe, check_place
 from ..decoding.request import Request
 from ..decoding.shortage import memory_explained, memory_returned
-from ..layers.placement import spread_over
-from ..ops.availability import kernels_refusal
 from .plain import plain_tokens
 from .requests import read_request
 
@@ -63,7 +60,8 @@ def generate_tokens(
     try:
         request = read_request(model, *arguments, model_kwargs)
     except CannotServe as reason:
-        request = reason
+        # A new one without a traceback, whose frames would keep the model and the cache until a garbage collection.
+        request = CannotServe(*reason.args)
     return _returning_memory(_captured_or_plain(model, request, arguments, streamer, model_kwargs))
 
 
@@ -79,13 +77,15 @@ def _captured_or_plain(
 ) -> Iterator[torch.Tensor]:
     input_ids, _, _, generation_config = arguments
     with memory_explained(model, input_ids, generation_config.max_length):
-        try:
-            if isinstance(request, CannotServe):
-                raise request
-            yield from _captured(model, request, streamer)
-            return
-        except CannotServe as reason:
-            report.record_generation("plain", str(reason))
+        if isinstance(request, CannotServe):
+            # Not raised: it would hold this frame, which holds it.
+            report.record_generation("plain", str(request))
+        else:
+            try:
+                yield from _captured(model, request, streamer)
+                return
+            except CannotServe as reason:
+                report.record_generation("plain", str(reason))
         yield from plain_tokens(model, *arguments, streamer, model_kwargs)
 
 
@@ -95,29 +95,22 @@ def _captured(model: Any, request: Request, streamer: Any) -> Iterator[torch.Ten
     Raises:
         CannotServe: before the first token.
     """
-    _check_kernels(model)
+    check_place(model)
+    if model.has_own_inputs():
+        raise CannotServe(f"{type(model).__name__} has a prepare_inputs_for_generation of its own")
     from ..decoding.loop import captured_tokens
 
-    # Closed at once, whatever a streamer or the caller does: an open generator holds the model.
-    with contextlib.closing(captured_tokens(model, request)) as tokens:
+    tokens = captured_tokens(model, request)
+    try:
         for index, token in enumerate(tokens):
             if index == 0:
                 report.record_generation("captured", "sampling" if request.do_sample else "greedy search")
             if streamer is not None:
                 streamer.put(token)
             yield token
+    finally:
+        # Closed at once, whatever a streamer or the caller does: an open generator holds the model's lock. Python code,
+        # as in contextlib.closing, could be interrupted before it closes.
+        tokens.close()
     if streamer is not None:
         streamer.end()
-
-
-def _check_kernels(model: Any) -> None:
-    """Raise CannotServe unless kernels run where the weights lie and our own code prepares the inputs."""
-    places = spread_over(model)
-    if places is not None:
-        raise CannotServe(f"device_map spreads the model over {places}; the captured loop needs it on one GPU")
-    weight = model.transformer.word_embeddings.weight
-    reason = kernels_refusal(weight.device, weight.dtype)
-    if reason is not None:
-        raise CannotServe(reason)
-    if model.has_own_inputs():
-        raise CannotServe(f"{type(model).__name__} has a prepare_inputs_for_generation of its own")

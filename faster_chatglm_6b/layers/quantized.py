@@ -122,6 +122,7 @@ class QuantizedLinear(OperatorLinear):
         return linear
 
     def extra_repr(self) -> str:
+        """Describe the layer in ``repr``, as ``nn.Linear`` does."""
         groups = "" if self.group_size < 0 else f", group_size={self.group_size}"
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}{groups}"
 

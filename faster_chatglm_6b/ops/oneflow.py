@@ -152,9 +152,11 @@ class NativeOperators:
         self._cos, self._sin, self._bias = _Last(_plane_table), _Last(_plane_table), _Last(_padded)
 
     def fast_gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """See ``reference.fast_gelu``."""
         return self._native.fast_gelu(x)
 
     def fused_fast_gelu_mul(self, x: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
+        """See ``reference.fused_fast_gelu_mul``."""
         return self._native.fused_fast_gelu_mul(x, multiplier)
 
     def fused_apply_rotary_emb(
@@ -187,6 +189,7 @@ class NativeOperators:
     def fused_attention_concat_past_key_value(
         self, past_key_values: Any, key: torch.Tensor, value: torch.Tensor, layer: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Use OneFlow's kernel for a ``ListCache``; leave any other cache, and none, to the definition."""
         if not isinstance(past_key_values, ListCache):
             return reference.fused_attention_concat_past_key_value(past_key_values, key, value, layer)
         past = past_key_values[layer] if layer < len(past_key_values) else None
@@ -214,6 +217,7 @@ class NativeOperators:
         prefix_length: int | None = None,
         scale: float | None = None,
     ) -> torch.Tensor:
+        """See ``reference.fused_multi_head_attention_inference_v2``."""
         return self._native.fused_multi_head_attention_inference_v2(
             query=query.contiguous(),
             query_layout="BHMK",
