@@ -148,21 +148,25 @@ class ChatGLMModel(StockNetworkNames, ChatGLMPreTrainedModel):
             check_cached_batch(cache, input_ids if inputs_embeds is None else inputs_embeds)
         # Deriving positions from the ids checks the ids.
         unchecked_ids = input_ids if inputs_embeds is None and position_ids is not None else None
-        position_ids, hidden, context_length = self._positions_and_mask(
+        position_ids, hidden, layout = self._positions_and_mask(
             input_ids, position_ids, attention_mask, inputs_embeds, past_length
         )
         highest = highest_position(position_ids, unchecked_ids, self.config.vocab_size)
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         device, dtype = hidden_states.device, hidden_states.dtype
         devices = [execution_device(layer, device) for layer in self.layers]
+        differentiable = torch.is_grad_enabled()
+        tables = {place: operators_for(place, dtype, self.config.head_size, differentiable) for place in set(devices)}
+        context_length = None
+        if layout is not None:
+            needs_bias = output_attentions or not all(table.prompts_need_no_bias for table in tables.values())
+            hidden, context_length = _mask_of_prompt(layout, position_ids.shape[-1], needs_bias)
         attended = cache
         if self.config.pre_seq_len:
             hidden = None if hidden is None else self.prefix_encoder.show(hidden)
             context_length = None if context_length is None else context_length + self.config.pre_seq_len
             if past_length == 0:
                 attended = self.prefix_encoder.placed_in(cache, hidden_states.shape[0], dtype, devices)
-        differentiable = torch.is_grad_enabled()
-        tables = {place: operators_for(place, dtype, self.config.head_size, differentiable) for place in set(devices)}
         cos, sin = self.rotary.get(highest + 1, device, dtype)
         step = Step(
             position_ids=position_ids.to(device),
@@ -204,8 +208,8 @@ class ChatGLMModel(StockNetworkNames, ChatGLMPreTrainedModel):
         attention_mask: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
         past_length: int,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, int | None]:
-        """Return positions, the bool mask of hidden keys or None, and the context's length if all rows share it."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, PromptLayout | None]:
+        """Return positions, the bool mask of hidden keys or None, and the layout if the mask follows from it."""
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         is_dense = attention_mask is not None and attention_mask.dim() == 4
         if past_length:
@@ -228,7 +232,7 @@ class ChatGLMModel(StockNetworkNames, ChatGLMPreTrainedModel):
             position_ids = layout.position_ids(0, length, self.config.position_encoding_2d)
         if is_dense:
             return position_ids, attention_mask.bool(), None
-        return position_ids, layout.hidden(0, length), layout.common_prefix
+        return position_ids, None, layout
 
 
 class ChatGLMWithHead(TrainingMixin, AdapterHost, ChatGLMPreTrainedModel):
@@ -308,6 +312,18 @@ class ChatGLMWithHead(TrainingMixin, AdapterHost, ChatGLMPreTrainedModel):
             attentions=outputs.attentions,
         )
         return output if return_dict else output.to_tuple()
+
+
+def _mask_of_prompt(layout: PromptLayout, length: int, needs_bias: bool) -> tuple[torch.Tensor | None, int | None]:
+    """Return the bool mask of hidden keys, and the context's length if all rows share it.
+
+    The mask of a long prompt takes the host milliseconds. Operators that need no bias do without it if only the last
+    row is not context.
+    """
+    context_length = layout.common_prefix
+    if context_length == length - 1 and not needs_bias:
+        return None, context_length
+    return layout.hidden(0, length), context_length
 
 
 def _additive(hidden: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -48,6 +48,7 @@ def choose(device: torch.device) -> Operators:
         fused_multi_head_attention_inference_v2=fused_multi_head_attention_inference_v2,
         fused_linear_with_groupwise_quantized_weight=fused_linear_with_groupwise_quantized_weight,
         choices=choices,
+        prompts_need_no_bias=True,
     )
 
 

@@ -1,17 +1,18 @@
 """Define the table of operators that a model calls, and make the one that serves each by its definition."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 
 from . import reference
 
 
 @dataclass(frozen=True)
 class Operators:
-    """One callable per operator.
+    """One callable per operator, and why it was chosen.
 
     Attributes:
-        choices: maps an operator's name to (implementation, reason), for ``faster_chatglm_6b.status()``.
+        choices: {operator: (implementation, reason)}, for ``faster_chatglm_6b.status()``.
+        prompts_need_no_bias: attention follows ``prefix_length`` alone if all rows but the last are context.
     """
 
     fast_gelu: Callable
@@ -23,9 +24,12 @@ class Operators:
     skip_layer_norm: Callable
     fused_linear_with_groupwise_quantized_weight: Callable
     choices: dict[str, tuple[str, str]] = field(default_factory=dict, compare=False)
+    prompts_need_no_bias: bool = False
 
 
-OPERATOR_NAMES = tuple(one.name for one in fields(Operators) if one.name != "choices")
+OPERATOR_NAMES = tuple(
+    one.name for one in fields(Operators) if one.default is MISSING and one.default_factory is MISSING
+)
 
 
 def reference_operators(reason: str) -> Operators:

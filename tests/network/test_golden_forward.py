@@ -1,10 +1,14 @@
 """The network against logits, caches, hidden states and gradients of the stock code."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
+from faster_chatglm_6b.network import model
 from faster_chatglm_6b.network.prompt_layout import PromptLayout
+from faster_chatglm_6b.ops import reference, reference_operators
 
 TOLERANCE = {"rtol": 0, "atol": 1e-3}
 
@@ -193,3 +197,39 @@ def test_half_and_bfloat16(tiny_dir, golden_tensors):
             assert (logits - tensors[f"float32.logits_last.{i}"]).abs().max() < margin, (dtype, i)
     stock_error = (tensors["bfloat16.logits_last.3"] - tensors["float32.logits_last.3"]).abs().max()
     assert stock_error > 5
+
+
+@pytest.mark.parametrize(
+    ("ids", "asks", "masks"),
+    [
+        ([[20, 30, 40, 50, 60, 321, 324]], {}, 0),
+        ([[20, 30, 40, 50, 60, 321, 324]], {"output_attentions": True}, 1),
+        ([[20, 30, 40, 321, 324, 50, 60]], {}, 1),
+        ([[20, 30, 321, 324, 50], [20, 321, 324, 30, 40]], {}, 1),
+    ],
+    ids=["prompt", "attentions asked for", "answer after the prompt", "two lengths of context"],
+)
+def test_a_prompt_has_no_mask_if_its_attention_needs_none(tiny_model, monkeypatch, ids, asks, masks):
+    """Attention that follows the context's length gives the definition's values, and no mask is computed for it."""
+    ids = torch.tensor(ids)
+    with torch.no_grad():
+        expected = tiny_model.transformer(ids, **asks).last_hidden_state
+        fused = replace(
+            reference_operators("the test asks for them"),
+            fused_multi_head_attention_inference_v2=attend_to_prefix,
+            prompts_need_no_bias=True,
+        )
+        monkeypatch.setattr(model, "operators_for", lambda *arguments: fused)
+        computed, hidden = [], PromptLayout.hidden
+        monkeypatch.setattr(PromptLayout, "hidden", lambda *args: computed.append(args) or hidden(*args))
+        actual = tiny_model.transformer(ids, **asks).last_hidden_state
+    assert len(computed) == masks
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+def attend_to_prefix(*, query, key, value, attn_bias=None, prefix_length=None, scale=None):
+    """Compute attention from the context's length alone if only the last row is not context."""
+    if prefix_length == key.shape[2] - 1:
+        attn_bias = torch.zeros(query.shape[2], key.shape[2])
+        attn_bias[:-1, -1] = -torch.inf
+    return reference.fused_multi_head_attention_inference_v2(query=query, key=key, value=value, attn_bias=attn_bias)
