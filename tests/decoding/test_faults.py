@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from interrupts import InterruptBefore
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -155,46 +156,23 @@ def stand_in(monkeypatch):
 
 
 def test_interrupt_at_every_line(stand_in):
-    """After an interrupt before any line of decoding/loop.py or decoding/engine.py, the model answers at once.
-
-    Lines that only open a block are left out: Python takes a lock and enters its block without an interrupt between
-    the two, but a trace function can raise there.
-    """
+    """After an interrupt before any line of decoding/loop.py or decoding/engine.py, the model answers at once."""
     model, request = stand_in
-    files = {loop.__file__: open(loop.__file__).readlines(), engine.__file__: open(engine.__file__).readlines()}
     expected = [10, 11, 12, 13]
 
     def run_until(stop):
         """Tell whether the answer was finished before line number ``stop`` of the run."""
-        count = 0
-
-        def trace(frame, event, argument):
-            nonlocal count
-            if frame.f_code.co_filename not in files:
-                return None
-            source = files[frame.f_code.co_filename][frame.f_lineno - 1].strip()
-            if event == "line" and not source.startswith(("with ", "try:", "finally:")):
-                count += 1
-                if count == stop:
-                    raise KeyboardInterrupt
-            return trace
-
-        sys.settrace(trace)
         try:
-            return [int(token) for token in loop.captured_tokens(model, request)] == expected
+            with InterruptBefore(stop, (loop.__file__, engine.__file__)):
+                return [int(token) for token in loop.captured_tokens(model, request)] == expected
         except KeyboardInterrupt:
             return False
-        finally:
-            sys.settrace(None)
 
-    before, stop = sys.gettrace(), 1
-    try:
-        while not run_until(stop):
-            assert not loop.engine_of(model).lock.locked(), stop
-            assert [int(token) for token in loop.captured_tokens(model, request)] == expected, stop
-            stop += 1
-    finally:
-        sys.settrace(before)
+    stop = 1
+    while not run_until(stop):
+        assert not loop.engine_of(model).lock.locked(), stop
+        assert [int(token) for token in loop.captured_tokens(model, request)] == expected, stop
+        stop += 1
     assert stop > 100
 
 

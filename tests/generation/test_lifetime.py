@@ -4,11 +4,11 @@ import contextlib
 import gc
 import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from interrupts import InterruptBefore
 from release_checks import PROMPT
 
 import faster_chatglm_6b
@@ -39,8 +39,8 @@ def test_a_refused_request_leaves_no_cycle(tiny_model):
 def test_an_interrupt_closes_the_captured_loop(monkeypatch, is_closed):
     """KeyboardInterrupt before each line of the path in turn, and of what it calls in contextlib.
 
-    The lock is free while the exception is still held, as interactive shells hold the last one. Left out are lines that
-    only open a block, and the call that closes: Python lets no interrupt in between entering ``finally`` and that.
+    The lock is free while the exception is still held, as interactive shells hold the last one. The call that closes is
+    left out too: Python enters ``finally`` and makes that call without an interrupt between the two.
     """
     lock = threading.Lock()
 
@@ -52,40 +52,24 @@ def test_an_interrupt_closes_the_captured_loop(monkeypatch, is_closed):
     monkeypatch.setitem(
         sys.modules, "faster_chatglm_6b.decoding.loop", SimpleNamespace(captured_tokens=captured_tokens)
     )
-    files = {file: Path(file).read_text("utf-8").splitlines() for file in (paths.__file__, contextlib.__file__)}
     model, request = SimpleNamespace(has_own_inputs=lambda: False), SimpleNamespace(do_sample=False)
     streamer = SimpleNamespace(put=lambda token: None, end=lambda: None)
+    files = (paths.__file__, contextlib.__file__)
 
     def run_until(stop):
-        """Whether all was done before line number ``stop`` of the run came up."""
-        count = 0
-
-        def trace(frame, event, argument):
-            nonlocal count
-            if frame.f_code.co_filename not in files:
-                return None
-            source = files[frame.f_code.co_filename][frame.f_lineno - 1].strip()
-            if event == "line" and not source.startswith(("with ", "try:", "finally:", "tokens.close()")):
-                count += 1
-                if count == stop:
-                    raise KeyboardInterrupt
-            return trace
-
-        before = sys.gettrace()
-        sys.settrace(trace)
+        """Tell whether all was done before line number ``stop`` of the run."""
         try:
-            tokens = paths._captured(model, request, streamer)
-            assert next(tokens) == 0
-            if is_closed:
-                tokens.close()
-            else:
-                assert list(tokens) == [1, 2, 3]
+            with InterruptBefore(stop, files, uncounted=("tokens.close()",)):
+                tokens = paths._captured(model, request, streamer)
+                assert next(tokens) == 0
+                if is_closed:
+                    tokens.close()
+                else:
+                    assert list(tokens) == [1, 2, 3]
             return True
         except KeyboardInterrupt as held:
             assert held.__traceback__ is not None and not lock.locked(), stop
             return False
-        finally:
-            sys.settrace(before)
 
     stop = 1
     while not run_until(stop):
