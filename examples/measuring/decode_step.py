@@ -1,8 +1,10 @@
 """The product's own decode step as one CUDA graph, captured anew and timed with the block shapes of the moment."""
 
 import contextlib
+import json
 import statistics
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -125,3 +127,12 @@ def _kernels_left_out(parts: Collection[str]) -> Iterator[None]:
 def _matmul_bias(x, weight, bias, eps, linear_weight, linear_bias, *, gelu, normed_out, out, workspace) -> None:
     """Multiply without the LayerNorm, whose parameters and rows are not touched."""
     kernels.fused_matmul_bias(x, linear_weight, linear_bias, gelu=gelu, out=out, workspace=workspace)
+
+
+def report_records(records: Iterable[dict], path: Path | None) -> None:
+    """Print each record as it comes, and append it to the JSON lines of a file if one is given."""
+    for record in records:
+        print(json.dumps(record), flush=True)
+        if path is not None:
+            with path.open("a") as file:
+                file.write(json.dumps(record) + "\n")

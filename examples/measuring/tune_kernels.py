@@ -9,7 +9,6 @@ the same process: the rate at which a kernel that only reads gets through 8 GiB.
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import triton
 from faster_chatglm_6b.ops.triton import configs
 from faster_chatglm_6b.ops.triton.configs import Attention, Dot, Family, Gemv
 
-from .decode_step import DENSE, DOWN, HEAD, PARTS, QKV, SHAPES, UP, TimedStep
+from .decode_step import DENSE, DOWN, HEAD, PARTS, QKV, SHAPES, UP, TimedStep, report_records
 from .machine import read_ceiling
 from .models import bytes_per_step, random_model
 
@@ -166,11 +165,7 @@ def main() -> None:
         family = tune(model, batch, lambda line: print(line, flush=True))
         print(f"tables after batch {batch}:\n{family}", flush=True)
     if arguments.chain:
-        for entry in chain_records(model, ceiling):
-            print(json.dumps(entry), flush=True)
-            if arguments.json:
-                with arguments.json.open("a") as file:
-                    file.write(json.dumps(entry) + "\n")
+        report_records(chain_records(model, ceiling), arguments.json)
 
 
 if __name__ == "__main__":

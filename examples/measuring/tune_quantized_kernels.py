@@ -10,7 +10,6 @@ tuned in whole steps and not alone: what a kernel leaves free decides how early 
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 
 from faster_chatglm_6b.ops.triton.quantized.configs import Row, row_config, rows_for
 
-from .decode_step import HEAD, SHAPES, TimedStep
+from .decode_step import HEAD, SHAPES, TimedStep, report_records
 from .machine import read_ceiling
 from .models import bytes_per_step, random_model
 
@@ -107,11 +106,7 @@ def main() -> None:
             torch.cuda.empty_cache()
         print(f"rows: {rows}", flush=True)
     if arguments.chain:
-        for entry in chain_records(ceiling):
-            print(json.dumps(entry), flush=True)
-            if arguments.json:
-                with arguments.json.open("a") as file:
-                    file.write(json.dumps(entry) + "\n")
+        report_records(chain_records(ceiling), arguments.json)
 
 
 if __name__ == "__main__":
