@@ -57,7 +57,7 @@ pictures: $(READY_DEV) ## draw the pictures and write the tables of README and d
 	@status=0; for script in images/make_*.py; do $(PY) $$script $(ARGS) || status=1; done; exit $$status
 
 clean: ## remove the environments and everything that was generated
-	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch for a machine without an NVIDIA GPU. PyPI's Linux build is several GB of CUDA libraries, and PyPI has no other: look for the
