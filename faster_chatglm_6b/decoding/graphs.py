@@ -14,8 +14,8 @@ from .shortage import is_out_of_memory
 
 _log = logging.getLogger("faster_chatglm_6b")
 
-# An application needs few graphs: one or two lengths for each way of sampling that it uses.
-_MOST_GRAPHS = 8
+# An application needs few graphs: one or two lengths for each way of sampling that it uses, and those of its prompts.
+_MOST_GRAPHS = 16
 
 _idle_streams: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
 
@@ -42,34 +42,41 @@ class StepGraphs:
         """Return the graphs, the most recently used one last."""
         return list(self._graphs.values())
 
-    def run(self, key: tuple, step: Callable[[], None], counter: torch.Tensor) -> None:
+    def run(self, key: tuple, step: Callable[[], object], counter: torch.Tensor) -> None:
         """Queue a step by replaying its graph. Without one, run it eagerly, which compiles its kernels, and capture it.
 
         Args:
             key: everything that the launches of ``step`` depend on.
             counter: any tensor on the device; it is not written to.
         """
-        graph = self._graphs.get(key)
-        if graph is not None:
-            self._graphs.move_to_end(key)
-            graph.replay()
-            return
-        step()
-        if self.captures and not self.capture_failed:
-            self._keep(key, step, counter)
+        if not self.replay(key):
+            step()
+            self.keep(key, step, counter)
 
-    def _keep(self, key: tuple, step: Callable[[], None], counter: torch.Tensor) -> None:
+    def replay(self, key: tuple) -> bool:
+        """Queue the step with this key if it was captured, and tell whether it was."""
+        graph = self._graphs.get(key)
+        if graph is None:
+            return False
+        self._graphs.move_to_end(key)
+        graph.replay()
+        return True
+
+    def keep(self, key: tuple, step: Callable[[], object], counter: torch.Tensor) -> None:
+        """Capture a step that ran before; arguments as of ``run``."""
+        if not self.captures or self.capture_failed:
+            return
         try:
             self._graphs[key] = self._capture(step, counter)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             self.capture_failed = True
-            _log.warning("Too little GPU memory to capture a decode step; this answer's tokens take longer.")
+            _log.warning("Too little GPU memory to capture a step; this answer's tokens take longer.")
         if len(self._graphs) > _MOST_GRAPHS:
             self._graphs.popitem(last=False)
 
-    def _capture(self, step: Callable[[], None], counter: torch.Tensor) -> torch.cuda.CUDAGraph:
+    def _capture(self, step: Callable[[], object], counter: torch.Tensor) -> torch.cuda.CUDAGraph:
         """Record the step without running it.
 
         Other threads and streams of the process go on, with one exception. torch includes its default CUDA generator in
@@ -110,7 +117,7 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def capture(pool: tuple[int, int], run: Callable[[], None], counter: torch.Tensor) -> torch.cuda.CUDAGraph:
+def capture(pool: tuple[int, int], run: Callable[[], object], counter: torch.Tensor) -> torch.cuda.CUDAGraph:
     """Return the graph of what ``run`` queues on the current stream, which must not be the default one.
 
     Args:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from ..ops import triton as kernels
-from ..ops.cuda import attention_kernels
 from .graphs import StepGraphs
 from .request import MOST_END_TOKENS, Request
 from .sampler import Sampler
-from .step import DecodeStep
+from .steps.decode import DecodeStep
+from .steps.prompt import PromptStep, has_graph
 
 # Steps that may be queued on the device before the host has read their tokens; the ring has room for more.
 LOOKAHEAD = 3
@@ -51,6 +51,7 @@ class Session:
         self.batch, self.capacity = batch, capacity
         self._prefix = model.config.pre_seq_len or 0
         self.step = DecodeStep(model, batch, capacity)
+        self.prompt = PromptStep(model, self.step)
         self.sampler = Sampler(batch, self.step.vocab_size, self.device)
         with torch.inference_mode(False):
             zeros = {"dtype": torch.int32, "device": self.device}
@@ -90,23 +91,24 @@ class Session:
         self._plan, self._launched = request.plan, 0
         self._prompt_keys = self._prefix + request.input_ids.shape[1]
         self._reset(request, seed)
-        # Choose the kernels once for the whole prompt, not in every layer's operator.
-        with attention_kernels():
-            outputs = model(
-                input_ids=request.input_ids,
-                attention_mask=request.attention_mask,
-                past_key_values=self.step.cache,
-                use_cache=True,
-                logits_to_keep=1,
-                return_dict=True,
-            )
-        self.step.close_gaps(request.layout, self._prefix)
-        self._finish_step(outputs.logits[:, -1].contiguous())
+        ids = self.prompt.place(model, request.input_ids, request.layout)
+        most_keys = key_bucket(self._prefix + ids.shape[1], self.capacity)
+        key = ("prompt", ids.shape[1], most_keys)
+        run = functools.partial(self.prompt.run, model, ids, self.state.cache_length, most_keys)
+        captured = has_graph(*ids.shape)
+        if captured and self.graphs.replay(key):
+            logits = self.step.logits
+            captured = False
+        else:
+            logits = run()
+        self._finish_step(logits)
         self._mark()
+        if captured:
+            # Only now, so that the first token does not wait for it.
+            self.graphs.keep(key, run, self.state.step)
 
     def _reset(self, request: Request, seed: torch.Tensor) -> None:
         state, length = self.state, request.input_ids.shape[1]
-        self.step.place(request.layout, self._prefix)
         self.sampler.configure(request.plan)
         state.ids[:, :length].copy_(request.history())
         state.ids_length.fill_(length)

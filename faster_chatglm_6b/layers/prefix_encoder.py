@@ -34,14 +34,18 @@ class PrefixEncoder(nn.Module):
         """Map virtual tokens int64 [B, N] to their keys and values [B, N, layers * 2 * hidden], as stock does."""
         return self.trans(self.embedding(prefix))
 
-    def keys_and_values(self, batch: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return (key, value) of each layer, [batch, H, pre_seq_len, K] in ``dtype``."""
+    def packed(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return keys and values of all layers in one tensor, a view [layers, 2, H, pre_seq_len, K] in ``dtype``."""
         # Call modules, never read weights: accelerate may keep weights elsewhere until their module is called.
         device = execution_device(self.embedding, self.embedding.weight.device)
         packed = self(torch.arange(self.length, device=device)[None])[0].to(dtype)
-        packed = packed.view(self.length, 2 * self.layers, self.heads, self.head_size)
-        packed = self.dropout(packed).permute(1, 2, 0, 3)[:, None].expand(-1, batch, -1, -1, -1)
-        return list(zip(packed[::2], packed[1::2], strict=True))
+        packed = self.dropout(packed.view(self.length, self.layers, 2, self.heads, self.head_size))
+        return packed.permute(1, 2, 3, 0, 4)
+
+    def keys_and_values(self, batch: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return (key, value) of each layer, [batch, H, pre_seq_len, K] in ``dtype``."""
+        packed = self.packed(dtype)[:, :, None].expand(-1, -1, batch, -1, -1, -1)
+        return [(key, value) for key, value in packed]
 
     def placed_in(self, cache: Any, batch: int, dtype: torch.dtype, devices: list[torch.device]) -> Any:
         """Put the prefix into the empty cache and return it.

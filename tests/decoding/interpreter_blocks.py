@@ -1,10 +1,14 @@
 """Block shapes for Triton's interpreter.
 
-It runs program after program: a few large blocks take seconds, while a GPU's small ones take minutes.
+It runs program after program: a few large blocks take seconds, while a GPU's small ones take minutes. For the same
+reason prompts are not padded to the length of a graph there, but where a check asks for it by ``padded_prompts``.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 
+from faster_chatglm_6b.decoding.steps import prompt
 from faster_chatglm_6b.ops.triton import configs
 from faster_chatglm_6b.ops.triton.quantized import gemv as quantized_gemv
 
@@ -24,3 +28,15 @@ def use_large_blocks(gemv: tuple[int, int, int] = (256, 512, 4), keys: int = 256
         attention_short=attention,
     )
     quantized_gemv.BLOCK_N = 256
+    prompt.LENGTHS = ()
+
+
+@contextlib.contextmanager
+def padded_prompts(lengths: tuple[int, ...], most_rows: int = prompt.MOST_CAPTURED_ROWS) -> Iterator[None]:
+    """Pad prompts to one of these lengths, as where graphs serve them, if that makes ``most_rows`` rows at most."""
+    kept = prompt.LENGTHS, prompt.MOST_CAPTURED_ROWS
+    prompt.LENGTHS, prompt.MOST_CAPTURED_ROWS = lengths, most_rows
+    try:
+        yield
+    finally:
+        prompt.LENGTHS, prompt.MOST_CAPTURED_ROWS = kept

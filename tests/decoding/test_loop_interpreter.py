@@ -20,13 +20,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 import fault_checks  # noqa: E402
 import lifecycle_checks  # noqa: E402
 import loop_checks  # noqa: E402
+import prompt_checks  # noqa: E402
 import release_checks  # noqa: E402
 import table_checks  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 GOLDEN_NAMES = ["reppen1.2_ngram3|2023", "max_new_tokens|你好"]
-CHECKS = loop_checks.EVERYWHERE + lifecycle_checks.EVERYWHERE + fault_checks.EVERYWHERE + release_checks.EVERYWHERE
+CHECKS = (
+    loop_checks.EVERYWHERE
+    + prompt_checks.EVERYWHERE
+    + lifecycle_checks.EVERYWHERE
+    + fault_checks.EVERYWHERE
+    + release_checks.EVERYWHERE
+)
 LOOP = {check.__name__: check for check in CHECKS}
 TABLE = {check.__name__: check for check in table_checks.EVERYWHERE}
 

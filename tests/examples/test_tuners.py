@@ -45,17 +45,18 @@ def the_step_is_the_products(monkeypatch):
     import torch
     from measuring.decode_step import TimedStep
 
+    from faster_chatglm_6b.network.prompt_layout import PromptLayout
+
     run_eagerly(monkeypatch)
     model = load()
     ids = torch.tensor([[10, 11, 12, model.config.gmask_token_id, model.config.bos_token_id]])
     first, second = model.generate(ids, do_sample=False, max_new_tokens=2, eos_token_id=None)[0, CONTEXT:].tolist()
     step = TimedStep(model, 1, CONTEXT)
     session = step._session
-    session.step.cache.reset()
+    session.state.cache_length.fill_(CONTEXT - 1)
     with torch.inference_mode():
-        model(input_ids=ids, past_key_values=session.step.cache, use_cache=True)
-    session.step._position.fill_(3)
-    session.step._sop_index.fill_(4)
+        placed = session.prompt.place(model, ids, PromptLayout.of(ids, model.config))
+        session.prompt.run(model, placed, session.state.cache_length, CONTEXT)
     session.state.tokens.fill_(first)
     assert step.measure() == 2.0
     assert session.state.tokens.tolist() == [second] and session.state.cache_length.tolist() == [CONTEXT + 1]
@@ -83,11 +84,11 @@ def a_part_that_is_left_out_is_not_launched(monkeypatch):
     for without in (frozenset(), *({part} for part in PARTS), PARTS):
         step = TimedStep(model, 1, CONTEXT, without=without)
         session = step._session
-        session.step._normed.fill_(7)
+        session.step.normed.fill_(7)
         session.step.cache.storage[..., CONTEXT, :] = 7
         step.measure()
         done = {
-            "norm": (session.step._normed != 7).any(),
+            "norm": (session.step.normed != 7).any(),
             "attention": (session.step.cache.storage[..., CONTEXT, :] != 7).any(),
             "sampling": session.state.cache_length[0] != CONTEXT,
         }

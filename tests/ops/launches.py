@@ -32,15 +32,23 @@ def decode_attention_launch(
     return lambda: kernels.decode_attention(packed, cache, cache, *counts, table, table, **options)
 
 
+def prompt_launches(dtype: torch.dtype, batch: int, rows: int) -> None:
+    """Launch what rotates and attends in a prompt of ``rows`` rows, with positions of two parts."""
+    packed, places = meta(dtype, batch, rows, 3 * HIDDEN), [int32(batch), int32(batch)]
+    cache, table = meta(dtype, batch, HEADS, CAPACITY, SIZE), meta(dtype, POSITIONS, SIZE // 4)
+    query = kernels.rotary_concat_past_key_value(
+        packed, cache, cache, *places, int32(batch), int32(1), table, table, prefix=128
+    )
+    kernels.prompt_attention(query, cache, cache, *places, int32(1), prefix=128)
+
+
 def operator_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
     """Return the operators other than matrix products, in the shapes of a decode step."""
     batch = 2
     hidden = meta(dtype, batch, HIDDEN)
     vector = meta(dtype, HIDDEN)
-    cache = meta(dtype, batch, HEADS, CAPACITY, SIZE)
     table = meta(dtype, POSITIONS, SIZE // 4)
     packed = meta(dtype, batch, 3 * HIDDEN)
-    row = meta(dtype, batch, HEADS, 1, SIZE)
 
     def rotary() -> None:
         kernels.fused_apply_rotary_emb(
@@ -58,7 +66,7 @@ def operator_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
         lambda: kernels.skip_layer_norm(hidden, vector, vector),
         lambda: kernels.skip_layer_norm(hidden, vector, vector, skip=hidden, alpha=7.5),
         rotary,
-        lambda: kernels.fused_attention_concat_past_key_value(row, row, cache, cache, int32(1)),
+        *(lambda rows=rows: prompt_launches(dtype, batch, rows) for rows in (64, 512)),
         *(decode_attention_launch(dtype, *sizes) for sizes in ((2, 1, 2048), (2, 64, 2048), (2, 8, 256), (1, 2, 256))),
         decode_attention_launch(dtype, 2, 8, 2048, two=False),
         lambda: kernels.embedding(meta(torch.int64, batch), meta(dtype, VOCAB, HIDDEN)),

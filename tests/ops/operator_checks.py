@@ -108,19 +108,73 @@ def check_fused_apply_rotary_emb(
         assert_close(out, rotate64(head, [p[:, None] for p in positions], cos, sin))
 
 
-def check_fused_attention_concat_past_key_value(
-    device: str, dtype: torch.dtype, batch: int, rows: int, heads: int, size: int
+def prompts(device: str, batch: int, rows: int) -> dict[str, torch.Tensor]:
+    """Draw places of left-padded prompts: the first one has no padding, and all its rows but the last are context."""
+    sop = torch.randint(1, rows, (batch,), dtype=torch.int32, device=device) if rows > 1 else torch.zeros(batch).int()
+    first = (torch.rand(batch, device=device) * (sop + 1)).int()
+    first[0], sop[0] = 0, rows - 1
+    return {"first_slot": first.to(device), "sop_slot": sop.to(device)}
+
+
+def check_rotary_concat_past_key_value(
+    device: str, dtype: torch.dtype, batch: int, rows: int, heads: int, size: int, two: bool, prefix: int = 0
 ) -> None:
-    capacity, length = rows + 9, 5
-    # Key and value have the strides of a view into a packed projection.
-    packed = random(device, dtype, batch, rows, heads, 3, size)
-    key, value = packed[:, :, :, 1].transpose(1, 2), packed[:, :, :, 2].transpose(1, 2)
-    for given in (length, torch.tensor([length], dtype=torch.int32, device=device)):
-        caches = [poison(device, dtype, batch, heads, capacity, size) for _ in range(2)]
-        kernels.fused_attention_concat_past_key_value(key, value, *caches, given)
-        for cache, written in zip(caches, (key, value), strict=True):
-            assert torch.equal(cache[:, :, length : length + rows], written)
-            assert cache[:, :, :length].isnan().all() and cache[:, :, length + rows :].isnan().all()
+    # Two rows past the last one are neither read nor written, nor are the rows of padding.
+    padded, capacity = rows + 2, prefix + rows + 3
+    places = prompts(device, batch, rows)
+    first, sop = (place.long()[:, None] for place in places.values())
+    row = torch.arange(rows, device=device)[None]
+    real = row >= first
+    qkv = poison(device, dtype, batch, padded, 3 * heads * size)
+    qkv[:, :rows][real] = random(device, dtype, int(real.sum()), 3 * heads * size)
+    position = torch.randint(0, 9, (batch,), dtype=torch.int32, device=device)
+    cos, sin = tables(device, dtype, rows + 10, size // 4 if two else size // 2)
+    caches = [poison(device, dtype, batch, heads, capacity, size) for _ in range(2)]
+    out = poison(device, dtype, batch, padded, heads * size)
+    kernels.rotary_concat_past_key_value(
+        qkv, *caches, *places.values(), position, torch.tensor([rows - 1], dtype=torch.int32, device=device), cos, sin,
+        prefix=prefix, out=out,
+    )  # fmt: skip
+    positions = [torch.where(row < sop, row - first, position.long()[:, None]), row - sop + 1]
+    positions = [p.clamp(min=0)[:, :, None].expand(-1, -1, heads)[real] for p in positions[: 2 if two else 1]]
+    query, key, value = qkv[:, :rows].view(batch, rows, heads, 3, size)[real].unbind(2)
+    written = [cache.transpose(1, 2)[:, prefix : prefix + rows] for cache in caches]
+    assert_close(out[:, :rows].view(batch, rows, heads, size)[real], rotate64(query, positions, cos, sin))
+    assert_close(written[0][real], rotate64(key, positions, cos, sin))
+    assert torch.equal(written[1][real], value)
+    assert out[:, rows:].isnan().all() and out[:, :rows][~real].isnan().all()
+    for cache, part in zip(caches, written, strict=True):
+        assert part[~real].isnan().all()
+        assert cache[:, :, :prefix].isnan().all() and cache[:, :, prefix + rows :].isnan().all()
+
+
+def check_prompt_attention(
+    device: str, dtype: torch.dtype, batch: int, rows: int, heads: int, size: int, prefix: int = 0
+) -> None:
+    padded, capacity = rows + 2, prefix + rows + 3
+    places = prompts(device, batch, rows)
+    first, sop = (place.long()[:, None] for place in places.values())
+    row, key = torch.arange(rows, device=device)[None], torch.arange(capacity, device=device)[None]
+    real, there = row >= first, (key >= first) & (key < prefix + rows)
+    query = poison(device, dtype, batch, padded, heads * size)
+    query[:, :rows][real] = random(device, dtype, int(real.sum()), heads * size)
+    # Only the visible keys hold numbers, so reading any other one shows.
+    caches = [poison(device, dtype, batch, heads, capacity, size) for _ in range(2)]
+    for cache in caches:
+        cache.transpose(1, 2)[there] = random(device, dtype, int(there.sum()), heads, size)
+    out = poison(device, dtype, batch, padded, heads * size)
+    kernels.prompt_attention(
+        query, *caches, *places.values(), torch.tensor([rows - 1], dtype=torch.int32, device=device),
+        prefix=prefix, out=out,
+    )  # fmt: skip
+    seen = (key < prefix + sop)[:, None] | (key[:, None] <= prefix + row[:, :, None])
+    seen = (seen & there[:, None])[:, None]
+    keys, values = (cache.nan_to_num().double() for cache in caches)
+    q = query[:, :rows].view(batch, rows, heads, size).transpose(1, 2).nan_to_num().double()
+    scores = (q @ keys.transpose(2, 3) / math.sqrt(size)).masked_fill(~seen, float("-inf"))
+    expected = (scores.softmax(-1).nan_to_num() @ values).transpose(1, 2)
+    assert_close(out[:, :rows].view(batch, rows, heads, size)[real], expected[real])
+    assert out[:, rows:].isnan().all() and out[:, :rows][~real].isnan().all()
 
 
 def attention64(

@@ -44,7 +44,26 @@ def test_skip_layer_norm(dtype, rows, size):
 def test_rotary_and_concat(dtype, batch, rows, heads, size):
     for two in (True, False):
         operators.check_fused_apply_rotary_emb(DEVICE, dtype, batch, rows, heads, size, two)
-    operators.check_fused_attention_concat_past_key_value(DEVICE, dtype, batch, rows, heads, size)
+        operators.check_rotary_concat_past_key_value(DEVICE, dtype, batch, rows, heads, size, two, prefix=rows)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "batch, rows, heads, size, prefix",
+    [
+        (1, 1, 32, 128, 0),
+        (1, 20, 32, 128, 0),
+        (1, 64, 32, 128, 128),
+        (2, 65, 32, 128, 0),
+        (3, 300, 4, 128, 128),
+        (33, 77, 2, 64, 5),
+        (2, 129, 3, 24, 0),
+        (5, 40, 2, 8, 1),
+        (1, 2047, 2, 128, 0),
+    ],
+)
+def test_prompt_attention(dtype, batch, rows, heads, size, prefix):
+    operators.check_prompt_attention(DEVICE, dtype, batch, rows, heads, size, prefix)
 
 
 @DTYPES

@@ -8,13 +8,14 @@ from .decode_attention import decode_attention
 from .embedding import embedding
 from .fast_gelu import fast_gelu
 from .fused_apply_rotary_emb import fused_apply_rotary_emb
-from .fused_attention_concat_past_key_value import fused_attention_concat_past_key_value
 from .fused_fast_gelu_mul import fused_fast_gelu_mul
 from .linear.fused_matmul_bias import fused_matmul_bias, layer_norm_matmul_bias
+from .prompt_attention import prompt_attention
 from .quantized.fused_linear_with_groupwise_quantized_weight import (
     fused_linear_with_groupwise_quantized_weight,
     layer_norm_quantized_linear,
 )
+from .rotary_concat_past_key_value import rotary_concat_past_key_value
 from .sampling.full import full_sample
 from .sampling.greedy import greedy_sample
 from .sampling.processors import copy_scores, min_length, no_repeat_ngram, repetition_penalty
@@ -32,7 +33,6 @@ __all__ = [
     "fast_gelu",
     "full_sample",
     "fused_apply_rotary_emb",
-    "fused_attention_concat_past_key_value",
     "fused_fast_gelu_mul",
     "fused_linear_with_groupwise_quantized_weight",
     "fused_matmul_bias",
@@ -41,7 +41,9 @@ __all__ = [
     "layer_norm_quantized_linear",
     "min_length",
     "no_repeat_ngram",
+    "prompt_attention",
     "repetition_penalty",
+    "rotary_concat_past_key_value",
     "skip_layer_norm",
     "top_k_sample",
 ]

@@ -50,18 +50,30 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class PromptAttention:
+    """Attention of a prompt: rows and keys per block, in numbers of two bytes."""
+
+    block_m: int
+    block_t: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class Family:
     """Everything tuned for one GPU family.
 
     ``gemv`` serves up to ``gemv_rows`` rows of x. ``layer_norm_gemv`` lists the weights whose GEMV normalises its input
     itself; for the others LayerNorm is a launch of its own. ``dot`` maps the padded number of rows (16, 32, 64) to a
     configuration per weight shape. ``attention_short`` serves up to 256 keys and fewer than 256 sequences times heads,
-    ``attention`` the rest.
+    ``attention`` the rest. ``prompt_attention_short`` serves prompts of up to 64 rows, ``prompt_attention`` the rest.
     """
 
     gemv_default: Gemv
     attention: Attention
     attention_short: Attention
+    prompt_attention: PromptAttention = PromptAttention(64, 64, 4, 3)
+    prompt_attention_short: PromptAttention = PromptAttention(32, 64, 4, 2)
     gemv_rows: int = 1
     gemv: dict[tuple[int, int], Gemv] = field(default_factory=dict)
     layer_norm_gemv: dict[tuple[int, int], Gemv] = field(default_factory=dict)
@@ -85,6 +97,7 @@ _CONSUMER = Family(
     gemv_default=Gemv(2, 2048, 4),
     attention=Attention(64, 4, 2),
     attention_short=Attention(32, 2, 2),
+    prompt_attention=PromptAttention(64, 64, 4, 2),
     dot_default={**_DOT_DEFAULT, 64: Dot(64, 64, 4, 3)},
 )
 _HOPPER = Family(
@@ -92,6 +105,7 @@ _HOPPER = Family(
     gemv_rows=2,
     attention=Attention(128, 4, 4),
     attention_short=Attention(128, 8, 2, holds_back=True),
+    prompt_attention=PromptAttention(128, 64, 8, 3),
     gemv={
         (4096, 4096): Gemv(2, 4096, 8, 4),
         (4096, 16384): Gemv(4, 1024, 4),
@@ -167,6 +181,15 @@ def attention_config(tables: Family, pairs: int, max_length: int, element_size: 
     """Choose decode attention for ``pairs`` sequences times heads and up to ``max_length`` keys."""
     config = tables.attention_short if pairs < 256 and max_length <= 256 else tables.attention
     return replace(config, block_t=config.block_t * 2 // element_size)
+
+
+def prompt_attention_config(tables: Family, rows: int, element_size: int) -> PromptAttention:
+    """Choose a prompt's attention for ``rows`` rows."""
+    config = tables.prompt_attention_short if rows <= 64 else tables.prompt_attention
+    if element_size == 2:
+        return config
+    # Products of four-byte numbers take many registers.
+    return PromptAttention(16, 32, 8, 2)
 
 
 def dot_config(tables: Family, rows: int, n: int, k: int) -> Dot:

@@ -1,0 +1,141 @@
+"""Run a batch of prompts through the whole network and fill the cache, up to the logits of their last rows."""
+
+from typing import Any
+
+import torch
+
+from ...network.blocks import RESIDUAL_ALPHA
+from ...network.prompt_layout import PromptLayout
+from ...ops import triton as kernels
+from .decode import DecodeStep
+from .products import product
+
+# Prompts of up to so many rows in all have a captured graph for each length in this list, and longer ones none: their
+# kernels take longer than their launches.
+MOST_CAPTURED_ROWS = 512
+LENGTHS = (16, 32, *range(64, MOST_CAPTURED_ROWS + 1, 64))
+
+
+def rows_for(batch: int, length: int) -> int:
+    """Return the rows per sequence that a prompt of ``length`` tokens runs with: the next length that has a graph."""
+    rows = next((rows for rows in LENGTHS if rows >= length), length)
+    return rows if has_graph(batch, rows) else length
+
+
+def has_graph(batch: int, rows: int) -> bool:
+    """Tell whether prompts of ``rows`` rows per sequence are captured."""
+    return batch * rows <= MOST_CAPTURED_ROWS
+
+
+class PromptStep:
+    """The buffers of a prompt's rows and the kernels that fill them: eight launches per layer.
+
+    Only the last row of a sequence matters after the last layer's keys and values, so it goes on as a decode step does.
+    Where the prompts lie is read from device memory. So one graph serves every length up to its own.
+
+    Args:
+        model: a ``ChatGLMForConditionalGeneration`` that ``refusal.check_model`` accepts.
+        decode: the step whose cache is filled.
+    """
+
+    def __init__(self, model: Any, decode: DecodeStep):
+        config, device = model.config, decode.packed.device
+        self._decode = decode
+        self._hidden, self._wide = config.hidden_size, max(config.inner_hidden_size, 3 * config.hidden_size)
+        self._captured: tuple[torch.Tensor, ...] | None = None
+        with torch.inference_mode(False):
+            self._ids = torch.zeros(MOST_CAPTURED_ROWS, dtype=torch.int64, device=device)
+            self._sop_slot = torch.zeros(decode.batch, dtype=torch.int32, device=device)
+            self._last_row = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def place(self, model: Any, input_ids: torch.Tensor, layout: PromptLayout) -> torch.Tensor:
+        """Start with these prompts, and put a P-Tuning prefix into the cache.
+
+        Args:
+            input_ids: int64 [B, L].
+
+        Returns:
+            The ids for ``run``, int64 [B, M]: padded on the right, in a buffer, if such prompts have a graph.
+        """
+        batch, length = input_ids.shape
+        decode, prefix = self._decode, model.config.pre_seq_len or 0
+        decode.place(layout, prefix)
+        self._sop_slot.copy_(layout.sop_slot)
+        self._last_row.fill_(length - 1)
+        if prefix:
+            keys_and_values = model.transformer.prefix_encoder.packed(decode.packed.dtype)
+            decode.cache.place_prefix(keys_and_values, layout.first_slot.tolist())
+        rows = rows_for(batch, length)
+        if not has_graph(batch, rows):
+            return input_ids
+        ids = self._ids[: batch * rows].view(batch, rows)
+        ids[:, :length].copy_(input_ids)
+        return ids
+
+    def run(self, model: Any, ids: torch.Tensor, cache_length: torch.Tensor, most_keys: int) -> torch.Tensor:
+        """Feed the prompts, whose last row takes the slot ``cache_length``.
+
+        Args:
+            ids: int64 [B, M] from ``place``.
+            cache_length: int32 [1].
+            most_keys: as of ``DecodeStep.run``.
+
+        Returns:
+            Logits [B, V], a buffer that the next run overwrites.
+        """
+        (batch, rows), decode, network = ids.shape, self._decode, model.transformer
+        hidden, normed, wide = self._buffers(batch * rows)
+        size, workspace, prefix = self._hidden, decode.workspace, model.config.pre_seq_len or 0
+        packed = wide[: batch * rows * 3 * size].view(batch, rows, 3 * size)
+        # The projection is no longer needed once the queries are rotated.
+        query, context = hidden.view(batch, rows, size), wide[: batch * rows * size].view(batch, rows, size)
+        inner = wide[: batch * rows * model.config.inner_hidden_size].view(batch * rows, -1)
+        place = decode.first_key, self._sop_slot
+        kernels.embedding(ids.reshape(-1), network.word_embeddings.weight, out=hidden)
+        for index, layer in enumerate(network.layers):
+            attention, mlp, cache = layer.attention, layer.mlp, decode.cache.layer(index)
+            # The residual of the layer before is added here.
+            _normalise(layer.input_layernorm, hidden, normed if index else None, normed)
+            product(attention.query_key_value, normed, packed.view(batch * rows, 3 * size), workspace)
+            kernels.rotary_concat_past_key_value(
+                packed,
+                *cache,
+                *place,
+                decode.position,
+                self._last_row,
+                decode.cos,
+                decode.sin,
+                prefix=prefix,
+                out=query,
+            )
+            if index == len(network.layers) - 1:
+                break
+            kernels.prompt_attention(query, *cache, *place, self._last_row, prefix=prefix, out=context)
+            product(attention.dense, context.view(batch * rows, size), hidden, workspace)
+            _normalise(layer.post_attention_layernorm, hidden, normed, normed)
+            product(mlp.dense_h_to_4h, normed, inner, workspace, gelu=True)
+            product(mlp.dense_4h_to_h, inner, hidden, workspace)
+        for source, target in ((packed, decode.packed), (normed.view(batch, rows, size), decode.normed)):
+            torch.index_select(source, 1, self._last_row, out=target.view(batch, 1, -1))
+        decode.finish_layer(index, layer, cache_length, most_keys)
+        return decode.finish(model)
+
+    def _buffers(self, rows: int) -> tuple[torch.Tensor, ...]:
+        """Return memory for ``rows`` rows in all: two buffers [rows, hidden], and one for the wider products."""
+        if rows > MOST_CAPTURED_ROWS:
+            return self._allocate(rows)
+        if self._captured is None:
+            self._captured = self._allocate(MOST_CAPTURED_ROWS)
+        hidden, normed, wide = self._captured
+        return hidden[:rows], normed[:rows], wide
+
+    def _allocate(self, rows: int) -> tuple[torch.Tensor, ...]:
+        like = self._decode.packed
+        with torch.inference_mode(False):
+            shapes = (rows, self._hidden), (rows, self._hidden), (rows * self._wide,)
+            return tuple(torch.empty(shape, dtype=like.dtype, device=like.device) for shape in shapes)
+
+
+def _normalise(norm: Any, x: torch.Tensor, residual: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Compute out = norm(x + RESIDUAL_ALPHA * residual); ``out`` may be ``residual``."""
+    kernels.skip_layer_norm(x, norm.weight, norm.bias, residual, norm.eps, RESIDUAL_ALPHA, out=out)
