@@ -5,12 +5,12 @@
     python examples/benchmark.py --model_name THUDM/chatglm-6b --quant
     python examples/benchmark.py --bits 4 --group-size 128 --head-bits 8 --batch 8 --sample
     python examples/benchmark.py --table --json FILE         # both backends, quantised or not; --quick for a short one
-    python examples/benchmark.py --suite --json FILE         # contexts, batches, memory and promises
+    python examples/benchmark.py --suite --json FILE         # contexts, batches, first tokens, memory and promises
     python examples/benchmark.py --model_name examples/tiny_chatglm --new_tokens 32     # without a GPU
 
 One run prints how long its iterations took in all and on average, and one row of the table: tok/s, GB/s and the share
-of the read ceiling are those of one more token, without the prompt (see measuring/timing.py). ``--json FILE`` appends
-its record.
+of the read ceiling are those of one more token, without the prompt (see measuring/timing.py). With ``--new_tokens 1``
+they are those of the first token, and the share is that of its floor. ``--json FILE`` appends the record.
 
 "Torch" is the stock model's way of computing: every operator by its definition in PyTorch calls, a cache that is
 concatenated at every step, transformers' own loop, and quantised weights turned back into floats at every product. It
@@ -84,7 +84,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     whole = parser.add_argument_group("whole experiments")
     whole.add_argument("--table", action="store_true", help="both backends, quantisation off, 8 and 4, in 5 runs each")
     whole.add_argument("--runs", type=count, help="runs of each row of the table, each in a process of its own")
-    whole.add_argument("--suite", action="store_true", help="contexts, batches, memory and times after loading")
+    whole.add_argument("--suite", action="store_true", help="contexts, batches, first tokens, memory, first calls")
     whole.add_argument("--quick", action="store_true", help="--table or --suite with 3 iterations in 1 run")
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="append the records to FILE; with --table: write FILE anew")

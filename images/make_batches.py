@@ -28,7 +28,8 @@ def draw(data: Path, language: str) -> pyplot.Figure:
     words, elsewhere = WORDS[language], read(ELSEWHERE, data)
     lines: dict[str, list] = {}
     for run in one_per_run(read(SUITE, data)).values():
-        if run["backend"] == "ours" and run["mode"] == "greedy" and run["prompt_tokens"] == 20:
+        of_a_step = run["new_tokens"] > 1 and run["prompt_tokens"] == 20
+        if run["backend"] == "ours" and run["mode"] == "greedy" and of_a_step:
             lines.setdefault(precision(run), []).append(run)
     figure, panel = pyplot.subplots(figsize=(9.6, 4.4))
     batches = set()

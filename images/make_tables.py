@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from records import (
@@ -14,8 +14,10 @@ from records import (
     TABLE,
     Record,
     by_precision,
+    first_tokens,
     floor,
     has,
+    has_prompt_floor,
     of_the_suite,
     one_per_run,
     precision,
@@ -32,6 +34,8 @@ from measuring.table import markdown  # noqa: E402
 READMES = {"en": "README.md", "zh": "README.zh.md"}
 # What the generated parts say, by language, and the names of the suite's checks in Chinese.
 WORDS = json.loads((Path(__file__).parent / "words.json").read_text("utf-8"))
+# Prompt tokens of the first tokens that the headline has.
+_HEADLINE_PROMPTS = (20, 1024)
 # docs/ has such parts too.
 SPEED = {"en": "docs/speed.md", "zh": "docs/zh/speed.md"}
 CHECKS_FILE = "benchmark_h200_checks.json"
@@ -53,15 +57,21 @@ def headline(language: str, data: Path) -> str:
     gpu = ours["fp16"]["gpu"]
     # Only rows of the same card: another one has another memory.
     plain = {precision(row): f"{row['ms_per_step']:.2f}" for row in table_rows("torch", data) if row["gpu"] == gpu}
+    first = {name: runs for name, runs in first_tokens(data).items() if all(r["gpu"] == gpu for r in runs.values())}
     rows = [words["headline_header"]]
     for name in ("fp16", "int8", "int4"):
         if name in ours:
             rows.append([name, f"{ours[name]['ms_per_step']:.2f}", f"{ours[name]['share']:.0%}"])
             rows[-1] += [plain.get(name, "")] if plain else []
-    if plain:
-        rows[0] = [*rows[0], words["headline_plain"]]
+            rows[-1] += [_first(first.get(name, {}))] if first else []
+    rows[0] = [*rows[0], *([words["headline_plain"]] if plain else []), *([words["headline_first"]] if first else [])]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:], "", words["headline"].format(gpu=gpu)])
+
+
+def _first(runs: dict[tuple[int, int], Record]) -> str:
+    times = (runs.get((1, tokens)) for tokens in _HEADLINE_PROMPTS)
+    return " / ".join(f"{run['ms_per_step']:.1f}" if run else "–" for run in times)
 
 
 def speed(language: str, data: Path) -> str:
@@ -69,8 +79,7 @@ def speed(language: str, data: Path) -> str:
     words = WORDS[language]
     runs = [run for run in one_per_run(read(SUITE, data)).values() if run["backend"] == "ours"]
     first = runs[0]
-    ceilings = sorted({run["read_ceiling_gb_per_s"] for run in runs})
-    ceiling = "–".join(f"{value:.0f}" for value in dict.fromkeys((ceilings[0], ceilings[-1])))
+    ceiling = _span(run["read_ceiling_gb_per_s"] for run in runs)
     setting = {key: "; ".join(dict.fromkeys(run[key] for run in runs)) for key in ("clocks", "torch", "triton", "date")}
     conditions = words["conditions"].format(**{**first, **setting}, ceiling=ceiling)
     lines = [conditions, "", words["speed_header"], "|---|---|---|---|---|"]
@@ -83,7 +92,7 @@ def speed(language: str, data: Path) -> str:
     if not {"int8", "int4"} & {run["weights"] for run in runs}:
         lines.append(words["no_integers"])
     for run in runs:
-        if run["new_tokens"] == 1:
+        if run["new_tokens"] == 1 and not has_prompt_floor(run):
             lines.append(words["prefill"].format(precision=precision(run), **run))
     peaks: dict[str, float] = {}
     for run in runs:
@@ -105,6 +114,37 @@ def _what(run: Record, words: dict[str, str]) -> str:
     if run["prompt_tokens"] != 20:
         what += words["context"].format(**run)
     return what
+
+
+def first_token(language: str, data: Path) -> str:
+    """Show the times to the first token, with their picture; nothing before they are measured."""
+    found, words = first_tokens(data), WORDS[language]
+    names = [name for name in ("fp16", "int8", "int4") if name in found]
+    if not names:
+        return ""
+    lines = [
+        f"## {words['first_title']}",
+        "",
+        f"| {words['first_prompt']} | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for batch, tokens in sorted({prompt for name in names for prompt in found[name]}):
+        cells = [words["first_batch" if batch > 1 else "first_single"].format(batch=batch, tokens=tokens)]
+        for name in names:
+            run = found[name].get((batch, tokens))
+            cells.append(f"{run['ms_per_step']:.2f} ({run['share']:.2f})" if run else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    runs = [run for name in names for run in found[name].values()]
+    limits = {key: _span(run[key] for run in runs) for key in ("read_ceiling_gb_per_s", "matrix_rate_tflops")}
+    lines += ["", words["first"].format(**limits, gpu=runs[0]["gpu"]), ""]
+    folder, name = ("../", "first_token.png") if language == "en" else ("../../", "first_token.zh.png")
+    return "\n".join([*lines, f"![{words['first_picture']}]({folder}images/{name})"])
+
+
+def _span(values: Iterable[float]) -> str:
+    """Write the least and the greatest of some values, or one number if they are equal."""
+    values = sorted(f"{value:.0f}" for value in values)
+    return "–".join(dict.fromkeys((values[0], values[-1])))
 
 
 def experiment(language: str, data: Path) -> str:
@@ -211,7 +251,8 @@ def aims(language: str, data: Path) -> str:
 
     for check in read(CHECKS_FILE, data):
         what = check["what"] if language == "en" else WORDS["checks_zh"].get(check["what"], check["what"])
-        line(what, check["measured"], check["must"], check["met"])
+        aim = check["must"] + (words["goal"].format(**check) if "goal" in check else "")
+        line(what, check["measured"], aim, check["met"])
     plain = by_precision(data)
     for name, (share, faster) in _INTEGER_AIMS.items():
         if name in plain:
@@ -229,7 +270,7 @@ def aims(language: str, data: Path) -> str:
 
 
 BLOCKS: dict[str, Callable[[str, Path], str]] = {
-    function.__name__: function for function in (picture, headline, speed, experiment, comparison, aims)
+    function.__name__: function for function in (picture, headline, speed, first_token, experiment, comparison, aims)
 }
 
 
@@ -239,7 +280,12 @@ def updated(text: str, language: str, data: Path = DATA) -> str:
     Raises:
         KeyError: a block that no function here writes.
     """
-    return _BLOCK.sub(lambda block: f"{block[1]}{BLOCKS[block[2]](language, data)}\n{block[4]}", text)
+
+    def anew(block: re.Match) -> str:
+        content = BLOCKS[block[2]](language, data)
+        return f"{block[1]}{content}\n{block[4]}" if content else block[1] + block[4]
+
+    return _BLOCK.sub(anew, text)
 
 
 def main() -> None:

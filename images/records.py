@@ -104,6 +104,23 @@ def floor(record: Record, ceiling: float | None = None) -> float:
     return record["bytes_per_step"] / (ceiling or record["read_ceiling_gb_per_s"]) / 1e6
 
 
+def first_tokens(data: Path = DATA) -> dict[str, dict[tuple[int, int], Record]]:
+    """Return ours, greedy, for one new token, by precision and (batch, prompt tokens), in the order of the prompts.
+
+    Records of releases that had no floor for prompts are left out: their share is that of the read ceiling.
+    """
+    found: dict[str, dict[tuple[int, int], Record]] = {}
+    for run in one_per_run(read(SUITE, data)).values():
+        if run["backend"] == "ours" and run["mode"] == "greedy" and has_prompt_floor(run):
+            found.setdefault(precision(run), {})[run["batch"], run["prompt_tokens"]] = run
+    return {name: dict(sorted(runs.items())) for name, runs in found.items()}
+
+
+def has_prompt_floor(record: Record) -> bool:
+    """Tell if a record is of a first token, with the floor of reading and computing."""
+    return record["new_tokens"] == 1 and record.get("floor_ms") is not None
+
+
 def token_times(data: Path = DATA) -> tuple[dict[str, list[float]], str]:
     """Return the seconds from ``generate``'s call to each token, plain Torch's first, then ours; and the GPU's name."""
     table = read(TABLE, data)

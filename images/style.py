@@ -111,9 +111,14 @@ def arguments(description: str) -> argparse.Namespace:
 
 
 def draw_all(draw: Any, name: str, files: tuple[str, ...], description: str) -> None:
-    """Run a chart's script: save ``draw(data, language)`` in both languages."""
+    """Run a chart's script: save ``draw(data, language)`` in both languages, unless it is None: not measured yet."""
     options = arguments(description)
     prepare()
     options.out.mkdir(parents=True, exist_ok=True)
     for language in LANGUAGES:
-        save(draw(options.data, language), options.out / name_in(language, name), digest(files, options.data))
+        path = options.out / name_in(language, name)
+        figure = draw(options.data, language)
+        if figure is None:
+            print(f"{path} is not drawn: its records are not in {options.data} yet.")
+        else:
+            save(figure, path, digest(files, options.data))

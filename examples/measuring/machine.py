@@ -1,8 +1,9 @@
-"""Look at the machine: its name, its clocks, and how fast it reads its memory."""
+"""Look at the machine: its name, its clocks, how fast it reads its memory, and how fast it multiplies."""
 
 import contextlib
 import importlib.util
 import platform
+import statistics
 import subprocess
 from typing import NamedTuple
 
@@ -17,20 +18,24 @@ class Machine(NamedTuple):
         name: of the GPU, or of the CPU's architecture.
         clocks: SM and memory clock under load, "unknown" if nvidia-smi does not tell.
         read_ceiling: GB/s, or None on a CPU and without Triton.
+        matrix_rate: TFLOP/s of large float16 products, or None on a CPU.
     """
 
     device: str
     name: str
     clocks: str
     read_ceiling: float | None
+    matrix_rate: float | None
 
 
 def look() -> Machine:
     """Measure this machine; takes seconds and leaves the GPU's memory free."""
     if not torch.cuda.is_available():
-        return Machine("cpu", f"CPU ({platform.processor() or platform.machine()})", "unknown", None)
+        return Machine("cpu", f"CPU ({platform.processor() or platform.machine()})", "unknown", None, None)
     ceiling = read_ceiling() if importlib.util.find_spec("triton") is not None else None
-    machine = Machine("cuda", torch.cuda.get_device_name(), clocks(), ceiling)
+    # Before clocks(), whose half second of products would heat the GPU: a prompt is a short burst, too.
+    rate = matrix_rate()
+    machine = Machine("cuda", torch.cuda.get_device_name(), clocks(), ceiling, rate)
     torch.cuda.empty_cache()
     return machine
 
@@ -70,6 +75,22 @@ def read_ceiling() -> float:
         stop.synchronize()
         times.append(start.elapsed_time(stop))
     return data.numel() * 4 / min(times[2:]) / 1e6
+
+
+def matrix_rate() -> float:
+    """Measure the TFLOP/s of PyTorch's float16 products of two 8192 x 8192 matrices, the median of 20."""
+    size, warm_up = 8192, 10
+    rows, weight = (torch.randn(size, size, device="cuda", dtype=torch.float16) for _ in range(2))
+    events = []
+    for _ in range(warm_up + 20):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        torch.nn.functional.linear(rows, weight)
+        stop.record()
+        events.append((start, stop))
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(stop) for start, stop in events[warm_up:]]
+    return 2 * size**3 / statistics.median(times) / 1e9
 
 
 def clocks() -> str:

@@ -1,4 +1,4 @@
-"""The models and prompts that are measured, and what a step of them must read."""
+"""The models and prompts that are measured, and what a step of them must read and compute."""
 
 import sys
 from typing import Any
@@ -89,6 +89,18 @@ def bytes_per_step(model: torch.nn.Module, batch: int, keys: float) -> int:
     config = model.config
     of_a_key = model.transformer.word_embeddings.weight.element_size()
     return int(layers + head + 2 * config.num_layers * config.hidden_size * of_a_key * batch * keys)
+
+
+def operations_of_prompt(model: torch.nn.Module, batch: int, tokens: int) -> int:
+    """Count the multiplications and additions of the first token of ``batch`` prompts of ``tokens`` tokens.
+
+    Every row goes through every layer's products and attends to every key; the head sees the last row of each prompt.
+    """
+    config = model.config
+    rows, hidden = batch * tokens, config.hidden_size
+    products = 2 * rows * (4 * hidden**2 + 2 * hidden * config.inner_hidden_size)
+    attention = 4 * rows * tokens * hidden
+    return config.num_layers * (products + attention) + 2 * batch * config.vocab_size * hidden
 
 
 def weights_of(model: torch.nn.Module) -> str:

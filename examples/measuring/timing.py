@@ -3,8 +3,11 @@
 Times are wall-clock times of the public calls, the device drained before and after. ms_per_step is the median time of
 ``model.generate`` for all new tokens minus the median for one (the prompt and its first token), divided by the other
 tokens: what one more token costs a caller. With one new token it is the time of the whole call, which is how long the
-prompt takes. bytes_per_step are the weights and the keys and values that a step must read; their share of the read
-ceiling, a read-only stream of 8 GiB timed in the same process, tells how much is left to gain.
+first token takes. bytes_per_step are the weights and the keys and values that a step must read, floor_ms is how long
+they take at the read ceiling (a read-only stream of 8 GiB timed in the same process), and share, the floor divided by
+the measured time, tells how much is left to gain. A first token has to compute as well: operations_per_step counts
+that (null for other tokens), and the floor is the longer of reading and computing at matrix_rate_tflops, the rate of
+large float16 products in the same process.
 """
 
 import argparse
@@ -23,11 +26,12 @@ import torch
 from tqdm import tqdm
 
 from .machine import Machine, synchronize
-from .models import bytes_per_step, head_of, weights_of
+from .models import bytes_per_step, head_of, operations_of_prompt, weights_of
 
 KEYS = (
     "backend weights group_size head batch prompt_tokens new_tokens mode ms_per_step tokens_per_s bytes_per_step "
-    "gb_per_s read_ceiling_gb_per_s share peak_memory_gb gpu clocks torch triton date command"
+    "operations_per_step gb_per_s read_ceiling_gb_per_s matrix_rate_tflops floor_ms share peak_memory_gb gpu clocks "
+    "torch triton date command"
 ).split()
 SAMPLING = {"do_sample": True, "top_p": 0.7, "temperature": 0.95}
 
@@ -109,9 +113,12 @@ def measure(model: torch.nn.Module, ids: torch.Tensor, args: argparse.Namespace,
             first.append(timed(lambda: run_once(model, ids, args.mode, 1)))
     # In turns, so that what else the machine does weighs on both alike.
     step = step_of(whole, first, args.new_tokens)
-    # The keys of the middle of the answer are the mean of its steps.
-    moved = bytes_per_step(model, batch, prompt_tokens + args.new_tokens / 2)
-    rate, ceiling = moved / step / 1e9, machine.read_ceiling
+    if args.new_tokens == 1:
+        moved, operations = (count(model, batch, prompt_tokens) for count in (bytes_per_step, operations_of_prompt))
+    else:
+        # The keys of the middle of the answer are the mean of its steps.
+        moved, operations = bytes_per_step(model, batch, prompt_tokens + args.new_tokens / 2), None
+    ceiling, floor = machine.read_ceiling, floor_of(moved, operations, machine)
     values = (
         args.backend,
         weights_of(model),
@@ -124,9 +131,12 @@ def measure(model: torch.nn.Module, ids: torch.Tensor, args: argparse.Namespace,
         round(step * 1e3, 4),
         round(batch / step, 1),
         moved,
-        round(rate, 1),
+        operations,
+        round(moved / step / 1e9, 1),
         ceiling and round(ceiling, 1),
-        ceiling and round(rate / ceiling, 4),
+        machine.matrix_rate and round(machine.matrix_rate, 1),
+        floor and round(floor * 1e3, 4),
+        floor and round(floor / step, 4),
         round(torch.cuda.max_memory_reserved() / 1e9, 2) if on_gpu else None,
         machine.name,
         machine.clocks,
@@ -159,6 +169,19 @@ def step_of(whole: list[float], first: list[float], new_tokens: int) -> float:
     return step / new_tokens
 
 
+def floor_of(moved: int, operations: int | None, machine: Machine) -> float | None:
+    """Return the seconds that a step takes at least: of reading and computing the longer; None without a read ceiling.
+
+    Args:
+        moved: bytes that it reads.
+        operations: what it computes; None if only reading counts.
+    """
+    if machine.read_ceiling is None:
+        return None
+    reading = moved / machine.read_ceiling / 1e9
+    return reading if operations is None else max(reading, operations / machine.matrix_rate / 1e12)
+
+
 def _triton_version() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return None
@@ -170,11 +193,16 @@ def _triton_version() -> str | None:
 def describe(record: dict[str, Any]) -> str:
     """Write a record in one line."""
     ceiling = record["read_ceiling_gb_per_s"]
+    if ceiling is None:
+        of_the_floor = ""
+    elif record["new_tokens"] == 1:
+        of_the_floor = f" floor {record['floor_ms']:.3f} ms: {record['share']:.3f}  peak {record['peak_memory_gb']} GB"
+    else:
+        of_the_floor = f" of {ceiling:.0f}: {record['share']:.3f}  peak {record['peak_memory_gb']} GB"
     return (
         f"{record['backend']:5} {record['weights']} {record['mode']:6} batch {record['batch']:<3} "
         f"prompt {record['prompt_tokens']:<5} new {record['new_tokens']:<4} {record['ms_per_step']:8.3f} ms/token "
-        f"{record['tokens_per_s']:9.1f} tokens/s {record['gb_per_s']:7.0f} GB/s"
-        + (f" of {ceiling:.0f}: {record['share']:.3f}  peak {record['peak_memory_gb']} GB" if ceiling else "")
+        f"{record['tokens_per_s']:9.1f} tokens/s {record['gb_per_s']:7.0f} GB/s{of_the_floor}"
     )
 
 

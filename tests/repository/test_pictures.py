@@ -15,10 +15,12 @@ sys.path.append(str(IMAGES))
 
 import make_batches  # noqa: E402
 import make_demo_gif  # noqa: E402
+import make_first_token  # noqa: E402
 import make_ms_per_token  # noqa: E402
 import make_share  # noqa: E402
 import records  # noqa: E402
 import style  # noqa: E402
+from made_up_records import with_first_tokens  # noqa: E402
 from PIL import Image  # noqa: E402
 
 CHARTS = {
@@ -26,6 +28,8 @@ CHARTS = {
     "ms_per_token": make_ms_per_token,
     "share_of_ceiling": make_share,
 }
+if records.first_tokens():
+    CHARTS["first_token"] = make_first_token
 LARGEST_GIF = 1_500_000
 
 
@@ -60,6 +64,33 @@ def test_a_chart_in_both_languages_from_the_committed_data(name, tmp_path, font)
 def test_committed_charts_show_the_committed_data(name, language):
     path = IMAGES / style.name_in(language, name)
     assert style.digest_of(path) == records.digest(CHARTS[name].FILES), f"{path.name} is out of date: make pictures"
+
+
+def test_no_chart_of_first_tokens_is_committed_before_they_are_measured():
+    committed = {name for name in ("first_token.png", "first_token.zh.png") if (IMAGES / name).exists()}
+    assert bool(committed) == bool(records.first_tokens())
+
+
+def test_first_tokens_are_drawn_once_they_are_measured(tmp_path, font):
+    without = tmp_path / "without"
+    without.mkdir()
+    (without / records.SUITE).write_text("[]")
+    run(make_first_token, "--data", without, "--out", tmp_path)
+    assert not list(tmp_path.glob("*.png"))
+    data = with_first_tokens(tmp_path / "with")
+    figure = make_first_token.draw(data, "en")
+    prompts = [prompt for prompt in records.first_tokens(data)["fp16"] if prompt[0] == 1]
+    assert len(prompts) == 5 and len(figure.axes[0].patches) == 3 * len(prompts)
+    run(make_first_token, "--data", data, "--out", tmp_path)
+    for language in style.LANGUAGES:
+        path = tmp_path / style.name_in(language, "first_token")
+        assert style.digest_of(path) == records.digest(make_first_token.FILES, data)
+
+
+def test_first_tokens_are_no_steps_of_the_chart_of_batches(tmp_path):
+    before, after = (make_batches.draw(data, "en") for data in (records.DATA, with_first_tokens(tmp_path)))
+    drawn = [[line.get_xydata().tolist() for line in figure.axes[0].lines] for figure in (before, after)]
+    assert drawn[0] == drawn[1]
 
 
 def test_the_committed_animation_shows_the_committed_times():

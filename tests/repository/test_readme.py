@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from made_up_records import with_first_tokens
 from pages import LOG, PAGES, ROOT, TRANSLATED, anchors, prose, read, shared
 
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
@@ -21,7 +22,7 @@ BOTH = pytest.mark.parametrize("name", LANGUAGES)
 # Each page has these generated parts.
 GENERATED = {
     "README.md": ["headline", "picture"],
-    "docs/speed.md": ["speed", "aims", "experiment", "comparison"],
+    "docs/speed.md": ["speed", "first_token", "aims", "experiment", "comparison"],
 }
 
 
@@ -218,4 +219,36 @@ def test_aims_that_were_missed_are_counted():
         for check in make_tables.read(make_tables.CHECKS_FILE):
             what = check["what"] if language == "en" else make_tables.WORDS["checks_zh"][check["what"]]
             verdict = words["met" if check["met"] else "missed"]
-            assert f"| {what} | {check['measured']:.4g} | {check['must']} | {verdict} |" in rows
+            aim = check["must"] + (words["goal"].format(goal=check["goal"]) if "goal" in check else "")
+            assert f"| {what} | {check['measured']:.4g} | {aim} | {verdict} |" in rows
+
+
+@pytest.mark.parametrize("language", make_tables.READMES)
+def test_the_pages_say_nothing_of_first_tokens_before_they_are_measured(tmp_path, language):
+    records = [record for record in make_tables.read(make_tables.SUITE) if not make_tables.has_prompt_floor(record)]
+    (tmp_path / make_tables.SUITE).write_text(json.dumps(records), "utf-8")
+    page = "<!-- first_token: written -->\n{}<!-- end -->\n"
+    assert make_tables.updated(page.format("a table\n"), language, tmp_path) == page.format("")
+    assert make_tables.WORDS[language]["headline_first"] not in make_tables.headline(language, tmp_path)
+
+
+@pytest.mark.parametrize("language", make_tables.READMES)
+def test_first_tokens_are_shown_once_they_are_measured(tmp_path, language):
+    """They have a table of their own, a column in the headline, and no sentence among the steps."""
+    data, words = with_first_tokens(tmp_path), make_tables.WORDS[language]
+    found = [record for record in make_tables.read(make_tables.SUITE, data) if make_tables.has_prompt_floor(record)]
+    shown = make_tables.first_token(language, data)
+    for record in found:
+        assert f" {record['ms_per_step']:.2f} ({record['share']:.2f}) |" in shown
+    assert len([line for line in shown.splitlines() if line.startswith("|")]) == 2 + 6
+    headline = make_tables.headline(language, data).splitlines()
+    assert headline[0].endswith(f"| {words['headline_first']} |") and headline[2].endswith("| 26.0 / 1030.0 |")
+    speed = make_tables.speed(language, data)
+    assert not any(words["prefill"].format(precision=record["weights"], **record) in speed for record in found)
+
+
+def test_a_goal_stands_beside_its_aim(tmp_path):
+    data = with_first_tokens(tmp_path)
+    check = {"what": "first token of 20 tokens, fp16, ms", "measured": 6, "must": "<= 7", "met": True, "goal": "<= 5"}
+    (data / make_tables.CHECKS_FILE).write_text(json.dumps([check]), "utf-8")
+    assert "| first token of 20 tokens, fp16, ms | 6 | <= 7 (goal <= 5) | met |" in make_tables.aims("en", data)
