@@ -21,9 +21,9 @@ _MOST_GEMV_ROWS = 4
 def choose(device: torch.device) -> Operators:
     """Return the table for models on ``device``, whose kernels ``kernels_refusal`` does not refuse.
 
-    The table serves prompts and the plain path. There the host's time to launch counts most, and a Triton launch costs
-    about twice a PyTorch call: if one kernel of PyTorch's does the whole operator, it is taken. The captured loop calls
-    the Triton kernels itself.
+    The table serves the plain path. There the host's time to launch counts most, and a Triton launch costs about twice
+    a PyTorch call: if one kernel of PyTorch's does the whole operator, it is taken. The captured loop calls the Triton
+    kernels itself.
     """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -32,7 +32,7 @@ def choose(device: torch.device) -> Operators:
         reason = "Triton's interpreter"
     fused = (fused_apply_rotary_emb, fused_fast_gelu_mul)
     choices = {function.__name__: ("triton", reason) for function in fused}
-    captured = f"{reason}; Triton in the captured decode loop"
+    captured = f"{reason}; Triton in the captured loop"
     choices |= {
         "fast_gelu": ("torch gelu", captured),
         "skip_layer_norm": ("torch layer_norm", f"{captured}, and if there is a skip"),

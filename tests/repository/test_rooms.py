@@ -13,8 +13,11 @@ PACKAGE = ROOT / "faster_chatglm_6b"
 PLACES = ("faster_chatglm_6b", "tests", "examples", "images")
 MOST_MODULES = 12
 LINES_TOO_MANY = 400
-# Attention has one kernel, that of the decode step: prompts take PyTorch's own.
-KERNELS = {"fused_multi_head_attention_inference_v2": "decode_attention"}
+# Kernels that serve an operator under another name, because they do more than it.
+KERNELS = {
+    "fused_multi_head_attention_inference_v2": "decode_attention",
+    "fused_attention_concat_past_key_value": "rotary_concat_past_key_value",
+}
 
 
 def rooms(package: Path) -> Iterator[Path]:
