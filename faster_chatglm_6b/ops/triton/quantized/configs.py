@@ -14,7 +14,7 @@ from ..workspace import Workspace
 
 @dataclass(frozen=True)
 class Quantized:
-    """For more than eight rows of x: a program takes 16 * ``row_warps`` weight rows.
+    """For up to 64 rows of x: a program takes 16 * ``row_warps`` weight rows.
 
     ``column_warps`` warps share the columns of a row. Each warp has ``depth`` steps of 64 bytes per row under way.
     """
@@ -203,7 +203,10 @@ def fit_tiles(config: Tiles, rows: int, n: int, k: int, group_size: int, workspa
         while block_m > 16 and block_m * config.block_n > 64 * 32 * config.num_warps:
             block_m //= 2
     blocks = math.ceil(rows / block_m)
-    splits = min(config.splits, k // block_k, workspace.partial.numel() // (blocks * n * block_m))
+    splits = min(config.splits, k // block_k)
+    # Halving keeps the parts even.
+    while splits > 1 and splits * blocks * n * block_m > workspace.partial.numel():
+        splits //= 2
     if blocks * math.ceil(n / config.block_n) > workspace.counters.numel():
         splits = 1
     return replace(config, block_m=block_m, block_k=block_k, splits=max(splits, 1))
