@@ -39,7 +39,7 @@ def choose(device: torch.device) -> Operators:
         "fused_attention_concat_past_key_value": ("cache update", captured),
         "fused_matmul_bias": (f"cuBLAS; triton up to {_MOST_GEMV_ROWS} rows", captured),
         "fused_multi_head_attention_inference_v2": ("torch scaled_dot_product_attention", captured),
-        "fused_linear_with_groupwise_quantized_weight": ("triton", f"{reason}; dequantised for cuBLAS above 64 rows"),
+        "fused_linear_with_groupwise_quantized_weight": ("triton", f"{reason}; dequantised for cuBLAS above 256 rows"),
     }
     return Operators(
         **{function.__name__: function for function in (*fused, fused_matmul_bias, skip_layer_norm)},

@@ -8,13 +8,14 @@ from operator_checks import ALPHA, assert_close, gelu64, layer_norm64, poison, r
 
 from faster_chatglm_6b.ops import triton as kernels
 from faster_chatglm_6b.ops.reference import unpack_int4
-from faster_chatglm_6b.ops.triton.quantized.configs import Quantized, Row, Stream
+from faster_chatglm_6b.ops.triton.quantized.configs import Quantized, Row, Stream, Tiles, fit_tiles
 from faster_chatglm_6b.ops.triton.quantized.dequantize import dequantize
 from faster_chatglm_6b.ops.triton.quantized.gemv import launch_quantized_gemv
 from faster_chatglm_6b.ops.triton.quantized.matmul import launch_quantized_matmul, serves
 from faster_chatglm_6b.ops.triton.quantized.one_row.norm import NormArguments
 from faster_chatglm_6b.ops.triton.quantized.one_row.row import launch_quantized_row, normalises
 from faster_chatglm_6b.ops.triton.quantized.stream import launch_quantized_stream
+from faster_chatglm_6b.ops.triton.quantized.tiles import launch_quantized_tiles, serves_tiles
 
 LAUNCHES = {Quantized: launch_quantized_matmul, Stream: launch_quantized_stream, Row: launch_quantized_row}
 
@@ -79,6 +80,54 @@ def check_quantized_config(
     assert_close(out, expected_product(x, exact, bias, residual, False))
     error = (out.double() - expected_product(x, exact, bias, residual, False)).norm() / out.double().norm()
     assert error <= {torch.float16: 3e-4, torch.bfloat16: 2.4e-3}[dtype], error
+
+
+def check_quantized_tiles(
+    device: str,
+    dtype: torch.dtype,
+    bits: int,
+    rows: int,
+    n: int,
+    k: int,
+    group_size: int,
+    config: Tiles,
+    epilogue: str = "residual",
+) -> None:
+    """Check the kernel of many rows in one configuration, twice: the first run must leave the counters at zero."""
+    w, scale, exact = quantized_weight(device, bits, n, k, group_size)
+    x, bias = random(device, dtype, rows, k) + 1, random(device, dtype, n)
+    residual = random(device, dtype, rows, n) if epilogue == "residual" else None
+    assert serves_tiles(x, w, bits, group_size)
+    workspace = kernels.Workspace(device, 1, 4, 32, 1024)
+    config = fit_tiles(config, rows, n, k, group_size, workspace)
+    arguments = (x, w, scale, bits, group_size, bias, residual, ALPHA, epilogue == "gelu")
+    expected = expected_product(x, exact, bias, residual, epilogue == "gelu")
+    outs = []
+    for _ in range(2):
+        workspace.partial.fill_(math.nan)
+        outs.append(poison(device, dtype, rows, n))
+        launch_quantized_tiles(*arguments, outs[-1], config, workspace.partial, workspace.counters)
+        assert_close(outs[-1], expected)
+        assert workspace.counters.count_nonzero() == 0
+    assert torch.equal(*outs)
+    error = (outs[0].double() - expected).norm() / expected.norm()
+    assert error <= {torch.float16: 3e-4, torch.bfloat16: 2.4e-3}[dtype], error
+
+
+def check_integers_of_tiles(device: str, dtype: torch.dtype, bits: int) -> None:
+    """Check that every integer becomes exactly its number: each row of x picks one column."""
+    k = 512 // bits
+    values = torch.arange(-(1 << bits - 1), 1 << bits - 1, device=device)
+    # Each row has every integer at another column.
+    integers = torch.stack([values.roll(shift) for shift in range(48)]).repeat(1, -(-k // len(values)))[:, :k]
+    w = integers.to(torch.int8)
+    if bits == 4:
+        w = w[:, ::2] << 4 | w[:, 1::2] & 15
+    x, scale = torch.eye(k, dtype=dtype, device=device), torch.ones(48, dtype=dtype, device=device)
+    out = kernels.fused_linear_with_groupwise_quantized_weight(
+        x, w.contiguous(), scale, num_bits=bits, out=poison(device, dtype, k, 48)
+    )
+    assert torch.equal(out.long(), integers.T)
 
 
 def check_quantized_gemv(

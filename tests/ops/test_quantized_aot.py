@@ -15,11 +15,14 @@ from launches import HIDDEN, INNER, WEIGHTS, meta  # noqa: E402
 from faster_chatglm_6b.ops import triton as kernels  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.configs import (  # noqa: E402
     Row,
+    Tiles,
+    fit_tiles,
     quantized_config,
     row_config,
     rows_for,
     stream_config,
     streams_for,
+    tiles_config,
 )
 from faster_chatglm_6b.ops.triton.quantized.dequantize import dequantize  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.gemv import launch_quantized_gemv  # noqa: E402
@@ -27,6 +30,7 @@ from faster_chatglm_6b.ops.triton.quantized.matmul import launch_quantized_matmu
 from faster_chatglm_6b.ops.triton.quantized.one_row.norm import NormArguments  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.one_row.row import launch_quantized_row, quantized_row_kernel, words_kept  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.stream import launch_quantized_stream, quantized_stream_kernel  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized.tiles import launch_quantized_tiles, quantized_tiles_kernel  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.trial import STREAMS_KEEP_THEIR_LAYOUT  # noqa: E402
 
 CAPABILITIES = (80, 86, 89, 90)
@@ -66,6 +70,26 @@ def product(capability: int, dtype: torch.dtype, bits: int, rows: int, n: int, k
         )  # fmt: skip
 
     return ahead_of_time.record(capability, call)
+
+
+def product_of_many_rows(
+    capability: int, dtype: torch.dtype, bits: int, rows: int, n: int, k: int, group_size: int
+) -> Launch:
+    """Return the launch of one product with more rows than a stream takes."""
+    workspace = kernels.Workspace("meta", 1)
+
+    def call() -> None:
+        scale = meta(HALF, n) if group_size < 0 else meta(HALF, n, k // group_size)
+        out = meta(dtype, rows, n)
+        launch_quantized_tiles(
+            meta(dtype, rows, k), meta(torch.int8, n, k * bits // 8), scale, bits, group_size, meta(dtype, n),
+            out if n == HIDDEN else None, 7.5, n == INNER, out,
+            tiles_config(torch.device("meta"), bits, rows, n, k, group_size, workspace),
+            workspace.partial, workspace.counters,
+        )  # fmt: skip
+
+    (launch,) = ahead_of_time.record(capability, call)
+    return launch
 
 
 def skip_where_streams_do_not_run() -> None:
@@ -194,3 +218,80 @@ def test_of_a_row_that_is_normalised_only_x_is_read_after_the_wait(bits, config,
         if "=" in line and derived & set(names[1:]):
             assert "ld.global" not in line and "tt.load" not in line, line
             derived.add(names[0])
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_products_of_many_rows_compile_within_the_limits(bits, capability):
+    for dtype, rows, n, k, group_size in (
+        (HALF, 16, 3 * HIDDEN, HIDDEN, -1),
+        (BFLOAT, 64, HIDDEN, INNER, 128),
+        (HALF, 256, INNER, HIDDEN, -1),
+        (HALF, 256, HIDDEN, HIDDEN, 128),
+    ):
+        launch = product_of_many_rows(capability, dtype, bits, rows, n, k, group_size)
+        resources = ahead_of_time.compile_launch(launch, capability)
+        assert resources.shared <= ahead_of_time.SHARED_MEMORY[capability], f"{launch}: {resources}"
+        assert resources.stack == 0, f"{launch}: {resources}"
+        assert ("launch_pdl", True) in launch.options or capability < 90, f"{launch} is not launched early"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("bits, dtype, group_size", [(8, HALF, -1), (8, BFLOAT, 128), (4, BFLOAT, -1), (4, HALF, 128)])
+def test_of_many_rows_the_integers_become_halves_between_shared_memory_and_the_product(
+    bits, dtype, group_size, capability
+):
+    launch = product_of_many_rows(capability, dtype, bits, 64, 3 * HIDDEN, HIDDEN, group_size)
+    kernel = ahead_of_time.compiled(launch, capability)
+    ir, ptx = kernel.asm["ttgir"], kernel.asm["ptx"]
+    loop = ir[ir.index("scf.for") :]
+    loop = loop[: loop.index("scf.yield")]
+    copies = set(re.findall(r"async_copy_global_to_local %(\w+?)_pointers(?:_\d+)?,", ir))
+    assert copies == {"w", "x"}, f"not both weight and x are copied ahead: {copies}"
+    assert not re.search("local_store|local_alloc|tt.load %w", loop), "the weight is not copied, or goes back"
+    # Where lanes exchange what they hold, the layouts' conversion takes shared memory or shuffles.
+    inner = ptx[ptx.index("$L__BB0_1:") : ptx.index("bra", ptx.index("$L__BB0_1:"))]
+    assert not re.search(r"st\.shared|shfl", inner), "the weight changes lanes in registers"
+    if capability == 90:
+        dots = re.findall(r"ttng\.warp_group_dot %.*", loop)
+        assert dots and all("dot_op<{opIdx = 0" in dot.split(" * ")[0] for dot in dots), dots
+        assert re.search(r"wgmma\.mma_async\S* \{[^}]*\}, \{", ptx), "the instruction takes no weight from registers"
+    else:
+        assert "ldmatrix" in inner and "mma.sync" in inner
+
+
+@pytest.mark.parametrize("bits, group_size", [(8, -1), (4, 128)])
+def test_of_many_rows_x_and_the_residual_are_read_after_the_wait(bits, group_size):
+    launch = product_of_many_rows(90, HALF, bits, 64, HIDDEN, INNER, group_size)
+    kernel = ahead_of_time.compiled(launch, 90)
+    ir, ptx = kernel.asm["ttgir"], kernel.asm["ptx"]
+    wait = ahead_of_time.place_of_wait(ir)
+    assert "async_copy" not in ir[:wait] and wait < ir.index("scf.for")
+    loads = re.findall(r"%(\w+?)(?:_\d+)? = tt\.load", ir[:wait])
+    assert set(loads) == (set() if group_size < 0 else {"next_scale"}), loads
+    before, after = ptx[: ahead_of_time.place_of_wait(ptx)], ptx[ahead_of_time.place_of_wait(ptx) :]
+    assert "prefetch.L2" in before and "cp.async." not in before.replace("cp.async.bulk.prefetch.L2", "")
+    assert "cp.async" in after
+    ahead_of_time.check_start_of_the_next(launch, holds_back=False)
+
+
+@pytest.mark.parametrize("rows, kernel", [(8, None), (9, quantized_tiles_kernel), (256, quantized_tiles_kernel)])
+@pytest.mark.parametrize("bits, group_size", [(8, -1), (4, 128), (4, 32)])
+def test_rows_decide_the_kernel(bits, group_size, rows, kernel):
+    scale = meta(HALF, HIDDEN) if group_size < 0 else meta(HALF, HIDDEN, HIDDEN // group_size)
+    arguments = meta(HALF, rows, HIDDEN), meta(torch.int8, HIDDEN, HIDDEN * bits // 8), scale, None, bits, group_size
+    launches = ahead_of_time.record(90, lambda: kernels.fused_linear_with_groupwise_quantized_weight(*arguments))
+    assert [launch.kernel is quantized_tiles_kernel for launch in launches] == [kernel is not None]
+
+
+@pytest.mark.parametrize("rows", [16, 100, 256])
+def test_splits_fit_into_the_workspace(rows):
+    workspace = kernels.Workspace("meta", 1)
+    for n, k in WEIGHTS:
+        for splits in (1, 7, 64):
+            config = fit_tiles(Tiles(128, 64, 64, 4, 3, splits), rows, n, k, -1, workspace)
+            blocks = -(-rows // config.block_m)
+            needed = config.splits * blocks * n * config.block_m
+            assert 1 <= config.splits <= splits
+            assert config.splits == 1 or needed <= workspace.partial.numel()
+            assert config.splits == 1 or blocks * -(-n // config.block_n) <= workspace.counters.numel()

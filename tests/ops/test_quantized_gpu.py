@@ -1,4 +1,4 @@
-"""The products with integer weights on a real GPU: odd shapes, batch 1 to 65, all dtypes, groups and epilogues."""
+"""The products with integer weights on a real GPU: odd shapes, batch 1 to 257, all dtypes, groups and epilogues."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="Triton is not installed, so there are no k
 
 import quantized_checks as checks  # noqa: E402
 
-from faster_chatglm_6b.ops.triton.quantized.configs import Quantized, Row, Stream  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized.configs import Quantized, Row, Stream, Tiles  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.trial import layout_holds  # noqa: E402
 
 pytestmark = [
@@ -32,7 +32,7 @@ def test_layout(bits, dtype):
 
 @BITS
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT, SINGLE], ids=["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, 17, 33, 64, 65])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, 17, 33, 64, 65, 128, 129, 256, 257])
 def test_product(bits, dtype, rows):
     for n, k, group_size in ((37, 128, -1), (700, 1152, 128), (384, 512, 64)):
         for epilogue in ("plain", "gelu", "residual"):
@@ -54,7 +54,7 @@ def test_odd_shapes(bits, dtype):
 
 
 @BITS
-@pytest.mark.parametrize("rows", [1, 8, 33])
+@pytest.mark.parametrize("rows", [1, 8, 16, 33, 128, 200])
 @pytest.mark.parametrize("n, k", [(12288, 4096), (16384, 4096), (4096, 16384), (130528, 4096)])
 def test_weights_of_the_model(bits, rows, n, k):
     group_size, epilogue = (128, "gelu") if n == 16384 else (-1, "residual")
@@ -77,6 +77,32 @@ def test_stream_configurations(bits, dtype, rows):
     for config in (Stream(1, 4, 8, 2, 3), Stream(1, 8, 2, 3, 1), Stream(2, 4, 1, 5, 2), Stream(1, 1, 3, 2, 1)):
         for n, k, group_size in ((300, 1152, -1), (5000, 2048, 128)):
             checks.check_quantized_config(DEVICE, dtype, bits, rows, n, k, group_size, config)
+
+
+@BITS
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("rows", [9, 40, 130, 300])
+def test_tile_configurations(bits, dtype, rows):
+    # Uneven rows of both and uneven columns, blocks of x rows, splits, groups of a block and of several.
+    for config in (
+        Tiles(16, 64, 128, 4, 5, 3),
+        Tiles(64, 64, 256, 4, 3),
+        Tiles(64, 128, 64, 8, 4, 2),
+        Tiles(128, 128, 32, 4, 3, 5),
+        Tiles(256, 64, 64, 8, 3),
+    ):
+        for n, k, group_size, epilogue in (
+            (300, 1152, -1, "residual"),
+            (700, 2048, 128, "gelu"),
+            (70, 768, 96, "gelu"),
+        ):
+            checks.check_quantized_tiles(DEVICE, dtype, bits, rows, n, k, group_size, config, epilogue)
+
+
+@BITS
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=["fp16", "bf16"])
+def test_integers_of_tiles(bits, dtype):
+    checks.check_integers_of_tiles(DEVICE, dtype, bits)
 
 
 @BITS

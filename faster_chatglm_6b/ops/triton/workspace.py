@@ -16,6 +16,9 @@ class Workspace:
     Kernels of one stream follow one another, so they may share one workspace; two streams must not. Allocate it before
     a CUDA graph is captured, and keep it as long as the graph.
 
+    A prompt of one sequence has many rows too: products with integer weights split the columns into as many parts as
+    ``partial`` has room for (with 256 rows and batch 1: four parts of 4096 weight rows, one of 16384).
+
     Args:
         device: where the kernels run.
         batch: most sequences per call.

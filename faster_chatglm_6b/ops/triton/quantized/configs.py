@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from .. import configs
+from ..workspace import Workspace
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """For more than eight rows of x: a program takes 16 * ``row_warps`` weight rows.
+    """For up to 64 rows of x: a program takes 16 * ``row_warps`` weight rows.
 
     ``column_warps`` warps share the columns of a row. Each warp has ``depth`` steps of 64 bytes per row under way.
     """
@@ -59,9 +60,26 @@ class Row:
     holds_back: bool = False
 
 
-# The tables of one GPU family: by bits, then by the weight's shape.
+@dataclass(frozen=True)
+class Tiles:
+    """For 9 to 256 rows of x: a program takes ``block_m`` of them, ``block_n`` weight rows, and ``block_k`` columns of
+    both at a time.
+
+    ``num_stages`` - 1 such blocks are under way. The columns of a row are in ``splits`` parts.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+
+
+# The tables of one GPU family: by bits, then by the weight's shape; for many rows of x, by their padded number between.
 Streams = dict[int, dict[tuple[int, int], Stream]]
 Rows = dict[int, dict[tuple[int, int], Row]]
+TileTables = dict[int, dict[int, dict[tuple[int, int], Tiles]]]
 
 _DEFAULT = {2: Quantized(1, 8, 2), 4: Quantized(1, 4, 1), 8: Quantized(1, 4, 1)}
 _DEFAULT_STREAM = Stream(1, 8, 2, 3, 2)
@@ -99,6 +117,28 @@ _HOPPER_ROWS: Rows = {
     },
 }
 _OTHER_ROWS: Rows = {}
+_HOPPER_TILES: TileTables = {8: {}, 4: {}}
+_OTHER_TILES: TileTables = {8: {}, 4: {}}
+# For weights that are not listed; their columns are split so that there are programs for every multiprocessor.
+_DEFAULT_HOPPER_TILES = {
+    16: Tiles(16, 64, 128, 4, 5),
+    32: Tiles(32, 64, 128, 4, 4),
+    64: Tiles(64, 64, 128, 4, 4),
+    128: Tiles(128, 128, 64, 8, 4),
+    256: Tiles(256, 128, 64, 8, 4),
+}
+# They fit into the 99 KiB of shared memory of 8.6 and 8.9.
+_DEFAULT_TILES = {
+    16: Tiles(16, 64, 128, 4, 4),
+    32: Tiles(32, 64, 128, 4, 4),
+    64: Tiles(64, 64, 64, 4, 4),
+    128: Tiles(128, 64, 64, 8, 3),
+    256: Tiles(256, 64, 32, 8, 3),
+}
+# Programs that the columns of a weight without a configuration are split into, and the most parts.
+_PROGRAMS, _MOST_SPLITS = 264, 8
+# Rows of x up to which ``Tiles`` serves; more are left to dequantising and the library.
+MOST_TILE_ROWS = 256
 # Bytes of a weight row that a warp takes in one step.
 CHUNK_BYTES = 64
 
@@ -132,6 +172,44 @@ def stream_config(streams: Streams, bits: int, n: int, k: int) -> Stream:
     config = streams.get(bits, {}).get((n, k), _DEFAULT_STREAM)
     warps, depth = _limit_to_chunks(bits, k, config.warps, config.depth)
     return replace(config, warps=warps, depth=depth)
+
+
+def tiles_config(
+    device: torch.device, bits: int, rows: int, n: int, k: int, group_size: int, workspace: Workspace
+) -> Tiles:
+    """Choose the product with an integer weight [n, k] and more than eight rows of x.
+
+    A block of columns lies in one group. There are as many splits at most as ``workspace`` has room for.
+    """
+    hopper = configs.capability(device) >= (9, 0)
+    tables, default = (_HOPPER_TILES, _DEFAULT_HOPPER_TILES) if hopper else (_OTHER_TILES, _DEFAULT_TILES)
+    padded = min(max(1 << (rows - 1).bit_length(), 16), 256)
+    config = tables[bits].get(padded, {}).get((n, k))
+    if config is None:
+        config = default[padded]
+        splits = _PROGRAMS // math.ceil(n / config.block_n)
+        config = replace(config, splits=min(1 << max(splits, 1).bit_length() - 1, _MOST_SPLITS))
+    return fit_tiles(config, rows, n, k, group_size, workspace)
+
+
+def fit_tiles(config: Tiles, rows: int, n: int, k: int, group_size: int, workspace: Workspace) -> Tiles:
+    """Limit a block to a group or a row of ``k`` columns, and the splits to the row and to ``workspace``."""
+    block_m = config.block_m
+    block_k = min(config.block_k, 1 << (k - 1).bit_length())
+    if group_size > 0:
+        # The largest power of two that divides the group.
+        block_k = min(block_k, group_size & -group_size)
+        # A thread holds the sums of a group beside those of the row; 128 of each would not fit.
+        while block_m > 16 and block_m * config.block_n > 64 * 32 * config.num_warps:
+            block_m //= 2
+    blocks = math.ceil(rows / block_m)
+    splits = min(config.splits, k // block_k)
+    # Halving keeps the parts even.
+    while splits > 1 and splits * blocks * n * block_m > workspace.partial.numel():
+        splits //= 2
+    if blocks * math.ceil(n / config.block_n) > workspace.counters.numel():
+        splits = 1
+    return replace(config, block_m=block_m, block_k=block_k, splits=max(splits, 1))
 
 
 def _limit_to_chunks(bits: int, k: int, warps: int, depth: int) -> tuple[int, int]:

@@ -5,8 +5,17 @@ import torch
 from ..common import require
 from ..linear.fused_matmul_bias import fused_matmul_bias
 from ..skip_layer_norm import skip_layer_norm
-from ..workspace import Workspace
-from .configs import Row, quantized_config, row_config, rows_for, stream_config, streams_for
+from ..workspace import Workspace, default_workspace
+from .configs import (
+    MOST_TILE_ROWS,
+    Row,
+    quantized_config,
+    row_config,
+    rows_for,
+    stream_config,
+    streams_for,
+    tiles_config,
+)
 from .dequantize import dequantize
 from .gemv import launch_quantized_gemv
 from .matmul import launch_quantized_matmul, serves, tiles_of
@@ -14,6 +23,7 @@ from .one_row.norm import NormArguments
 from .one_row.row import launch_quantized_row, normalises
 from .stream import MOST_ROWS as MOST_STREAM_ROWS
 from .stream import launch_quantized_stream
+from .tiles import launch_quantized_tiles, serves_tiles
 from .trial import STREAMS_KEEP_THEIR_LAYOUT, layout_holds
 
 # If the tensor-core kernel does not serve, more rows than this dequantise the weight for the library.
@@ -37,12 +47,12 @@ def fused_linear_with_groupwise_quantized_weight(
 ) -> torch.Tensor:
     """Return x weight^T + bias, then ``fast_gelu`` or + beta * residual; summed in float32 and rounded once.
 
-    Up to 64 rows of x read the stored integers; for more the weight is dequantised for cuBLAS.
+    Up to 256 rows of x read the stored integers; for more the weight is dequantised for cuBLAS.
 
     Args:
         x: [..., K]. w: int8 [N, K * num_bits / 8] in the stored format, contiguous. w_scale: [N], or
             [N, K / group_size] with groups, any floating dtype. bias: [N] or None. residual: [..., N] or None.
-        num_bits: 8 or 4. group_size: columns per scale, even, or -1. out: [..., N]. workspace: for the float kernels.
+        num_bits: 8 or 4. group_size: columns per scale, even, or -1. out: [..., N]. workspace: scratch memory.
 
     Raises:
         ValueError: a shape does not fit, or both ``gelu`` and ``residual`` are given.
@@ -69,8 +79,12 @@ def fused_linear_with_groupwise_quantized_weight(
         require(residual.shape == out.shape, f"residual is {tuple(residual.shape)}; it must be {tuple(out.shape)}")
         residual = residual.contiguous()
     group_size = -1 if groups == 1 else group_size
-    if _serves(x_rows, w, num_bits, group_size):
-        arguments = (x_rows, w, w_scale, num_bits, group_size, bias, residual, beta, gelu, out.view(rows, n))
+    arguments = (x_rows, w, w_scale, num_bits, group_size, bias, residual, beta, gelu, out.view(rows, n))
+    if MOST_STREAM_ROWS < rows <= MOST_TILE_ROWS and serves_tiles(x_rows, w, num_bits, group_size):
+        workspace = workspace or default_workspace(x.device, 1)
+        config = tiles_config(x.device, num_bits, rows, n, k, group_size, workspace)
+        launch_quantized_tiles(*arguments, config, workspace.partial, workspace.counters)
+    elif _serves(x_rows, w, num_bits, group_size):
         if rows == 1:
             launch_quantized_row(*arguments, row_config(rows_for(x.device), num_bits, n, k))
         elif rows <= MOST_STREAM_ROWS and STREAMS_KEEP_THEIR_LAYOUT:
