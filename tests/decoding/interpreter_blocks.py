@@ -8,6 +8,8 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
+
 from faster_chatglm_6b.decoding.steps import prompt
 from faster_chatglm_6b.ops.triton import configs
 from faster_chatglm_6b.ops.triton.quantized import gemv as quantized_gemv
@@ -32,11 +34,16 @@ def use_large_blocks(gemv: tuple[int, int, int] = (256, 512, 4), keys: int = 256
 
 
 @contextlib.contextmanager
-def padded_prompts(lengths: tuple[int, ...], most_rows: int = prompt.MOST_CAPTURED_ROWS) -> Iterator[None]:
+def padded_prompts(
+    model: torch.nn.Module, lengths: tuple[int, ...], most_rows: int = prompt.MOST_CAPTURED_ROWS
+) -> Iterator[None]:
     """Pad prompts to one of these lengths, as where graphs serve them, if that makes ``most_rows`` rows at most."""
     kept = prompt.LENGTHS, prompt.MOST_CAPTURED_ROWS
+    # A session's buffers have room for the rows of the time that made it.
+    model.release_cache()
     prompt.LENGTHS, prompt.MOST_CAPTURED_ROWS = lengths, most_rows
     try:
         yield
     finally:
         prompt.LENGTHS, prompt.MOST_CAPTURED_ROWS = kept
+        model.release_cache()

@@ -44,14 +44,14 @@ def check_logits(model, **inputs):
 
 def lengths_around_a_graph(model):
     """Check prompts one shorter, as long and one longer than a length that is captured, after a longer one."""
-    with padded_prompts((8, 16)):
+    with padded_prompts(model, (8, 16)):
         for length in (15, 9, 8, 7):
             check_logits(model, input_ids=prompt(model, length, length))
         check_logits(model, **padded(model, (4, 9, 6)))
 
 
 def more_rows_than_are_captured(model):
-    with padded_prompts((8, 16), most_rows=12):
+    with padded_prompts(model, (8, 16), most_rows=12):
         check_logits(model, input_ids=prompt(model, 13))
         check_logits(model, **padded(model, (7, 4)))
 

@@ -86,6 +86,18 @@ def columns_of(pairs, BITS: tl.constexpr, BFLOAT: tl.constexpr, INTERPRETED: tl.
 
 
 @triton.jit
+def finished(acc, INTERPRETED: tl.constexpr):
+    """Return the sums once the matrix instructions that add to them are done.
+
+    Hopper's read the weight's registers while they run. Triton 3.6 lets some of them run on into the next round, which
+    unpacks its weights into the same registers: now and then a sum was wrong. Any use of the sums makes it wait.
+    """
+    if not INTERPRETED:
+        acc = tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, True, 1)
+    return acc
+
+
+@triton.jit
 def quantized_tiles_kernel(
     x,  # [M, K]
     weight,  # [N, K / 2], pairs of columns: int16 of int8, int8 of int4
@@ -160,7 +172,7 @@ def quantized_tiles_kernel(
             next_scale = tl.load(scales + tl.minimum((start + BLOCK_K) // GROUP, GROUPS - 1)).to(tl.float32)
             acc += tl.dot(w, x_block) * group_scale[:, None]
         else:
-            acc = tl.dot(w, x_block, acc)
+            acc = finished(tl.dot(w, x_block, acc), INTERPRETED)
     last = True
     if SPLITS > 1:
         cell = (row_block * N + row).to(tl.int64)[:, None] * BLOCK_M + place[None, :]
