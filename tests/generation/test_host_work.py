@@ -1,6 +1,7 @@
 """What the host does before the first token: the prompt is read once, and settings are gathered again only if asked."""
 
 import copy
+from functools import partial
 from inspect import signature
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 
 from faster_chatglm_6b.generation.reading import keep_layout, layout_of, prompt_kept
+from faster_chatglm_6b.generation.settings import follow_settings
 from faster_chatglm_6b.network.prompt_layout import PromptLayout
 
 PLAIN = {"do_sample": False, "max_new_tokens": 1, "eos_token_id": None}
@@ -101,10 +103,16 @@ def test_masks_of_any_dtype(model, dtype):
     assert same(PromptLayout.of(ids.int(), model.config, mask), PromptLayout.of(ids, model.config))
 
 
+def anew(model, *given, **settings):
+    config, others = GenerationMixin._prepare_generation_config(model, *given, **settings)
+    follow_settings(config)
+    return config, others
+
+
 def gathered(model, *given, **settings):
     """Return the settings of a call from ours and, gathered anew, from transformers'."""
     ours, others = model._prepare_generation_config(*given, **settings)
-    theirs, left = GenerationMixin._prepare_generation_config(model, *given, **settings)
+    theirs, left = anew(model, *given, **settings)
     assert others == left
     return vars(ours), vars(theirs)
 
@@ -169,13 +177,11 @@ class TestSettings:
             except ValueError as error:
                 return str(error)
 
-        before = outcome(model._prepare_generation_config)
+        assert outcome(model._prepare_generation_config) == outcome(partial(anew, model))
         model.config.top_k = 4
-        assert outcome(model._prepare_generation_config) == outcome(
-            lambda *given, **settings: GenerationMixin._prepare_generation_config(model, *given, **settings)
-        )
+        assert outcome(model._prepare_generation_config) == outcome(partial(anew, model))
         del model.config.top_k
-        assert outcome(model._prepare_generation_config) == before
+        assert outcome(model._prepare_generation_config) == outcome(partial(anew, model))
 
 
 def test_an_unknown_argument_is_still_refused(model):
