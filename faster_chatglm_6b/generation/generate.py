@@ -16,8 +16,8 @@ from ..network.arguments import check_embeddings, check_ids, check_mask, check_p
 from ..network.prompt_layout import PromptLayout, cached_tokens
 from ..ops.caches import CACHE_NAME, Cache, as_cache, cache_in, check_cache, check_cached_batch, take_cache
 from .guidance import guided
-from .reading import steps_watched, watch_step
-from .settings import follow_settings, no_continuous_batching
+from .reading import keep_layout, layout_of, prompt_kept, steps_watched, unnamed_arguments, watch_step
+from .settings import GatheredSettings, asked_of, follow_settings, no_continuous_batching
 from .streaming import no_single_next_token, streaming
 
 if hasattr(GenerationMixin, "greedy_search") and not hasattr(GenerationMixin, "_sample"):  # transformers 4.27 to 4.29
@@ -54,7 +54,7 @@ class PrefixGenerationMixin(SearchMixin):
         # If memory runs out, this frame stays with the exception, so it names only the caller's own tensors.
         # The caller's own decoding loop is not watched: it may begin again at every step.
         watched = steps_watched() if kwargs.get("custom_generate") is None else nullcontext()
-        with memory_returned(), watched:
+        with memory_returned(), watched, prompt_kept():
             return super().generate(
                 inputs,
                 generation_config=generation_config,
@@ -119,7 +119,7 @@ class PrefixGenerationMixin(SearchMixin):
         past_length = cached_tokens(past_key_values, self.config)
         length = input_ids.shape[1]
         watch_step(length, past_length, self.config.use_cache if use_cache is None else use_cache)
-        layout = PromptLayout.of(input_ids, self.config, attention_mask)
+        layout = layout_of(input_ids, self.config, attention_mask)
         position_ids = layout.position_ids(past_length, length, self.config.position_encoding_2d)
         if prompt_position_ids is not None:
             position_ids = _continued(prompt_position_ids, past_length, length)
@@ -161,9 +161,28 @@ class PrefixGenerationMixin(SearchMixin):
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
         """Gather the settings of one call as transformers does, and adapt them to this model."""
-        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        asked = asked_of(self, args, kwargs)
+        gathered = self.__dict__.get("_gathered_settings")
+        if gathered is not None and gathered.asked == asked:
+            config, model_kwargs = gathered.again(kwargs)
+        else:
+            config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+            self._gathered_settings = GatheredSettings.of(asked, kwargs, config, model_kwargs)
         follow_settings(config)
         return config, model_kwargs
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Add the cache of one call as transformers does.
+
+        A default cache fills itself with layers, for which transformers 5 reads the configuration once per layer.
+        """
+        asked = generation_config.cache_implementation is not None or generation_config.use_cache is False
+        if asked or cache_in(model_kwargs) is not None:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        model_kwargs[CACHE_NAME] = as_cache(None, True)
+        return None
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
         """Gather the processors of one call as transformers does, but with our guidance."""
@@ -185,7 +204,8 @@ class PrefixGenerationMixin(SearchMixin):
         """Refuse unused arguments as transformers does, but accept a cache under any of its names."""
         model_kwargs = dict(model_kwargs)
         take_cache(model_kwargs)
-        super()._validate_model_kwargs(model_kwargs)
+        if unnamed_arguments(self, model_kwargs):
+            super()._validate_model_kwargs(model_kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
         """Return None: the ids give the positions at every step (transformers 5 would count all axes on by one)."""
@@ -215,8 +235,8 @@ class PrefixGenerationMixin(SearchMixin):
             kwargs["attention_mask"] = _padding_of(mask, input_ids, self.config)
         layout = PromptLayout.of(input_ids, self.config, kwargs.get("attention_mask"))
         if kwargs.get("attention_mask") is None:
-            slots = torch.arange(input_ids.shape[1])
-            kwargs["attention_mask"] = (slots >= layout.first_slot[:, None]).long().to(input_ids.device)
+            kwargs["attention_mask"] = layout.attention_mask(input_ids)
+        keep_layout(input_ids, kwargs["attention_mask"], layout)
         if position_ids is not None:
             check_positions(position_ids, *input_ids.shape, self.config.position_encoding_2d)
             derived = layout.position_ids(0, input_ids.shape[1], self.config.position_encoding_2d)
@@ -224,7 +244,7 @@ class PrefixGenerationMixin(SearchMixin):
             highest_position(position_ids, None, self.config.vocab_size)
             if not torch.equal(position_ids.long().cpu(), derived):
                 kwargs["prompt_position_ids"] = position_ids
-        self._check_trained_length(int((input_ids.shape[1] - layout.first_slot).max()))
+        self._check_trained_length(input_ids.shape[1] - min(layout.first_slot.tolist()))
         _check_room(input_ids.shape[1], generation_config, kwargs)
         return kwargs
 

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 
 from .. import report, versions
+from ..network.prompt_layout import PromptLayout
 from ..ops.caches import CACHE_NAMES, Cache
 
 # Arguments of transformers' loop that the captured loop follows or does not need. Outputs other than tokens also take
@@ -67,6 +68,17 @@ def unfollowed_arguments(model: Any, model_kwargs: Mapping[str, Any]) -> list[st
                 "read it."
             )
     return sorted(unfollowed)
+
+
+def unnamed_arguments(model: Any, model_kwargs: Mapping[str, Any]) -> list[str]:
+    """Return the names of arguments that neither ``forward`` nor ``prepare_inputs_for_generation`` names.
+
+    If one of them is replaced, all names are returned.
+    """
+    if model.has_own_inputs() or "forward" in model.__dict__:
+        return list(model_kwargs)
+    named = _defaults(type(model).forward), _defaults(type(model).prepare_inputs_for_generation)
+    return [name for name in model_kwargs if not any(name in names for names in named)]
 
 
 def unfollowed_settings(generation_config: Any) -> list[str]:
@@ -121,6 +133,43 @@ def watch_step(length: int, past_length: int, use_cache: bool) -> None:
                 "reads its whole sequence again."
             )
     steps[:] = length, without_cache
+
+
+# For the generate() call of this context: what generate() read from the prompt and handed to transformers, as (ids,
+# mask, layout), or nothing yet.
+_prompt: ContextVar[list[tuple[torch.Tensor, torch.Tensor, PromptLayout]] | None] = ContextVar(
+    "faster_chatglm_6b_prompt", default=None
+)
+
+
+@contextmanager
+def prompt_kept() -> Iterator[None]:
+    """Let ``layout_of`` find what ``keep_layout`` was given, during one call of ``generate``."""
+    token = _prompt.set([])
+    try:
+        yield
+    finally:
+        _prompt.reset(token)
+
+
+def keep_layout(input_ids: torch.Tensor, attention_mask: torch.Tensor, layout: PromptLayout) -> None:
+    """Keep the layout of a prompt, so that its ids are read from the device once."""
+    kept = _prompt.get()
+    if kept is not None:
+        kept[:] = [(input_ids, attention_mask, layout)]
+
+
+def layout_of(input_ids: torch.Tensor, config: Any, attention_mask: torch.Tensor | None) -> PromptLayout:
+    """Return the layout of ids [B, L] as ``PromptLayout.of`` does: the kept one if these are the very tensors.
+
+    Newer transformers drop a mask that hides nothing. Without a mask, a leading pad is padding, so the kept layout
+    stands for that too unless a row begins with a pad that its mask shows.
+    """
+    for ids, mask, layout in _prompt.get() or ():
+        dropped = attention_mask is None and not layout.is_padded and not layout.begins_with_pad
+        if input_ids is ids and (attention_mask is mask or dropped):
+            return layout
+    return PromptLayout.of(input_ids, config, attention_mask)
 
 
 def check_searches(owner: type) -> None:

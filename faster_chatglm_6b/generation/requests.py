@@ -12,7 +12,7 @@ from ..decoding.request import MOST_END_TOKENS, Request, SamplingPlan
 from ..network.prompt_layout import PromptLayout
 from ..ops.caches import cache_in
 from .processors import InvalidScoreLogitsProcessor
-from .reading import pad_token, unfollowed_arguments, unfollowed_settings
+from .reading import layout_of, pad_token, unfollowed_arguments, unfollowed_settings
 
 MOST_SEQUENCES = 128
 # Candidates that the one-launch sampler keeps, by the largest top_k that leaves room for ties.
@@ -35,7 +35,7 @@ def read_request(
     _check_mode(model, input_ids, generation_config, model_kwargs)
     check_ends(model)
     mask = model_kwargs.get("attention_mask")
-    layout = PromptLayout.of(input_ids, model.config, mask)
+    layout = layout_of(input_ids, model.config, mask)
     if layout.hidden_slots is not None:
         raise CannotServe("attention_mask hides tokens after the start of a row")
     processors = [] if logits_processor is None else logits_processor
@@ -44,11 +44,12 @@ def read_request(
     if not limits:
         raise CannotServe("there is no max_length")
     ends = [c for c in stopping_criteria if type(c) is EosTokenCriteria]
-    eos_ids = tuple(dict.fromkeys(int(token) for c in ends for token in c.eos_token_id.reshape(-1)))
+    pad = pad_token(generation_config)
+    end_ids, pad_id = _read_together([c.eos_token_id for c in ends], pad)
+    eos_ids = tuple(dict.fromkeys(end_ids))
     if len(eos_ids) > MOST_END_TOKENS:
         raise CannotServe(f"there are more than {MOST_END_TOKENS} end tokens")
     others = StoppingCriteriaList(c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria))
-    pad = pad_token(generation_config)
     return Request(
         input_ids=input_ids.to(model.lm_head.weight.device),
         attention_mask=mask if layout.is_padded else None,
@@ -56,12 +57,21 @@ def read_request(
         plan=plan,
         max_length=min(limits),
         eos_ids=eos_ids,
-        pad_id=0 if pad is None else int(pad),
+        pad_id=pad_id,
         has_end=any(hasattr(c, "eos_token_id") for c in stopping_criteria) and pad is not None,
         host_criteria=others if len(others) else None,
         do_sample=bool(generation_config.do_sample),
         generator=model_kwargs.get("generator"),
     )
+
+
+def _read_together(end_tokens: list[torch.Tensor], pad: torch.Tensor | None) -> tuple[list[int], int]:
+    """Read all end tokens and the pad id, 0 if there is none; they may lie on a device, which one reading waits for."""
+    given = [*end_tokens, *([] if pad is None else [pad])]
+    if not given:
+        return [], 0
+    ids = torch.cat([one.reshape(-1).to(given[0].device) for one in given]).tolist()
+    return (ids, 0) if pad is None else (ids[:-1], ids[-1])
 
 
 def _check_mode(model: Any, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
@@ -133,8 +143,9 @@ def _known() -> dict[type, Any]:
         "TopPLogitsWarper": _top_p,
     }
     # By name: a release without one of them is no reason to fail.
-    classes = {**vars(logits_process), "InvalidScoreLogitsProcessor": InvalidScoreLogitsProcessor}
-    return {classes[name]: reader for name, reader in readers.items() if classes.get(name) is not None}
+    classes = {name: getattr(logits_process, name, None) for name in readers}
+    classes["InvalidScoreLogitsProcessor"] = InvalidScoreLogitsProcessor
+    return {classes[name]: reader for name, reader in readers.items() if classes[name] is not None}
 
 
 def plan_sampling(processors: Iterable[Any], do_sample: bool, layout: PromptLayout, vocab_size: int) -> SamplingPlan:

@@ -5,16 +5,82 @@ They may come from an argument, a config given to ``generate``, or the checkpoin
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 _log = logging.getLogger("faster_chatglm_6b")
 
 # Caches that save time or memory in a way that a prefix LM cannot follow; the tokens are the same without them.
 _FIXED_SIZES = ("static", "offloaded_static", "sliding_window", "hybrid", "hybrid_chunked")
 _FIXED_SIZES += ("offloaded_hybrid", "offloaded_hybrid_chunked")
+
+
+@dataclass(frozen=True)
+class GatheredSettings:
+    """What transformers gathered for one ``generate`` call, for later calls that ask for the very same.
+
+    Gathering copies and checks every field several times. It depends on nothing but the values in ``asked``, all of
+    which are numbers, texts or None, as are those that it gave. A call with anything else is gathered anew.
+
+    Attributes:
+        asked: from ``asked_of``.
+        config: the gathered ``GenerationConfig``; handed out as copies.
+        others: the names of the call's arguments that are no settings.
+    """
+
+    asked: tuple
+    config: Any
+    others: tuple[str, ...]
+
+    @classmethod
+    def of(cls, asked: tuple | None, arguments: dict[str, Any], config: Any, others: dict[str, Any]) -> Any:
+        """Return what was gathered from the arguments of a call, or None if it cannot stand for another call."""
+        if asked is None or _values(vars(config)) is None:
+            return None
+        if any(name not in arguments or value is not arguments[name] for name, value in others.items()):
+            return None
+        return cls(asked, copy.copy(config), tuple(others))
+
+    def again(self, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Return a config, and the arguments that are no settings, of a call that asks for the same."""
+        return copy.copy(self.config), {name: arguments[name] for name in self.others}
+
+
+def asked_of(model: Any, positional: tuple, arguments: dict[str, Any]) -> tuple | None:
+    """Return every value that decides which settings a call gets; None if one is no number, text or None.
+
+    Args:
+        positional: arguments of ``_prepare_generation_config``, above all a given ``GenerationConfig``.
+        arguments: those by name, of which some are settings.
+    """
+    given = vars(model.generation_config)
+    names = _fields() | given.keys()
+    # transformers refuses or follows settings in the model's configuration.
+    of_the_model = {name: value for name, value in vars(model.config).items() if name in names}
+    settings = {name: value for name, value in arguments.items() if name in names}
+    parts = [_values(one) for one in (dict(enumerate(positional)), given, of_the_model, settings)]
+    kinds = type(model.generation_config), type(model.config)
+    return None if None in parts else (*parts, *kinds, tuple(arguments))
+
+
+def _values(fields: dict[Any, Any]) -> list | None:
+    """Return the items with their types, as 1 equals True and 1.0; None if a value could change in its place."""
+    items = [(name, type(value), value) for name, value in fields.items()]
+    return items if all(kind in _UNCHANGING for _, kind, _ in items) else None
+
+
+_UNCHANGING = {int, float, str, bool, type(None)}
+
+
+@functools.cache
+def _fields() -> frozenset[str]:
+    return frozenset(vars(GenerationConfig()))
 
 
 def follow_settings(config: Any) -> None:

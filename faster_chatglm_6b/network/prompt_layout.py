@@ -8,15 +8,11 @@ Answer rows carry the position of ``[gMASK]`` (or of ``[MASK]`` if there is none
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..configuration_chatglm import ChatGLMConfig
 from .arguments import check_ids, check_range
-
-
-def _first_index(found: torch.Tensor) -> torch.Tensor:
-    """Return the column of the first True of each row of [B, L]; rows without one give 0."""
-    return found.int().argmax(dim=1)
 
 
 @dataclass(frozen=True)
@@ -31,6 +27,7 @@ class PromptLayout:
         mask_position: position of the first ``[gMASK]``, or of the first ``[MASK]`` if there is no ``[gMASK]``.
         has_gmask: bool [B], whether there is a ``[gMASK]``.
         hidden_slots: bool [B, L], further slots that the attention mask hides (right padding), or None.
+        begins_with_pad: whether the mask shows a pad id at the start of a row, which would be padding without a mask.
     """
 
     first_slot: torch.Tensor
@@ -38,6 +35,7 @@ class PromptLayout:
     mask_position: torch.Tensor
     has_gmask: torch.Tensor
     hidden_slots: torch.Tensor | None = None
+    begins_with_pad: bool = False
 
     @classmethod
     def of(
@@ -56,45 +54,57 @@ class PromptLayout:
                 a mask of another shape.
         """
         check_ids(input_ids)
-        input_ids = input_ids.cpu()
-        check_range(int(input_ids.min()), int(input_ids.max()), config.vocab_size)
+        # numpy takes a third of torch's time for arrays as small as these.
+        ids = input_ids.detach().cpu().numpy()
+        check_range(int(ids.min()), int(ids.max()), config.vocab_size)
+        hidden, begins_with_pad = None, False
+        no_pad = ids != config.pad_token_id
         if attention_mask is None:
-            real = input_ids != config.pad_token_id
-            hidden = None
+            first_slot = no_pad.argmax(axis=1)
         else:
-            real = attention_mask.cpu()[:, : input_ids.shape[1]].bool()
-            if real.shape != input_ids.shape:
+            real = attention_mask.detach().cpu()[:, : ids.shape[1]].bool().numpy()
+            if real.shape != ids.shape:
                 raise ValueError(
                     f"attention_mask has shape {list(attention_mask.shape)}, but input_ids have "
                     f"{list(input_ids.shape)}; pass one 0 or 1 for each token."
                 )
-            hidden = ~real
-            if not bool(real.any(dim=1).all()):
+            first_slot = real.argmax(axis=1)
+            if not real.any(axis=1).all():
                 raise ValueError("attention_mask hides every token of a row; pass 1 for the tokens of the prompt.")
-        first_slot = _first_index(real)
-        is_gmask, is_mask = input_ids == config.gmask_token_id, input_ids == config.mask_token_id
-        has_gmask = is_gmask.any(dim=1)
-        if not bool((has_gmask | is_mask.any(dim=1)).all()):
-            raise ValueError(
-                f"input_ids hold neither [gMASK] ({config.gmask_token_id}) nor [MASK] ({config.mask_token_id}), but "
-                "every prompt needs one of them; make the ids with the checkpoint's tokenizer."
-            )
-        is_sop = input_ids == config.bos_token_id
-        if not bool(is_sop.any(dim=1).all()):
+            hidden = ~real & (np.arange(ids.shape[1]) >= first_slot[:, None])
+            hidden = torch.from_numpy(hidden) if hidden.any() else None
+            begins_with_pad = bool((no_pad.argmax(axis=1) > first_slot).any())
+        is_gmask = ids == config.gmask_token_id
+        has_gmask, mask_slot = is_gmask.any(axis=1), is_gmask.argmax(axis=1)
+        if not has_gmask.all():
+            is_mask = ids == config.mask_token_id
+            if not (has_gmask | is_mask.any(axis=1)).all():
+                raise ValueError(
+                    f"input_ids hold neither [gMASK] ({config.gmask_token_id}) nor [MASK] ({config.mask_token_id}), "
+                    "but every prompt needs one of them; make the ids with the checkpoint's tokenizer."
+                )
+            mask_slot = np.where(has_gmask, mask_slot, is_mask.argmax(axis=1))
+        is_sop = ids == config.bos_token_id
+        if not is_sop.any(axis=1).all():
             raise ValueError(
                 f"input_ids hold no <sop> ({config.bos_token_id}), but every prompt needs it after its [gMASK] or "
                 "[MASK]; make the ids with the checkpoint's tokenizer."
             )
-        mask_slot = torch.where(has_gmask, _first_index(is_gmask), _first_index(is_mask))
-        if hidden is not None:
-            hidden = hidden & (torch.arange(input_ids.shape[1]) >= first_slot[:, None])
-            hidden = hidden if bool(hidden.any()) else None
-        return cls(first_slot, _first_index(is_sop), mask_slot - first_slot, has_gmask, hidden)
+        slots = (first_slot, is_sop.argmax(axis=1), mask_slot - first_slot, has_gmask)
+        return cls(*map(torch.from_numpy, slots), hidden, begins_with_pad)
+
+    def attention_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the mask of the left padding for ``input_ids``, int64 [B, L] on their device, 1 for real tokens."""
+        if not any(self.first_slot.tolist()):
+            # Made on the device: nothing is copied there, which the host would wait for.
+            return torch.ones(input_ids.shape, dtype=torch.int64, device=input_ids.device)
+        slots = torch.arange(input_ids.shape[1])
+        return (slots >= self.first_slot[:, None]).long().to(input_ids.device)
 
     @property
     def is_padded(self) -> bool:
         """Whether any slot of any row is hidden as padding."""
-        return self.hidden_slots is not None or bool(self.first_slot.any())
+        return self.hidden_slots is not None or any(self.first_slot.tolist())
 
     @property
     def common_prefix(self) -> int | None:

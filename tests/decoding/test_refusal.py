@@ -153,3 +153,40 @@ def test_dropped_layer(model):
     check_model(model)
     with pytest.raises(CannotServe, match=r"^the model has \d+ layers, but num_layers is \d+$"):
         check_sizes(model)
+
+
+def test_norm_that_lost_its_vectors(model):
+    norm = model.transformer.final_layernorm
+    del norm.weight, norm.bias
+    with pytest.raises(CannotServe, match=r"transformer.final_layernorm has no weight or no bias among its parameters"):
+        check_model(model)
+
+
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.half, lambda weight: weight.t().contiguous().t()], ids=["dtype", "strides"]
+)
+@pytest.mark.parametrize("name", [f"{LAYER}.mlp.dense_4h_to_h", f"{LAYER}.input_layernorm"])
+def test_weights_that_do_not_lie_like_the_others(model, name, change):
+    weight = model.get_submodule(name).weight
+    weight.data = change(weight.data if weight.dim() == 2 else weight.data.view(-1, 2))
+    with pytest.raises(CannotServe, match=f"^a weight of {name} is .* all must be contiguous and torch.float32 on cpu"):
+        check_model(model)
+
+
+def test_integers_may_have_scales_of_another_dtype(model):
+    quantized = copy.deepcopy(model).quantize(8, head_bits=8)
+    linear = quantized.get_submodule(LAYER).attention.dense
+    linear.weight_scale.data = linear.weight_scale.data.double()
+    key = check_model(quantized)
+    linear.weight.data = linear.weight.data.clone()
+    assert check_model(quantized) != key
+    linear.bias.data = linear.bias.data.double()
+    with pytest.raises(CannotServe, match=f"^a weight of {LAYER}.attention.dense is torch.float64"):
+        check_model(quantized)
+
+
+def test_weight_that_is_a_plain_tensor_among_the_parameters(model):
+    """Some libraries put tensors that are no ``nn.Parameter`` there; they have addresses as parameters have."""
+    linear, key = model.get_submodule(LAYER).attention.dense, check_model(model)
+    linear._parameters["weight"] = linear.weight.data
+    assert check_model(model) == key
