@@ -256,6 +256,8 @@ def test_of_many_rows_the_integers_become_halves_between_shared_memory_and_the_p
         dots = re.findall(r"ttng\.warp_group_dot %.*", loop)
         assert dots and all("dot_op<{opIdx = 0" in dot.split(" * ")[0] for dot in dots), dots
         assert re.search(r"wgmma\.mma_async\S* \{[^}]*\}, \{", ptx), "the instruction takes no weight from registers"
+        after = inner[inner.rindex("wgmma.mma_async") :]
+        assert "wgmma.wait_group.sync.aligned 0" in after, "the next weights go into registers that are still read"
     else:
         assert "ldmatrix" in inner and "mma.sync" in inner
 

@@ -117,7 +117,77 @@ _HOPPER_ROWS: Rows = {
     },
 }
 _OTHER_ROWS: Rows = {}
-_HOPPER_TILES: TileTables = {8: {}, 4: {}}
+_HOPPER_TILES: TileTables = {
+    8: {
+        16: {
+            (3 * _HIDDEN, _HIDDEN): Tiles(16, 64, 256, 4, 3, 2),
+            (_HIDDEN, _HIDDEN): Tiles(16, 64, 256, 4, 4, 4),
+            (_INNER, _HIDDEN): Tiles(16, 64, 128, 4, 5, 2),
+            (_HIDDEN, _INNER): Tiles(16, 64, 128, 4, 5, 8),
+            (130528, _HIDDEN): Tiles(16, 64, 128, 4, 4),
+        },
+        32: {
+            (3 * _HIDDEN, _HIDDEN): Tiles(32, 64, 128, 4, 5, 2),
+            (_HIDDEN, _HIDDEN): Tiles(32, 64, 256, 4, 3, 4),
+            (_INNER, _HIDDEN): Tiles(32, 64, 128, 4, 4, 2),
+            (_HIDDEN, _INNER): Tiles(32, 64, 128, 4, 4, 8),
+            (130528, _HIDDEN): Tiles(32, 64, 128, 4, 5),
+        },
+        64: {
+            (3 * _HIDDEN, _HIDDEN): Tiles(64, 64, 128, 4, 3, 2),
+            (_HIDDEN, _HIDDEN): Tiles(64, 64, 256, 4, 3, 2),
+            (_INNER, _HIDDEN): Tiles(64, 64, 128, 4, 4),
+            (_HIDDEN, _INNER): Tiles(64, 64, 128, 4, 4, 4),
+            (130528, _HIDDEN): Tiles(64, 128, 128, 8, 3),
+        },
+        128: {
+            (3 * _HIDDEN, _HIDDEN): Tiles(64, 64, 128, 4, 3),
+            (_HIDDEN, _HIDDEN): Tiles(128, 64, 128, 4, 3, 4),
+            (_INNER, _HIDDEN): Tiles(128, 128, 128, 8, 3),
+            (_HIDDEN, _INNER): Tiles(128, 64, 128, 4, 3, 4),
+            (130528, _HIDDEN): Tiles(128, 128, 64, 8, 4),
+        },
+        256: {
+            (3 * _HIDDEN, _HIDDEN): Tiles(128, 128, 64, 8, 4),
+            (_HIDDEN, _HIDDEN): Tiles(128, 64, 64, 4, 4, 2),
+            (_INNER, _HIDDEN): Tiles(128, 128, 64, 8, 4),
+            (_HIDDEN, _INNER): Tiles(128, 128, 64, 4, 4, 4),
+            (130528, _HIDDEN): Tiles(256, 128, 64, 8, 3),
+        },
+    },
+    4: {
+        16: {
+            (3 * _HIDDEN, _HIDDEN): Tiles(16, 64, 256, 4, 3, 2),
+            (_HIDDEN, _HIDDEN): Tiles(16, 128, 128, 8, 4, 8),
+            (_INNER, _HIDDEN): Tiles(16, 128, 128, 8, 4, 2),
+            (_HIDDEN, _INNER): Tiles(16, 128, 128, 8, 4, 8),
+        },
+        32: {
+            (3 * _HIDDEN, _HIDDEN): Tiles(32, 64, 256, 4, 3, 2),
+            (_HIDDEN, _HIDDEN): Tiles(32, 64, 128, 4, 4, 8),
+            (_INNER, _HIDDEN): Tiles(32, 128, 256, 8, 3),
+            (_HIDDEN, _INNER): Tiles(32, 64, 128, 4, 4, 8),
+        },
+        64: {
+            (3 * _HIDDEN, _HIDDEN): Tiles(64, 64, 128, 4, 3, 2),
+            (_HIDDEN, _HIDDEN): Tiles(64, 64, 256, 4, 3, 4),
+            (_INNER, _HIDDEN): Tiles(64, 64, 128, 4, 4),
+            (_HIDDEN, _INNER): Tiles(64, 64, 256, 4, 3, 4),
+        },
+        128: {
+            (3 * _HIDDEN, _HIDDEN): Tiles(128, 64, 128, 4, 3),
+            (_HIDDEN, _HIDDEN): Tiles(128, 64, 128, 4, 3, 4),
+            (_INNER, _HIDDEN): Tiles(128, 64, 128, 4, 3),
+            (_HIDDEN, _INNER): Tiles(128, 64, 128, 4, 3, 4),
+        },
+        256: {
+            (3 * _HIDDEN, _HIDDEN): Tiles(128, 128, 64, 8, 4),
+            (_HIDDEN, _HIDDEN): Tiles(256, 64, 64, 8, 4, 2),
+            (_INNER, _HIDDEN): Tiles(128, 128, 64, 8, 4),
+            (_HIDDEN, _INNER): Tiles(128, 128, 64, 4, 4, 4),
+        },
+    },
+}
 _OTHER_TILES: TileTables = {8: {}, 4: {}}
 # For weights that are not listed; their columns are split so that there are programs for every multiprocessor.
 _DEFAULT_HOPPER_TILES = {
