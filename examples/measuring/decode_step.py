@@ -58,6 +58,7 @@ class TimedStep:
         self._session = Session(model, batch, capacity_for(context + 1))
         self._session.step.cache.storage.normal_()
         self._session.sampler.configure(PLANS[sampler])
+        self._session.numbers.send()
 
     @property
     def bytes(self) -> int:

@@ -7,7 +7,8 @@ import torch
 
 from ..ops import triton as kernels
 from .graphs import StepGraphs
-from .request import MOST_END_TOKENS, Request
+from .numbers import RequestNumbers
+from .request import Request
 from .sampler import Sampler
 from .steps.decode import DecodeStep
 from .steps.prompt import PromptStep, has_graph
@@ -50,21 +51,21 @@ class Session:
         self.device = model.lm_head.weight.device
         self.batch, self.capacity = batch, capacity
         self._prefix = model.config.pre_seq_len or 0
-        self.step = DecodeStep(model, batch, capacity)
-        self.prompt = PromptStep(model, self.step)
-        self.sampler = Sampler(batch, self.step.vocab_size, self.device)
+        self.numbers = numbers = RequestNumbers(batch, self.device)
+        self.step = DecodeStep(model, batch, capacity, numbers)
+        self.prompt = PromptStep(model, self.step, numbers)
+        self.sampler = Sampler(batch, self.step.vocab_size, self.device, numbers)
         with torch.inference_mode(False):
-            zeros = {"dtype": torch.int32, "device": self.device}
             ring = torch.full((_RING_ROWS, batch), -1, dtype=torch.int64)
             self.state = kernels.DecodeState(
                 tokens=torch.zeros(batch, dtype=torch.int64, device=self.device),
-                finished=torch.zeros(batch, **zeros),
+                finished=numbers["finished"],
                 ids=torch.zeros(batch, capacity, dtype=torch.int64, device=self.device),
-                ids_length=torch.zeros(1, **zeros),
-                cache_length=torch.zeros(1, **zeros),
-                step=torch.zeros(1, **zeros),
-                eos_ids=torch.full((MOST_END_TOKENS,), -1, dtype=torch.int64, device=self.device),
-                seed=torch.zeros(1, dtype=torch.int64, device=self.device),
+                ids_length=numbers["ids_length"],
+                cache_length=numbers["cache_length"],
+                step=numbers["step"],
+                eos_ids=numbers["eos_ids"],
+                seed=numbers["seed"],
                 ring=ring.pin_memory() if self.on_gpu else ring,
                 pad_id=0,
             )
@@ -92,6 +93,7 @@ class Session:
         self._prompt_keys = self._prefix + request.input_ids.shape[1]
         self._reset(request, seed)
         ids = self.prompt.place(model, request.input_ids, request.layout)
+        self.numbers.send()
         most_keys = key_bucket(self._prefix + ids.shape[1], self.capacity)
         key = ("prompt", ids.shape[1], most_keys)
         run = functools.partial(self.prompt.run, model, ids, self.state.cache_length, most_keys)
@@ -111,16 +113,11 @@ class Session:
         state, length = self.state, request.input_ids.shape[1]
         self.sampler.configure(request.plan)
         state.ids[:, :length].copy_(request.history())
-        state.ids_length.fill_(length)
-        # The prompt's last logits give the first token, which advances this counter to the prompt's own length.
-        state.cache_length.fill_(self._prompt_keys - 1)
-        state.step.zero_()
-        state.finished.zero_()
-        state.seed.copy_(seed)
-        state.eos_ids.fill_(-1)
-        if request.eos_ids:
-            state.eos_ids[: len(request.eos_ids)] = torch.tensor(request.eos_ids)
         state.pad_id = request.pad_id
+        # The prompt's last logits give the first token, which advances this counter to the prompt's own length.
+        cache_length = self._prompt_keys - 1
+        self.numbers.set(ids_length=length, cache_length=cache_length, step=0, finished=0, seed=seed.item())
+        self.numbers.set_ids("eos_ids", request.eos_ids)
 
     @property
     def launched(self) -> int:

@@ -53,9 +53,10 @@ def the_step_is_the_products(monkeypatch):
     first, second = model.generate(ids, do_sample=False, max_new_tokens=2, eos_token_id=None)[0, CONTEXT:].tolist()
     step = TimedStep(model, 1, CONTEXT)
     session = step._session
-    session.state.cache_length.fill_(CONTEXT - 1)
+    session.numbers.set(cache_length=CONTEXT - 1)
     with torch.inference_mode():
         placed = session.prompt.place(model, ids, PromptLayout.of(ids, model.config))
+        session.numbers.send()
         session.prompt.run(model, placed, session.state.cache_length, CONTEXT)
     session.state.tokens.fill_(first)
     assert step.measure() == 2.0

@@ -7,6 +7,7 @@ import torch
 from ...network.blocks import RESIDUAL_ALPHA
 from ...network.prompt_layout import PromptLayout
 from ...ops import triton as kernels
+from ..numbers import RequestNumbers
 from .kv_cache import KVCache
 from .products import normed_product, product
 
@@ -21,12 +22,14 @@ class DecodeStep:
         model: a ``ChatGLMForConditionalGeneration`` that ``refusal.check_model`` accepts.
         batch: B.
         capacity: most tokens per sequence.
+        numbers: of the request.
     """
 
-    def __init__(self, model: Any, batch: int, capacity: int):
+    def __init__(self, model: Any, batch: int, capacity: int, numbers: RequestNumbers):
         config, weight = model.config, model.transformer.word_embeddings.weight
         device, dtype, hidden = weight.device, weight.dtype, config.hidden_size
         heads, head_size = config.num_attention_heads, config.head_size
+        self._numbers = numbers
         self.batch, self.capacity, self.vocab_size = batch, capacity, model.lm_head.weight.shape[0]
         self.cache = KVCache(config.num_layers, batch, heads, capacity, head_size, dtype, device)
         with torch.inference_mode(False):
@@ -37,17 +40,13 @@ class DecodeStep:
             self._hidden, self.normed, self.packed, self._context, self._inner, self.logits = (
                 torch.empty(batch, width, dtype=dtype, device=device) for width in widths
             )
-            # Slots of each row's first key and of its <sop>, and the position of its mask token. Each is a tensor of
-            # its own, so that kernels see the same alignment whatever the batch.
-            self.first_key, self._sop_index, self.position = (
-                torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(3)
-            )
 
     def place(self, layout: PromptLayout, prefix_length: int = 0) -> None:
-        """Start with prompts of this layout, after a P-Tuning prefix of ``prefix_length`` keys."""
-        self.first_key.copy_(layout.first_slot)
-        self._sop_index.copy_(layout.sop_slot + prefix_length)
-        self.position.copy_(layout.mask_position)
+        """Set where prompts of this layout lie, after a P-Tuning prefix of ``prefix_length`` keys."""
+        first_slot, sop_slot = layout.first_slot.numpy(), layout.sop_slot.numpy()
+        self._numbers.set(
+            first_key=first_slot, sop_index=sop_slot + prefix_length, position=layout.mask_position.numpy()
+        )
 
     def run(self, model: Any, tokens: torch.Tensor, length: torch.Tensor, most_keys: int) -> torch.Tensor:
         """Feed one token per sequence after ``length`` cached ones.
@@ -78,14 +77,14 @@ class DecodeStep:
         Args:
             stable_state: whether nothing that may still run writes what attention reads, but for the projection.
         """
-        attention, mlp, workspace = layer.attention, layer.mlp, self.workspace
+        attention, mlp, workspace, numbers = layer.attention, layer.mlp, self.workspace, self._numbers
         kernels.decode_attention(
             self.packed,
             *self.cache.layer(index),
             length,
-            self.first_key,
-            self.position,
-            self._sop_index,
+            numbers["first_key"],
+            numbers["position"],
+            numbers["sop_index"],
             self.cos,
             self.sin,
             max_length=most_keys,

@@ -7,6 +7,7 @@ import torch
 from ...network.blocks import RESIDUAL_ALPHA
 from ...network.prompt_layout import PromptLayout
 from ...ops import triton as kernels
+from ..numbers import RequestNumbers
 from .decode import DecodeStep
 from .products import product
 
@@ -36,20 +37,19 @@ class PromptStep:
     Args:
         model: a ``ChatGLMForConditionalGeneration`` that ``refusal.check_model`` accepts.
         decode: the step whose cache is filled.
+        numbers: of the request.
     """
 
-    def __init__(self, model: Any, decode: DecodeStep):
+    def __init__(self, model: Any, decode: DecodeStep, numbers: RequestNumbers):
         config, device = model.config, decode.packed.device
-        self._decode = decode
+        self._decode, self._numbers = decode, numbers
         self._hidden, self._wide = config.hidden_size, max(config.inner_hidden_size, 3 * config.hidden_size)
         self._captured: tuple[torch.Tensor, ...] | None = None
         with torch.inference_mode(False):
             self._ids = torch.zeros(MOST_CAPTURED_ROWS, dtype=torch.int64, device=device)
-            self._sop_slot = torch.zeros(decode.batch, dtype=torch.int32, device=device)
-            self._last_row = torch.zeros(1, dtype=torch.int32, device=device)
 
     def place(self, model: Any, input_ids: torch.Tensor, layout: PromptLayout) -> torch.Tensor:
-        """Start with these prompts, and put a P-Tuning prefix into the cache.
+        """Set where these prompts lie, and put a P-Tuning prefix into the cache.
 
         Args:
             input_ids: int64 [B, L].
@@ -60,8 +60,7 @@ class PromptStep:
         batch, length = input_ids.shape
         decode, prefix = self._decode, model.config.pre_seq_len or 0
         decode.place(layout, prefix)
-        self._sop_slot.copy_(layout.sop_slot)
-        self._last_row.fill_(length - 1)
+        self._numbers.set(sop_slot=layout.sop_slot.numpy(), last_row=length - 1)
         if prefix:
             keys_and_values = model.transformer.prefix_encoder.packed(decode.packed.dtype)
             decode.cache.place_prefix(keys_and_values, layout.first_slot.tolist())
@@ -90,7 +89,7 @@ class PromptStep:
         # The projection is no longer needed once the queries are rotated.
         query, context = hidden.view(batch, rows, size), wide[: batch * rows * size].view(batch, rows, size)
         inner = wide[: batch * rows * model.config.inner_hidden_size].view(batch * rows, -1)
-        place = decode.first_key, self._sop_slot
+        place, last_row = (self._numbers["first_key"], self._numbers["sop_slot"]), self._numbers["last_row"]
         kernels.embedding(ids.reshape(-1), network.word_embeddings.weight, out=hidden)
         for index, layer in enumerate(network.layers):
             attention, mlp, cache = layer.attention, layer.mlp, decode.cache.layer(index)
@@ -101,8 +100,8 @@ class PromptStep:
                 packed,
                 *cache,
                 *place,
-                decode.position,
-                self._last_row,
+                self._numbers["position"],
+                last_row,
                 decode.cos,
                 decode.sin,
                 prefix=prefix,
@@ -110,13 +109,13 @@ class PromptStep:
             )
             if index == len(network.layers) - 1:
                 break
-            kernels.prompt_attention(query, *cache, *place, self._last_row, prefix=prefix, out=context)
+            kernels.prompt_attention(query, *cache, *place, last_row, prefix=prefix, out=context)
             product(attention.dense, context.view(batch * rows, size), hidden, workspace)
             _normalise(layer.post_attention_layernorm, hidden, normed, normed)
             product(mlp.dense_h_to_4h, normed, inner, workspace, gelu=True)
             product(mlp.dense_4h_to_h, inner, hidden, workspace)
         for source, target in ((packed, decode.packed), (normed.view(batch, rows, size), decode.normed)):
-            torch.index_select(source, 1, self._last_row, out=target.view(batch, 1, -1))
+            torch.index_select(source, 1, last_row, out=target.view(batch, 1, -1))
         decode.finish_layer(index, layer, cache_length, most_keys)
         return decode.finish(model)
 
