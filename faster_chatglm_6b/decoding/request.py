@@ -64,7 +64,6 @@ class Request:
 
     Attributes:
         input_ids: int64 [B, L] on the model's device.
-        attention_mask: [B, L], or None without padding.
         layout: of the prompts.
         plan: the steps from logits to tokens.
         max_length: ids per sequence at which generation ends, prompt included.
@@ -78,7 +77,6 @@ class Request:
     """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
     layout: PromptLayout
     plan: SamplingPlan
     max_length: int

@@ -52,7 +52,6 @@ def read_request(
     others = StoppingCriteriaList(c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria))
     return Request(
         input_ids=input_ids.to(model.lm_head.weight.device),
-        attention_mask=mask if layout.is_padded else None,
         layout=layout,
         plan=plan,
         max_length=min(limits),

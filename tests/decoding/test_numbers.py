@@ -1,0 +1,47 @@
+"""The numbers of a request reach the device in one copy."""
+
+import pytest
+import torch
+
+from faster_chatglm_6b.decoding.numbers import RequestNumbers
+from faster_chatglm_6b.decoding.request import MOST_END_TOKENS
+
+CPU = torch.device("cpu")
+NAMES = ("temperature", "top_k", "minimum_eos", "eos_ids", "finished", "first_key", "sop_slot", "last_row", "seed")
+
+
+@pytest.mark.parametrize("batch", [1, 3, 33])
+def test_tensors_keep_their_alignment_whatever_the_batch(batch):
+    numbers = RequestNumbers(batch, CPU)
+    starts = {name: numbers[name].storage_offset() * numbers[name].element_size() for name in NAMES}
+    assert all(start % 16 == 0 for start in starts.values()), starts
+    assert len(set(starts.values())) == len(NAMES)
+    assert numbers["finished"].shape == numbers["first_key"].shape == (batch,)
+
+
+def test_nothing_arrives_before_it_is_sent():
+    numbers = RequestNumbers(2, CPU)
+    numbers.set(temperature=0.5, first_key=[3, 4], seed=2**62 - 1, top_k=7)
+    assert not numbers["temperature"].any() and not numbers["first_key"].any()
+    numbers.send()
+    assert numbers["temperature"].tolist() == [0.5] and numbers["first_key"].tolist() == [3, 4]
+    assert numbers["seed"].tolist() == [2**62 - 1] and numbers["top_k"].tolist() == [7]
+
+
+def test_what_a_kernel_changed_is_set_again():
+    numbers = RequestNumbers(2, CPU)
+    numbers.set(step=0, finished=0)
+    numbers["step"].add_(5)
+    numbers["finished"].fill_(1)
+    numbers.send()
+    assert numbers["step"].tolist() == [0] and numbers["finished"].tolist() == [0, 0]
+
+
+def test_fewer_ids_leave_none_of_the_request_before():
+    numbers = RequestNumbers(1, CPU)
+    numbers.set_ids("eos_ids", tuple(range(MOST_END_TOKENS)))
+    numbers.set_ids("eos_ids", (9,))
+    numbers.send()
+    assert numbers["eos_ids"].tolist() == [9] + [-1] * (MOST_END_TOKENS - 1)
+    with pytest.raises(ValueError):
+        numbers.set_ids("eos_ids", tuple(range(MOST_END_TOKENS + 1)))
