@@ -57,21 +57,26 @@ def headline(language: str, data: Path) -> str:
     gpu = ours["fp16"]["gpu"]
     # Only rows of the same card: another one has another memory.
     plain = {precision(row): f"{row['ms_per_step']:.2f}" for row in table_rows("torch", data) if row["gpu"] == gpu}
-    first = {name: runs for name, runs in first_tokens(data).items() if all(r["gpu"] == gpu for r in runs.values())}
+    first = {name: _first(runs, gpu) for name, runs in first_tokens(data).items()}
+    # A column with gaps would raise more questions than it answers.
+    first = first if all(first.get(name) for name in ("fp16", "int8", "int4") if name in ours) else {}
     rows = [words["headline_header"]]
     for name in ("fp16", "int8", "int4"):
         if name in ours:
             rows.append([name, f"{ours[name]['ms_per_step']:.2f}", f"{ours[name]['share']:.0%}"])
             rows[-1] += [plain.get(name, "")] if plain else []
-            rows[-1] += [_first(first.get(name, {}))] if first else []
+            rows[-1] += [first[name]] if first else []
     rows[0] = [*rows[0], *([words["headline_plain"]] if plain else []), *([words["headline_first"]] if first else [])]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:], "", words["headline"].format(gpu=gpu)])
 
 
-def _first(runs: dict[tuple[int, int], Record]) -> str:
-    times = (runs.get((1, tokens)) for tokens in _HEADLINE_PROMPTS)
-    return " / ".join(f"{run['ms_per_step']:.1f}" if run else "–" for run in times)
+def _first(runs: dict[tuple[int, int], Record], gpu: str) -> str:
+    """Write the times to the first token on this card; nothing if one of them was not measured."""
+    times = [runs.get((1, tokens)) for tokens in _HEADLINE_PROMPTS]
+    if any(run is None or run["gpu"] != gpu for run in times):
+        return ""
+    return " / ".join(f"{run['ms_per_step']:.1f}" for run in times)
 
 
 def speed(language: str, data: Path) -> str:
