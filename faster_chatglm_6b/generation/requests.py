@@ -38,6 +38,9 @@ def read_request(
     layout = layout_of(input_ids, model.config, mask)
     if layout.hidden_slots is not None:
         raise CannotServe("attention_mask hides tokens after the start of a row")
+    # The kernels would read before their tables of positions; the model's own forward refuses such positions.
+    if min(layout.mask_position.tolist()) < 0:
+        raise CannotServe("attention_mask hides the mask token of a row")
     processors = [] if logits_processor is None else logits_processor
     plan = plan_sampling(processors, bool(generation_config.do_sample), layout, model.lm_head.weight.shape[0])
     limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]

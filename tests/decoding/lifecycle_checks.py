@@ -107,6 +107,19 @@ def refusals(model):
         assert len(new) == 1 and reason in new[0], (new, reason)
 
 
+def mask_token_hidden(model):
+    """Check that a mask over the ``[gMASK]``, which leaves the answer without a position, is refused as before."""
+    ids = prompt(model, 6)
+    ids[0, 1] = model.config.gmask_token_id
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]], device=ids.device)
+    try:
+        model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=2)
+    except ValueError as error:
+        assert "position_ids hold -1" in str(error)
+    else:
+        raise AssertionError("negative positions were accepted")
+
+
 def changed_models(model):
     """Check that foreign modules, hooks, training mode, autocast and new weights are noticed at the next call."""
     other = copy.deepcopy(model)
@@ -194,6 +207,7 @@ EVERYWHERE = (
     failures,
     grad_modes,
     refusals,
+    mask_token_hidden,
     changed_models,
     threads_take_turns,
     released_cache,
