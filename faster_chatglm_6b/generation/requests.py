@@ -177,6 +177,8 @@ def plan_sampling(processors: Iterable[Any], do_sample: bool, layout: PromptLayo
                 raise CannotServe("min_length and min_new_tokens forbid different end tokens")
             read["minimum"] = max(read["minimum"], values["minimum"])
         values |= read
+    if max(values.get("minimum", 0), values.get("ngram_size", 0)) >= 2**31:
+        raise CannotServe("a length is asked for that no kernel counts to")
     if len(values.get("minimum_eos", ())) > MOST_END_TOKENS:
         raise CannotServe(f"there are more than {MOST_END_TOKENS} end tokens")
     if values.get("penalised_from") is not None and "ngram_size" in values:

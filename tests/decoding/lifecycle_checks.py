@@ -97,6 +97,8 @@ def refusals(model):
         ({"attention_mask": holes}, "attention_mask hides tokens"),
         ({"past_key_values": DynamicCache()}, "past_key_values given"),
         ({"do_sample": True, "min_p": 0.1}, "MinPLogitsWarper is not among"),
+        ({"min_length": 2**31}, "no kernel counts to"),
+        ({"no_repeat_ngram_size": 2**40}, "no kernel counts to"),
     ]
     for kwargs, reason in asked:
         before = faster_chatglm_6b.status().plain_generations
