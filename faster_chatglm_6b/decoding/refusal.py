@@ -57,7 +57,8 @@ def check_model(model: Any) -> tuple:
     _check_forward(model)
     if model.transformer.word_embeddings.max_norm is not None:
         raise CannotServe("the embedding has a max_norm")
-    return device, dtype, *_weights(model, device, dtype)
+    # Sessions and graphs also hold the length of the P-Tuning prefix, which users may switch off.
+    return device, dtype, model.config.pre_seq_len, *_weights(model, device, dtype)
 
 
 def _weights(model: Any, device: torch.device, dtype: torch.dtype) -> list[Any]:

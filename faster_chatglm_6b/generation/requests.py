@@ -38,6 +38,9 @@ def read_request(
     layout = layout_of(input_ids, model.config, mask)
     if layout.hidden_slots is not None:
         raise CannotServe("attention_mask hides tokens after the start of a row")
+    # The kernels would read before their tables of positions; the model's own forward refuses such positions.
+    if min(layout.mask_position.tolist()) < 0:
+        raise CannotServe("attention_mask hides the mask token of a row")
     processors = [] if logits_processor is None else logits_processor
     plan = plan_sampling(processors, bool(generation_config.do_sample), layout, model.lm_head.weight.shape[0])
     limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
@@ -174,6 +177,8 @@ def plan_sampling(processors: Iterable[Any], do_sample: bool, layout: PromptLayo
                 raise CannotServe("min_length and min_new_tokens forbid different end tokens")
             read["minimum"] = max(read["minimum"], values["minimum"])
         values |= read
+    if max(values.get("minimum", 0), values.get("ngram_size", 0)) >= 2**31:
+        raise CannotServe("a length is asked for that no kernel counts to")
     if len(values.get("minimum_eos", ())) > MOST_END_TOKENS:
         raise CannotServe(f"there are more than {MOST_END_TOKENS} end tokens")
     if values.get("penalised_from") is not None and "ngram_size" in values:

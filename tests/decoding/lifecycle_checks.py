@@ -97,6 +97,8 @@ def refusals(model):
         ({"attention_mask": holes}, "attention_mask hides tokens"),
         ({"past_key_values": DynamicCache()}, "past_key_values given"),
         ({"do_sample": True, "min_p": 0.1}, "MinPLogitsWarper is not among"),
+        ({"min_length": 2**31}, "no kernel counts to"),
+        ({"no_repeat_ngram_size": 2**40}, "no kernel counts to"),
     ]
     for kwargs, reason in asked:
         before = faster_chatglm_6b.status().plain_generations
@@ -105,6 +107,19 @@ def refusals(model):
         after = faster_chatglm_6b.status().plain_generations
         new = [why for why, count in after.items() if count != before.get(why, 0)]
         assert len(new) == 1 and reason in new[0], (new, reason)
+
+
+def mask_token_hidden(model):
+    """Check that a mask over the ``[gMASK]``, which leaves the answer without a position, is refused as before."""
+    ids = prompt(model, 6)
+    ids[0, 1] = model.config.gmask_token_id
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]], device=ids.device)
+    try:
+        model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=2)
+    except ValueError as error:
+        assert "position_ids hold -1" in str(error)
+    else:
+        raise AssertionError("negative positions were accepted")
 
 
 def changed_models(model):
@@ -194,6 +209,7 @@ EVERYWHERE = (
     failures,
     grad_modes,
     refusals,
+    mask_token_hidden,
     changed_models,
     threads_take_turns,
     released_cache,

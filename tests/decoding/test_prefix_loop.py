@@ -88,6 +88,21 @@ def trained_prefix(model: torch.nn.Module) -> None:
     assert len(calls) == 2
 
 
+def prefix_switched_off(model: torch.nn.Module) -> None:
+    """Check that a session made with a prefix does not serve without it; the cache's unused keys would."""
+    from prompt_checks import check_logits, poison
+
+    ids, length = prompt(model, 6), model.config.pre_seq_len
+    check_logits(model, input_ids=ids)
+    poison(model, 1)
+    try:
+        model.config.pre_seq_len = None
+        check_logits(model, input_ids=ids)
+    finally:
+        model.config.pre_seq_len = length
+    check_logits(model, input_ids=ids)
+
+
 def stream_with_processors(model: torch.nn.Module) -> None:
     ids, settings = prompt(model, 6), {"max_new_tokens": 4, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
     whole = check_equal(model, input_ids=ids, **settings)
@@ -100,6 +115,7 @@ CHECKS = (
     padding_shorter_and_longer_than_the_prefix,
     cache_that_must_hold_the_prefix_too,
     trained_prefix,
+    prefix_switched_off,
     stream_with_processors,
 )
 

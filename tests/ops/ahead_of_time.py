@@ -17,6 +17,8 @@ from triton.runtime.jit import JITFunction, KernelParam
 from faster_chatglm_6b.ops.triton import configs
 
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+# Most programs along each axis of a grid.
+GRID = (2**31 - 1, 65535, 65535)
 _TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -83,10 +85,14 @@ def _describe(kernel: JITFunction, arguments: tuple, keywords: dict) -> Launch:
 
 @contextmanager
 def recorded(capability: int) -> Iterator[list[Launch]]:
-    """Record kernels inside instead of launching them, as on a GPU of ``capability`` (such as 90)."""
+    """Record kernels inside instead of launching them, as on a GPU of ``capability`` (such as 90).
+
+    A grid that CUDA would refuse raises ``AssertionError``.
+    """
     launches: list[Launch] = []
 
-    def run(self: JITFunction, *arguments: object, grid: object, warmup: bool, **keywords: object) -> None:
+    def run(self: JITFunction, *arguments: object, grid: tuple[int, ...], warmup: bool, **keywords: object) -> None:
+        assert all(size <= limit for size, limit in zip(grid, GRID, strict=False)), f"{self.__name__} {grid}"
         launches.append(_describe(self, arguments, keywords))
 
     original = JITFunction.run, configs.capability

@@ -8,6 +8,7 @@ pytest.importorskip("triton", reason="Triton is not installed, so there are no k
 import ahead_of_time  # noqa: E402
 import launches  # noqa: E402
 
+from faster_chatglm_6b.ops import triton as kernels  # noqa: E402
 from faster_chatglm_6b.ops.triton import configs  # noqa: E402
 
 CAPABILITIES = (80, 86, 89, 90)
@@ -42,3 +43,17 @@ def test_compiles_within_the_limits(group, capability):
 def test_attention_between_the_products_of_one_row_holds_the_next_kernel_back(batch, keys, holds_back):
     (launch,) = ahead_of_time.record(90, launches.decode_attention_launch(torch.float16, batch, 2, keys))
     ahead_of_time.check_start_of_the_next(launch, holds_back)
+
+
+def test_grids_of_the_most_and_longest_prompts():
+    batch, rows, dtype = 128, 2048, torch.float16
+    ids, vector = launches.meta(torch.int64, batch * rows), launches.meta(dtype, launches.HIDDEN)
+    hidden, inner = (launches.meta(dtype, batch * rows, size) for size in (launches.HIDDEN, launches.INNER))
+
+    def prompt() -> None:
+        launches.prompt_launches(dtype, batch, rows)
+        kernels.embedding(ids, launches.meta(dtype, launches.VOCAB, launches.HIDDEN), out=hidden)
+        kernels.skip_layer_norm(hidden, vector, vector, skip=hidden, alpha=7.5, out=hidden)
+        kernels.fast_gelu(inner, out=inner)
+
+    assert len(ahead_of_time.record(90, prompt)) == 5

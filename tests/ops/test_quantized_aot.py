@@ -297,3 +297,17 @@ def test_splits_fit_into_the_workspace(rows):
             assert 1 <= config.splits <= splits
             assert config.splits == 1 or needed <= workspace.partial.numel()
             assert config.splits == 1 or blocks * -(-n // config.block_n) <= workspace.counters.numel()
+
+
+@pytest.mark.parametrize("bits, group_size", [(8, -1), (4, -1), (8, 96), (4, 128)])
+def test_every_split_has_columns(bits, group_size):
+    """Check sizes that no table lists: the last part may not begin behind the row."""
+    workspace = kernels.Workspace("meta", 1)
+    for k in range(384, 6144, 384):
+        for rows in (9, 40, 256):
+            for config in (
+                tiles_config(torch.device("meta"), bits, rows, 384, k, group_size, workspace),
+                fit_tiles(Tiles(64, 64, 128, 4, 3, 8), rows, 384, k, group_size, workspace),
+            ):
+                part = -(-k // (config.splits * config.block_k)) * config.block_k
+                assert (config.splits - 1) * part < k, (k, config)

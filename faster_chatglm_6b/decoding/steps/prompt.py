@@ -24,8 +24,11 @@ def rows_for(batch: int, length: int) -> int:
 
 
 def has_graph(batch: int, rows: int) -> bool:
-    """Tell whether prompts of ``rows`` rows per sequence are captured."""
-    return batch * rows <= MOST_CAPTURED_ROWS
+    """Tell whether prompts of ``rows`` rows per sequence are captured.
+
+    Every graph takes time to capture and the place of another one, so lengths between those of the list have none.
+    """
+    return rows in LENGTHS and batch * rows <= MOST_CAPTURED_ROWS
 
 
 class PromptStep:

@@ -1,4 +1,4 @@
-"""Rows of the embedding table for one token per sequence."""
+"""Rows of the embedding table, one for each token."""
 
 import torch
 import triton
@@ -19,8 +19,8 @@ def embedding_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     wait_for_predecessor(PDL)
     token = tl.load(tokens + row)
     value = tl.load(weight + token * size + columns, mask=columns < size)
@@ -36,6 +36,7 @@ def embedding(tokens: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | No
     size = weight.shape[1]
     out = weight.new_empty(tokens.shape[0], size) if out is None else out
     pdl = uses_pdl(weight.device)
-    grid = (triton.cdiv(size, BLOCK), tokens.shape[0])
+    # Only the first axis of a grid takes more than 65535, which the tokens of many long prompts are.
+    grid = (tokens.shape[0], triton.cdiv(size, BLOCK))
     embedding_kernel[grid](tokens, weight, out, size, BLOCK=BLOCK, PDL=pdl, num_warps=4, **pdl_options(pdl))
     return out

@@ -273,13 +273,16 @@ def fit_tiles(config: Tiles, rows: int, n: int, k: int, group_size: int, workspa
         while block_m > 16 and block_m * config.block_n > 64 * 32 * config.num_warps:
             block_m //= 2
     blocks = math.ceil(rows / block_m)
-    splits = min(config.splits, k // block_k)
-    # Halving keeps the parts even.
-    while splits > 1 and splits * blocks * n * block_m > workspace.partial.numel():
+    splits, column_blocks = max(min(config.splits, k // block_k), 1), math.ceil(k / block_k)
+    # Halving keeps the parts even. A part without columns would ask the cache for a negative number of bytes.
+    while splits > 1 and (
+        splits * blocks * n * block_m > workspace.partial.numel()
+        or (splits - 1) * math.ceil(column_blocks / splits) >= column_blocks
+    ):
         splits //= 2
     if blocks * math.ceil(n / config.block_n) > workspace.counters.numel():
         splits = 1
-    return replace(config, block_m=block_m, block_k=block_k, splits=max(splits, 1))
+    return replace(config, block_m=block_m, block_k=block_k, splits=splits)
 
 
 def _limit_to_chunks(bits: int, k: int, warps: int, depth: int) -> tuple[int, int]:
