@@ -99,6 +99,7 @@ def _weights(model: Any, device: torch.device, dtype: torch.dtype) -> list[Any]:
                 raise CannotServe(_what_is_wrong(model, module))
             epsilons.append(module.eps)
         weights += parameters.values()
+    missing = [index for index, weight in enumerate((*weights, *integers)) if weight is None]
     weights = [weight for weight in weights if weight is not None]
     integers = [weight for weight in integers if weight is not None]
     everything = weights + integers if integers else weights
@@ -112,7 +113,7 @@ def _weights(model: Any, device: torch.device, dtype: torch.dtype) -> list[Any]:
     ):
         _check_each(model, modules, device, dtype)
     # A smaller tensor may take the address of a freed one.
-    return [*map(torch.Tensor.data_ptr, everything), *map(torch.Tensor.size, everything), *epsilons]
+    return [*map(torch.Tensor.data_ptr, everything), *map(torch.Tensor.size, everything), *epsilons, *missing]
 
 
 def _check_each(model: Any, modules: list[nn.Module], device: torch.device, dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@ from .numbers import RequestNumbers
 from .request import Request
 from .sampler import Sampler
 from .steps.decode import DecodeStep
-from .steps.prompt import PromptStep, has_graph
+from .steps.prompt import PromptStep
 
 # Steps that may be queued on the device before the host has read their tokens; the ring has room for more.
 LOOKAHEAD = 3
@@ -92,21 +92,16 @@ class Session:
         self._plan, self._launched = request.plan, 0
         self._prompt_keys = self._prefix + request.input_ids.shape[1]
         self._reset(request, seed)
-        ids = self.prompt.place(model, request.input_ids, request.layout)
+        ids, has_graph = self.prompt.place(model, request.input_ids, request.layout)
         self.numbers.send()
         most_keys = key_bucket(self._prefix + ids.shape[1], self.capacity)
         key = ("prompt", ids.shape[1], most_keys)
         run = functools.partial(self.prompt.run, model, ids, self.state.cache_length, most_keys)
-        captured = has_graph(*ids.shape)
-        if captured and self.graphs.replay(key):
-            logits = self.step.logits
-            captured = False
-        else:
-            logits = run()
-        self._finish_step(logits)
+        replayed = has_graph and self.graphs.replay(key)
+        self._finish_step(self.step.logits if replayed else run())
         self._mark()
-        if captured:
-            # Only now, so that the first token does not wait for it.
+        if has_graph and not replayed:
+            # Only now, while the device computes the first token.
             self.graphs.keep(key, run, self.state.step)
 
     def _reset(self, request: Request, seed: torch.Tensor) -> None:

@@ -55,7 +55,7 @@ def the_step_is_the_products(monkeypatch):
     session = step._session
     session.numbers.set(cache_length=CONTEXT - 1)
     with torch.inference_mode():
-        placed = session.prompt.place(model, ids, PromptLayout.of(ids, model.config))
+        placed, _ = session.prompt.place(model, ids, PromptLayout.of(ids, model.config))
         session.numbers.send()
         session.prompt.run(model, placed, session.state.cache_length, CONTEXT)
     session.state.tokens.fill_(first)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ...layers.quantized import QuantizedLinear
 from ...network.blocks import RESIDUAL_ALPHA
 from ...network.prompt_layout import PromptLayout
 from ...ops import triton as kernels
@@ -12,23 +13,18 @@ from .decode import DecodeStep
 from .products import product
 
 # Prompts of up to so many rows in all have a captured graph for each length in this list, and longer ones none: their
-# kernels take longer than their launches.
-MOST_CAPTURED_ROWS = 512
+# kernels take longer than their launches. Integer weights are dequantised for more rows than the second number, and a
+# graph would keep the memory for that.
+MOST_CAPTURED_ROWS, MOST_INTEGER_ROWS = 512, 256
 LENGTHS = (16, 32, *range(64, MOST_CAPTURED_ROWS + 1, 64))
 
 
-def rows_for(batch: int, length: int) -> int:
-    """Return the rows per sequence that a prompt of ``length`` tokens runs with: the next length that has a graph."""
-    rows = next((rows for rows in LENGTHS if rows >= length), length)
-    return rows if has_graph(batch, rows) else length
-
-
-def has_graph(batch: int, rows: int) -> bool:
-    """Tell whether prompts of ``rows`` rows per sequence are captured.
+def captured_length(batch: int, length: int, most_rows: int) -> int | None:
+    """Return the rows per sequence of the graph for prompts of ``length`` tokens, or None if they have none.
 
     Every graph takes time to capture and the place of another one, so lengths between those of the list have none.
     """
-    return rows in LENGTHS and batch * rows <= MOST_CAPTURED_ROWS
+    return next((rows for rows in LENGTHS if length <= rows <= most_rows // batch), None)
 
 
 class PromptStep:
@@ -48,17 +44,20 @@ class PromptStep:
         self._decode, self._numbers = decode, numbers
         self._hidden, self._wide = config.hidden_size, max(config.inner_hidden_size, 3 * config.hidden_size)
         self._captured: tuple[torch.Tensor, ...] | None = None
+        is_integer = any(type(module) is QuantizedLinear for module in model.modules())
+        self._most_rows = min(MOST_CAPTURED_ROWS, MOST_INTEGER_ROWS) if is_integer else MOST_CAPTURED_ROWS
         with torch.inference_mode(False):
             self._ids = torch.zeros(MOST_CAPTURED_ROWS, dtype=torch.int64, device=device)
 
-    def place(self, model: Any, input_ids: torch.Tensor, layout: PromptLayout) -> torch.Tensor:
+    def place(self, model: Any, input_ids: torch.Tensor, layout: PromptLayout) -> tuple[torch.Tensor, bool]:
         """Set where these prompts lie, and put a P-Tuning prefix into the cache.
 
         Args:
             input_ids: int64 [B, L].
 
         Returns:
-            The ids for ``run``, int64 [B, M]: padded on the right, in a buffer, if such prompts have a graph.
+            The ids for ``run``, int64 [B, M], and whether such prompts have a graph: the ids are then padded on the
+            right, in a buffer.
         """
         batch, length = input_ids.shape
         decode, prefix = self._decode, model.config.pre_seq_len or 0
@@ -67,12 +66,12 @@ class PromptStep:
         if prefix:
             keys_and_values = model.transformer.prefix_encoder.packed(decode.packed.dtype)
             decode.cache.place_prefix(keys_and_values, layout.first_slot.tolist())
-        rows = rows_for(batch, length)
-        if not has_graph(batch, rows):
-            return input_ids
+        rows = captured_length(batch, length, self._most_rows)
+        if rows is None:
+            return input_ids, False
         ids = self._ids[: batch * rows].view(batch, rows)
         ids[:, :length].copy_(input_ids)
-        return ids
+        return ids, True
 
     def run(self, model: Any, ids: torch.Tensor, cache_length: torch.Tensor, most_keys: int) -> torch.Tensor:
         """Feed the prompts, whose last row takes the slot ``cache_length``.
