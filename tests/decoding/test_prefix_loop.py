@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels")
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
+sys.path[:0] = [str(folder) for folder in (*Path(__file__).resolve().parents[2:0:-1], Path(__file__).parent)]
 from loop_checks import both, check_equal, expect, padded, prompt  # noqa: E402
 from near_ties import assert_equal_up_to_near_ties, measured_near_tie  # noqa: E402
 
