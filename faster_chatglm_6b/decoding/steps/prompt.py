@@ -42,6 +42,7 @@ class PromptStep:
     def __init__(self, model: Any, decode: DecodeStep, numbers: RequestNumbers):
         config, device = model.config, decode.packed.device
         self._decode, self._numbers = decode, numbers
+        self._prefix, self._inner = config.pre_seq_len or 0, config.inner_hidden_size
         self._hidden, self._wide = config.hidden_size, max(config.inner_hidden_size, 3 * config.hidden_size)
         self._captured: tuple[torch.Tensor, ...] | None = None
         is_integer = any(type(module) is QuantizedLinear for module in model.modules())
@@ -60,10 +61,10 @@ class PromptStep:
             right, in a buffer.
         """
         batch, length = input_ids.shape
-        decode, prefix = self._decode, model.config.pre_seq_len or 0
-        decode.place(layout, prefix)
+        decode = self._decode
+        decode.place(layout, self._prefix)
         self._numbers.set(sop_slot=layout.sop_slot.numpy(), last_row=length - 1)
-        if prefix:
+        if self._prefix:
             keys_and_values = model.transformer.prefix_encoder.packed(decode.packed.dtype)
             decode.cache.place_prefix(keys_and_values, layout.first_slot.tolist())
         rows = captured_length(batch, length, self._most_rows)
@@ -86,11 +87,11 @@ class PromptStep:
         """
         (batch, rows), decode, network = ids.shape, self._decode, model.transformer
         hidden, normed, wide = self._buffers(batch * rows)
-        size, workspace, prefix = self._hidden, decode.workspace, model.config.pre_seq_len or 0
+        size, workspace = self._hidden, decode.workspace
         packed = wide[: batch * rows * 3 * size].view(batch, rows, 3 * size)
         # The projection is no longer needed once the queries are rotated.
         query, context = hidden.view(batch, rows, size), wide[: batch * rows * size].view(batch, rows, size)
-        inner = wide[: batch * rows * model.config.inner_hidden_size].view(batch * rows, -1)
+        inner = wide[: batch * rows * self._inner].view(batch * rows, -1)
         place, last_row = (self._numbers["first_key"], self._numbers["sop_slot"]), self._numbers["last_row"]
         kernels.embedding(ids.reshape(-1), network.word_embeddings.weight, out=hidden)
         for index, layer in enumerate(network.layers):
@@ -106,12 +107,12 @@ class PromptStep:
                 last_row,
                 decode.cos,
                 decode.sin,
-                prefix=prefix,
+                prefix=self._prefix,
                 out=query,
             )
             if index == len(network.layers) - 1:
                 break
-            kernels.prompt_attention(query, *cache, *place, last_row, prefix=prefix, out=context)
+            kernels.prompt_attention(query, *cache, *place, last_row, prefix=self._prefix, out=context)
             product(attention.dense, context.view(batch * rows, size), hidden, workspace)
             _normalise(layer.post_attention_layernorm, hidden, normed, normed)
             product(mlp.dense_h_to_4h, normed, inner, workspace, gelu=True)

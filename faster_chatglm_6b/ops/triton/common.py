@@ -113,6 +113,34 @@ def arrive(counter, expected):
     return last
 
 
+@triton.jit
+def sum_parts(partial, cell, size, inside, SPLITS: tl.constexpr):
+    """Return the sum of the parts, ``size`` apart, that ``SPLITS`` programs stored at ``partial`` + ``cell``.
+
+    It adds in the order of the splits, whichever came last, so that the result does not vary.
+    """
+    total = tl.zeros(cell.shape, tl.float32)
+    for split in range(SPLITS):
+        part = partial + tl.cast(split, tl.int64) * size
+        total += tl.load(part + cell, mask=inside, other=0.0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def add_ends(
+    acc, bias, residual, row, target, valid, N, beta,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GELU: tl.constexpr,
+):  # fmt: skip
+    """Return the sums [weight rows, rows of x] of a product with its bias, GELU and beta * residual."""
+    if HAS_BIAS:
+        acc += tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
+    if GELU:
+        acc = gelu(acc)
+    if HAS_RESIDUAL:
+        acc += beta * tl.load(residual + target, mask=valid, other=0.0).to(tl.float32)
+    return acc
+
+
 @functools.cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
@@ -128,6 +156,17 @@ def multiprocessor_count(device: torch.device) -> int:
 def pdl_options(pdl: bool) -> dict:
     """Return the launch options of a kernel that may start before its predecessor ends."""
     return {"launch_pdl": True} if pdl else {}
+
+
+def require_equal_caches(key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
+    """Raise ValueError unless the caches are [B, H, T, K] of equal strides with a contiguous last axis."""
+    require(
+        value_cache.shape == key_cache.shape
+        and value_cache.stride() == key_cache.stride()
+        and key_cache.stride(3) == 1,
+        f"key_cache is {tuple(key_cache.shape)} and value_cache {tuple(value_cache.shape)}: pass equal ones with a "
+        "contiguous last axis",
+    )
 
 
 def require(condition: bool, message: str) -> None:

@@ -20,7 +20,7 @@ from .common import (
     wait_for_predecessor,
 )
 from .configs import attention_config, family, uses_pdl
-from .fused_apply_rotary_emb import load_angles, load_head
+from .fused_apply_rotary_emb import load_angles, load_head, require_tables
 from .workspace import MAX_SPLITS, Workspace, default_workspace
 
 
@@ -238,10 +238,7 @@ def decode_attention(
         qkv.numel() == batch * 3 * heads * size and qkv.is_contiguous(),
         f"qkv is {tuple(qkv.shape)}: for the cache {tuple(key_cache.shape)} pass [{batch}, {3 * heads * size}]",
     )
-    require(
-        cos.shape == sin.shape and cos.shape[1] in (size // 4, size // 2),
-        f"cos is {tuple(cos.shape)} and sin {tuple(sin.shape)}: both must be [P, {size // 4}] or [P, {size // 2}]",
-    )
+    require_tables(cos, sin, size)
     require(
         value_cache.shape == key_cache.shape and value_cache.stride() == key_cache.stride(),
         f"key_cache is {tuple(key_cache.shape)} and value_cache {tuple(value_cache.shape)}: pass equal ones",

@@ -64,6 +64,14 @@ def fused_apply_rotary_emb_kernel(
     tl.store(out + ((batch.to(tl.int64) * heads + head) * rows + row) * K + columns, own * c + partner * s, mask=valid)
 
 
+def require_tables(cos: torch.Tensor, sin: torch.Tensor, size: int) -> None:
+    """Raise ValueError unless the tables fit heads of ``size`` values that turn in two halves or as a whole."""
+    require(
+        cos.shape == sin.shape and cos.shape[1] in (size // 4, size // 2),
+        f"cos is {tuple(cos.shape)} and sin {tuple(sin.shape)}: both must be [P, {size // 4}] or [P, {size // 2}]",
+    )
+
+
 def fused_apply_rotary_emb(
     x: torch.Tensor,
     *,

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import pdl_options, require, wait_for_predecessor
+from .common import pdl_options, require, require_equal_caches, wait_for_predecessor
 from .configs import family, prompt_attention_config, uses_pdl
 
 
@@ -147,13 +147,7 @@ def prompt_attention(
         query.shape == (batch, rows, heads * size) and query.is_contiguous(),
         f"query is {tuple(query.shape)}: for the cache {tuple(key_cache.shape)} pass [{batch}, M, {heads * size}]",
     )
-    require(
-        value_cache.shape == key_cache.shape
-        and value_cache.stride() == key_cache.stride()
-        and key_cache.stride(3) == 1,
-        f"key_cache is {tuple(key_cache.shape)} and value_cache {tuple(value_cache.shape)}: pass equal ones with a "
-        "contiguous last axis",
-    )
+    require_equal_caches(key_cache, value_cache)
     out = torch.empty_like(query) if out is None else out
     config = prompt_attention_config(family(query.device), rows, query.element_size())
     pdl = uses_pdl(query.device)

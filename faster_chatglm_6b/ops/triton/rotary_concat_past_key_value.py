@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import pdl_options, require, wait_for_predecessor
+from .common import pdl_options, require, require_equal_caches, wait_for_predecessor
 from .configs import uses_pdl
-from .fused_apply_rotary_emb import load_angles, load_head
+from .fused_apply_rotary_emb import load_angles, load_head, require_tables
 
 # Rows per program.
 BLOCK_M = 16
@@ -108,17 +108,8 @@ def rotary_concat_past_key_value(
         qkv.shape == (batch, rows, 3 * heads * size) and qkv.is_contiguous(),
         f"qkv is {tuple(qkv.shape)}: for the cache {tuple(key_cache.shape)} pass [{batch}, M, {3 * heads * size}]",
     )
-    require(
-        cos.shape == sin.shape and cos.shape[1] in (size // 4, size // 2),
-        f"cos is {tuple(cos.shape)} and sin {tuple(sin.shape)}: both must be [P, {size // 4}] or [P, {size // 2}]",
-    )
-    require(
-        value_cache.shape == key_cache.shape
-        and value_cache.stride() == key_cache.stride()
-        and key_cache.stride(3) == 1,
-        f"key_cache is {tuple(key_cache.shape)} and value_cache {tuple(value_cache.shape)}: pass equal ones with a "
-        "contiguous last axis",
-    )
+    require_tables(cos, sin, size)
+    require_equal_caches(key_cache, value_cache)
     out = qkv.new_empty(batch, rows, heads * size) if out is None else out
     pdl = uses_pdl(qkv.device)
     if qkv.numel():

@@ -8,7 +8,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common import arrive, gelu, pdl_options, prefetch_to_l2, start_successor, wait_for_predecessor
+from ..common import (
+    add_ends,
+    arrive,
+    pdl_options,
+    prefetch_to_l2,
+    start_successor,
+    sum_parts,
+    wait_for_predecessor,
+)
 from ..configs import Dot, uses_pdl
 
 # Columns to ask the L2 cache for before the wait.
@@ -77,19 +85,10 @@ def small_batch_matmul_kernel(
         last = arrive(counters + tile, SPLITS)
     if last:
         if SPLITS > 1:
-            # Add in the order of the splits, whichever came last, so that the result does not vary.
-            acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            for split in range(SPLITS):
-                other = partial + tl.cast(split, tl.int64) * N * BLOCK_M
-                acc += tl.load(other + cell, mask=(row < N)[:, None], other=0.0, cache_modifier=".cg")
-        if HAS_BIAS:
-            acc += tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
-        if GELU:
-            acc = gelu(acc)
+            acc = sum_parts(partial, cell, tl.cast(N, tl.int64) * BLOCK_M, (row < N)[:, None], SPLITS)
         valid = (row < N)[:, None] & (m < M)[None, :]
         target = m[None, :].to(tl.int64) * N + row[:, None]
-        if HAS_RESIDUAL:
-            acc += beta * tl.load(residual + target, mask=valid, other=0.0).to(tl.float32)
+        acc = add_ends(acc, bias, residual, row, target, valid, N, beta, HAS_BIAS, HAS_RESIDUAL, GELU)
         tl.store(out + target, acc, mask=valid)
 
 
