@@ -55,6 +55,7 @@ CASES = [
     ("distribution", None, ["full", HALF, 500, 0.95, None, 0.7, 5, 1]),
     ("distribution", None, ["full", SINGLE, 2500, 1.3, 100, 0.9, 2, 1]),
     ("repeatable", None, ["full", 60]),
+    *(("rows_of_their_own", None, [sampler, 3, 60]) for sampler in ("greedy", "top_k", "full")),
 ]
 
 

@@ -40,7 +40,11 @@ def row_maximum(maxima, row, chunks, CHUNKS: tl.constexpr):
 
 @triton.jit
 def weigh(value, temperature, highest_key):
-    """Return the unnormalised probabilities exp((value - largest) / temperature), and value / temperature."""
+    """Return the unnormalised probabilities exp((value - largest) / temperature), and value / temperature.
+
+    Temperature 0, of a row that gets its largest score, counts as 1.
+    """
+    temperature = tl.where(temperature > 0.0, temperature, 1.0)
     scaled = value / temperature
     highest = value_of_key(highest_key) / temperature
     return tl.where(scaled == highest, 1.0, tl.exp(scaled - highest)), scaled
@@ -100,9 +104,9 @@ def narrow_kernel(
     histogram_in,  # float32 [B, CHUNKS, 32] of the pass before
     histogram_out,  # float32 [B, CHUNKS, 32]
     thresholds,  # float32 [B, 16, 4]: bits of the prefix, weight above it, target, bits of the least key allowed
-    temperature,  # float32 [1]
-    top_k,  # int32 [1]
-    top_p,  # float32 [1]
+    temperature,  # float32 [B]
+    top_k,  # int32 [B]
+    top_p,  # float32 [B]
     vocab,  # V
     slot,
     number,
@@ -124,11 +128,11 @@ def narrow_kernel(
     if slot > 0:
         prefix, above, target, floor = load_state(thresholds, row, slot - 1)
         if not MASS or number == 0:
-            target = tl.minimum(tl.maximum(tl.load(top_k), 1), vocab).to(tl.float32)
+            target = tl.minimum(tl.maximum(tl.load(top_k + row), 1), vocab).to(tl.float32)
         # Pass 0 of top-p after top-k first completes the top-k threshold, which lacks two bits.
         width = tl.where(number == 0, 2, 5)
         prefix, above, target = choose_digit(
-            histogram_in, row, chunks, prefix, above, target, tl.load(top_p), width, MASS and number == 1, CHUNKS
+            histogram_in, row, chunks, prefix, above, target, tl.load(top_p + row), width, MASS and number == 1, CHUNKS
         )
         if number == 0:
             floor = prefix
@@ -145,7 +149,7 @@ def narrow_kernel(
     # In pass 0 nothing is known yet; a shift by all 32 bits would be undefined.
     known = tl.where(number == 0, 0, shift + width).to(tl.uint32)
     bins = tl.arange(0, DIGITS).to(tl.uint32)
-    heat = tl.load(temperature)
+    heat = tl.load(temperature + row)
     highest_key = row_maximum(maxima, row, chunks, CHUNKS)
     counts = tl.zeros([PIECE, DIGITS], tl.float32)
     # In pieces, so that the block of scores times digits stays in registers.
@@ -165,11 +169,11 @@ def narrow_kernel(
 
 
 @triton.jit
-def gumbel(seed, step, row, index):
+def gumbel(seed, step, lane, index):
     """Draw standard Gumbel noise, -log(-log(u)), one value per score (Philox 4x32-10)."""
     zero = index * 0
     number, _, _, _ = tl.philox(
-        seed, index.to(tl.uint32), (zero + row).to(tl.uint32), (zero + step).to(tl.uint32), zero.to(tl.uint32)
+        seed, index.to(tl.uint32), (zero + lane).to(tl.uint32), (zero + step).to(tl.uint32), zero.to(tl.uint32)
     )
     u = (number.to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
     # -log(1 - u): the series keeps the digits of the small values, which are the ones that win.
@@ -183,10 +187,9 @@ def full_sample_kernel(
     maxima,  # int64 [B, CHUNKS]
     histogram,  # float32 [B, CHUNKS, 32] of the last pass
     thresholds,  # float32 [B, 16, 4]
-    temperature,  # float32 [1]
-    top_k,  # int32 [1]
-    top_p,  # float32 [1]
-    seed,  # int64 [1]
+    temperature,  # float32 [B]
+    top_k,  # int32 [B]
+    top_p,  # float32 [B]
     candidates,  # int64 [B, CHUNKS]
     counters,  # int32 [B + 1], zero
     vocab,  # V
@@ -209,7 +212,7 @@ def full_sample_kernel(
     wait_for_predecessor(PDL)
     value = load_scores(scores, row, index, vocab)
     key = unsigned_key(value)
-    heat = tl.load(temperature)
+    heat = tl.load(temperature + row)
     highest_key = row_maximum(maxima, row, chunks, CHUNKS)
     weight, scaled = weigh(value, heat, highest_key)
     kept = index < vocab
@@ -231,13 +234,16 @@ def full_sample_kernel(
             )
             earlier = tl.sum(tl.where(tie_weight > 0.0, tl.floor(masses / tie_weight + 0.5), 0.0), 0)
             rank = earlier + tl.cumsum(tie.to(tl.float32), 0) - 1.0
-            everything = tl.load(top_p) >= 1.0
+            everything = tl.load(top_p + row) >= 1.0
             threshold = tl.where(everything, 0, threshold)
             quota = tl.where(everything, float("inf"), tl.maximum(quota, 1.0))
             kept = kept & ((key > threshold) | ((key == threshold) & (rank < quota)))
         else:
             kept = kept & (key >= threshold)
-    noisy = scaled + gumbel(tl.load(seed), tl.load(state.step), row, index)
+    lane, now = tl.load(state.lane + row), tl.load(state.step + row)
+    noisy = scaled + gumbel(tl.load(state.seed + row), now, lane, index)
+    if heat <= 0.0:
+        noisy = value
     packed = tl.where(kept, pack_candidate(noisy, index), LOWEST)
     mine = candidates + row.to(tl.int64) * CHUNKS
     tl.store(mine + chunk, tl.max(packed, 0))
@@ -267,9 +273,9 @@ def full_sample(
 
     Args:
         scores: [B, V], float16, bfloat16 or float32; NaN is an error of the caller unless ``invalid_rule``.
-        temperature: float32 [1], above 0.
-        top_k: int32 [1], at least 1, or None: not applied. Every score equal to the k-th stays.
-        top_p: float32 [1], or None: not applied. 1.0 keeps all.
+        temperature: float32 [B]; 0 chooses the largest score.
+        top_k: int32 [B], at least 1, or None: not applied. Every score equal to the k-th stays.
+        top_p: float32 [B], or None: not applied. 1.0 keeps all.
         invalid_rule: choose ``invalid_token``, which is not 0, for a row that holds NaN or +inf.
 
     Raises:
@@ -315,7 +321,6 @@ def full_sample(
         temperature,
         state.step if top_k is None else top_k,
         temperature if top_p is None else top_p,
-        state.seed,
         workspace.candidates[batch * power :],
         workspace.counters,
         vocab,
