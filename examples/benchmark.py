@@ -84,7 +84,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     whole = parser.add_argument_group("whole experiments")
     whole.add_argument("--table", action="store_true", help="both backends, quantisation off, 8 and 4, in 5 runs each")
     whole.add_argument("--runs", type=count, help="runs of each row of the table, each in a process of its own")
-    whole.add_argument("--suite", action="store_true", help="contexts, batches, first tokens, memory, first calls")
+    whole.add_argument(
+        "--suite",
+        nargs="?",
+        const="all",
+        choices=("all", "floats", "integers"),
+        help="contexts, batches, first tokens, memory, first calls; a word: only those of such weights",
+    )
     whole.add_argument("--quick", action="store_true", help="--table or --suite with 3 iterations in 1 run")
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="append the records to FILE; with --table: write FILE anew")

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from . import first_token, timing
+from . import first_token, rows, timing
 from . import machine as machines
-from .models import build_model, make_prompt
+from .models import build_model, make_prompt, weights_of
 
 # (name, batch, prompt tokens, new tokens, mode)
 RUNS = (
@@ -118,20 +118,40 @@ def measure(
     return record
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure everything, print the table of what is promised, and write the files."""
-    checks, records = [], {}
+class Checks:
+    """What the suite promises, with what was measured; printed one by one."""
 
-    def check(what: str, value: float, must: str, good: bool, goal: str | None = None) -> None:
+    def __init__(self) -> None:
+        self.results: list[dict[str, Any]] = []
+
+    def add(self, what: str, value: float, must: str, good: bool, goal: str | None = None) -> None:
+        """Note and print a check."""
         result = {"what": what, "measured": round(value, 4), "must": must, "met": bool(good)}
-        checks.append(result | ({"goal": goal} if goal else {}))
+        self.results.append(result | ({"goal": goal} if goal else {}))
         wanted = f"must be {must}" + (f", goal {goal}" if goal else "")
         print(f"{'ok  ' if good else 'MISS'} {what}: {value:.4g} ({wanted})", flush=True)
 
-    def check_first_tokens(records: list[dict[str, Any]]) -> None:
+    def add_first_tokens(self, records: list[dict[str, Any]]) -> None:
+        """Note what was asked of first tokens."""
         for what, ms, must, goal in first_token.aims(records):
-            check(what, ms, f"<= {must:g}", ms <= must, f"<= {goal:g}")
+            self.add(what, ms, f"<= {must:g}", ms <= must, f"<= {goal:g}")
 
+    def add_rows(self, records: list[dict[str, Any]]) -> None:
+        """Note what was asked of steps of many rows."""
+        for what, share, must, goal in rows.aims(records):
+            self.add(what, share, f">= {must:.2f}", share >= must, f">= {goal:.2f}")
+
+    def write(self, path: Path) -> None:
+        """Write the checks; those of another part of the suite that the file holds stay."""
+        mine = {result["what"] for result in self.results}
+        others = json.loads(path.read_text("utf-8")) if path.is_file() else []
+        kept = [result for result in others if result["what"] not in mine]
+        path.write_text(json.dumps([*kept, *self.results], indent=1) + "\n", encoding="utf-8")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure everything, or the part that ``args.suite`` names; print what is promised, and write the files."""
+    checks = Checks()
     machine = machines.look()
     if machine.read_ceiling is None:
         raise SystemExit("The read ceiling is measured with Triton, which is not installed: `pip install triton`.")
@@ -140,11 +160,24 @@ def run(args: argparse.Namespace) -> None:
         f"clocks {machine.clocks}, {machine.name}",
         flush=True,
     )
+    for part, measured in (("floats", floats), ("integers", integers)):
+        if args.suite in (part, "all"):
+            measured(args, machine, checks)
+    if args.json:
+        path = Path(args.json)
+        checks.write(path.with_name(f"{path.stem}_checks.json"))
+
+
+def floats(args: argparse.Namespace, machine: machines.Machine, checks: Checks) -> None:
+    """Measure the float16 model."""
+    check, records = checks.add, {}
     model = build_model(args.model_name)
     for name, *work in (*RUNS, ("greedy again", *RUNS[0][1:])):
         records[name] = measure(model, machine, args, *work)
     firsts = [measure(model, machine, args, *prompt, 1, "greedy") for prompt in first_token.PROMPTS]
-    timing.append(args.json, [*records.values(), *firsts])
+    batches = batches_of(model, machine, args)
+    long = measure(model, machine, rows.shorter(args), *rows.LONG, "greedy")
+    timing.append(args.json, [*records.values(), *firsts, *batches, long])
     step = {name: record["ms_per_step"] for name, record in records.items()}
     greedy = step["greedy"]
     check(
@@ -158,7 +191,10 @@ def run(args: argparse.Namespace) -> None:
     for batch, limit in ((8, 1.25), (32, 1.6)):
         ratio = step[f"batch {batch}"] / greedy
         check(f"batch {batch}, times batch 1 per step", ratio, f"<= {limit}", ratio <= limit)
-    check_first_tokens(firsts)
+    checks.add_rows([*records.values(), *batches])
+    ms = long["ms_per_step"]
+    check("64 rows with prompts of 512 tokens, fp16, ms", ms, f"<= {rows.LONG_MUST}", ms <= rows.LONG_MUST)
+    checks.add_first_tokens(firsts)
     for tokens in first_token.BESIDE_A_BUSY_PROCESS:
         ratio, on_one_core = first_token.beside_a_busy_process(model, tokens, args.iters)
         check(first_token.BUSY.format(tokens=tokens), ratio, "<= 1.2", ratio <= 1.2)
@@ -179,7 +215,10 @@ def run(args: argparse.Namespace) -> None:
             if name in ("greedy", "stream", "batch 8", "batch 32"):
                 print(name)
                 timing.profile(model, make_prompt(model, batch, prompt), mode, 32)
-    del model
+
+
+def integers(args: argparse.Namespace, machine: machines.Machine, checks: Checks) -> None:
+    """Measure the int8 and the int4 model."""
     for bits, batches, limit in QUANTISED:
         gc.collect()
         torch.cuda.empty_cache()
@@ -187,13 +226,18 @@ def run(args: argparse.Namespace) -> None:
         model = build_model(args.model_name).quantize(bits)
         steps = [measure(model, machine, args, batch, 20, 128, "greedy") for batch in batches]
         firsts = [measure(model, machine, args, *prompt, 1, "greedy") for prompt in first_token.PROMPTS]
+        steps += batches_of(model, machine, args)
         timing.append(args.json, steps + firsts)
-        check_first_tokens(firsts)
-        check(f"memory after loading int{bits}, GB", held, f"<= {limit}", held <= limit)
+        checks.add_rows(steps)
+        checks.add_first_tokens(firsts)
+        checks.add(f"memory after loading int{bits}, GB", held, f"<= {limit}", held <= limit)
         del model
-    if args.json:
-        path = Path(args.json)
-        path.with_name(f"{path.stem}_checks.json").write_text(json.dumps(checks, indent=1) + "\n")
+
+
+def batches_of(model: torch.nn.Module, machine: machines.Machine, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure the batches that are asked of the model's weights and that the other runs do not have."""
+    shorter = rows.shorter(args)
+    return [measure(model, machine, shorter, batch, 20, 128, "greedy") for batch in rows.BATCHES[weights_of(model)]]
 
 
 if __name__ == "__main__" and sys.argv[1:2] in ([FIRST], [HELD]):

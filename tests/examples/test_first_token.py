@@ -66,7 +66,8 @@ def test_without_a_read_ceiling_there_is_no_floor(example, machine):
 
 def test_the_suite_measures_and_judges_first_tokens_in_every_precision(example, tmp_path, monkeypatch, machine):
     """A suite whose measurements are made up: 8 ms for every call for one token, 5 ms for every other token."""
-    suite, first_token, timing = (example(f"measuring.{name}") for name in ("suite", "first_token", "timing"))
+    names = ("suite", "first_token", "rows", "timing")
+    suite, first_token, rows, timing = (example(f"measuring.{name}") for name in names)
 
     class Model:
         weights = "fp16"
@@ -91,11 +92,13 @@ def test_the_suite_measures_and_judges_first_tokens_in_every_precision(example, 
         "make_prompt": lambda model, batch, tokens: (batch, tokens),
         "memory_at_2048": lambda model: (14.0, 13.5),
         "synchronisations": lambda model: 0,
+        "weights_of": lambda model: model.weights,
         "in_new_process": lambda *arguments, cache=None: {"greedy": 1.0, "sample": 1.0} if cache else 3.0,
     }.items():
         monkeypatch.setattr(suite, name, fake)
     file = tmp_path / "suite.json"
-    suite.run(argparse.Namespace(model_name=None, json=str(file), profile=False, iters=3))
+    for part in ("floats", "integers"):
+        suite.run(argparse.Namespace(model_name=None, json=str(file), profile=False, iters=3, suite=part))
 
     firsts = [record for record in json.loads(file.read_text("utf-8")) if record["new_tokens"] == 1]
     found = [(record["weights"], record["batch"], record["prompt_tokens"]) for record in firsts]
@@ -107,6 +110,9 @@ def test_the_suite_measures_and_judges_first_tokens_in_every_precision(example, 
     assert (fp16["must"], fp16["goal"], fp16["met"]) == ("<= 23", "<= 19.5", True)
     int4 = checks["first token of 20 tokens, int4, ms"]
     assert (int4["must"], int4["goal"], int4["met"]) == ("<= 4.5", "<= 2.2", False)
+    shares = [checks[rows.name_of(batch, weights)] for weights in first_token.WEIGHTS for batch in rows.MUSTS]
+    assert [share["met"] for share in shares] == [0.9 >= float(share["must"][3:]) for share in shares]
+    assert {share["met"] for share in shares} == {True, False}
     assert [checks[first_token.BUSY.format(tokens=tokens)]["measured"] for tokens in (128, 1024)] == [0.128, 1.024]
     # The pages show every check in Chinese too.
     words = json.loads((ROOT / "images" / "words.json").read_text("utf-8"))["checks_zh"]

@@ -65,8 +65,9 @@ class Family:
 
     ``gemv`` serves up to ``gemv_rows`` rows of x. ``layer_norm_gemv`` lists the weights whose GEMV normalises its input
     itself; for the others LayerNorm is a launch of its own. ``dot`` maps the padded number of rows (16, 32, 64) to a
-    configuration per weight shape. ``attention_short`` serves up to 256 keys and fewer than 256 sequences times heads,
-    ``attention`` the rest. ``prompt_attention_short`` serves prompts of up to 64 rows, ``prompt_attention`` the rest.
+    configuration per weight shape. ``attention_many`` has the configurations from so many sequences times heads on. Of
+    fewer, ``attention_short`` serves up to 256 keys and fewer than 256 sequences times heads, ``attention`` the rest.
+    ``prompt_attention_short`` serves prompts of up to 64 rows, ``prompt_attention`` the rest.
     """
 
     gemv_default: Gemv
@@ -74,6 +75,7 @@ class Family:
     attention_short: Attention
     prompt_attention: PromptAttention = PromptAttention(64, 64, 4, 3)
     prompt_attention_short: PromptAttention = PromptAttention(32, 64, 4, 2)
+    attention_many: dict[int, Attention] = field(default_factory=dict)
     gemv_rows: int = 1
     gemv: dict[tuple[int, int], Gemv] = field(default_factory=dict)
     layer_norm_gemv: dict[tuple[int, int], Gemv] = field(default_factory=dict)
@@ -105,6 +107,8 @@ _HOPPER = Family(
     gemv_rows=2,
     attention=Attention(128, 4, 4),
     attention_short=Attention(128, 8, 2, holds_back=True),
+    # Where there are programs enough without splits, few threads each keep more of the memory busy.
+    attention_many={256: Attention(64, 2, 4), 1024: Attention(32, 1, 4)},
     prompt_attention=PromptAttention(128, 64, 8, 3),
     gemv={
         (4096, 4096): Gemv(2, 4096, 8, 4),
@@ -179,7 +183,11 @@ def layer_norm_gemv_config(tables: Family, n: int, k: int, element_size: int) ->
 
 def attention_config(tables: Family, pairs: int, max_length: int, element_size: int) -> Attention:
     """Choose decode attention for ``pairs`` sequences times heads and up to ``max_length`` keys."""
-    config = tables.attention_short if pairs < 256 and max_length <= 256 else tables.attention
+    many = [least for least in tables.attention_many if pairs >= least]
+    if many:
+        config = tables.attention_many[max(many)]
+    else:
+        config = tables.attention_short if pairs < 256 and max_length <= 256 else tables.attention
     return replace(config, block_t=config.block_t * 2 // element_size)
 
 
