@@ -58,6 +58,8 @@ class TimedStep:
         self._session = Session(model, batch, capacity_for(context + 1))
         self._session.step.cache.storage.normal_()
         self._session.sampler.configure(PLANS[sampler])
+        self._session.numbers.set(limit=2**31 - 1)
+        self._session.numbers.set_ids("eos_ids", ())
         self._session.numbers.send()
 
     @property

@@ -4,9 +4,9 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
-from .memory import cache_bytes
+from .memory import cache_bytes, shown
 from .refusal import CannotServe, check_sizes, too_little_for_the_loop
-from .session import Session, capacity_for
+from .session import Session, capacity_for, rows_for
 from .shortage import is_out_of_memory
 
 # Sessions of several batch sizes are kept as long as they are few and their caches together fit in this.
@@ -88,38 +88,44 @@ class DecodeEngine:
             check_sizes(model)
             self._key = key
         # The previous session gets no name here: a name would hold its cache while the new one is made.
-        if batch not in self._sessions or self._sessions[batch].capacity < tokens:
-            self._make(model, batch, capacity_for(tokens))
-        self._sessions.move_to_end(batch)
-        return self._sessions[batch]
+        for rows in (rows_for(batch), batch):
+            if rows in self._sessions and self._sessions[rows].capacity >= tokens:
+                self._sessions.move_to_end(rows)
+                return self._sessions[rows]
+        return self._make(model, batch, capacity_for(tokens))
 
-    def _make(self, model: Any, batch: int, capacity: int) -> None:
-        self._forget(batch)
-        needed = cache_bytes(model, batch, capacity)
+    def _make(self, model: Any, batch: int, capacity: int) -> Session:
+        rows = rows_for(batch)
+        self._forget(rows)
+        needed = cache_bytes(model, rows, capacity)
         while self._sessions and (
             len(self._sessions) >= _MOST_SESSIONS
             or needed + sum(s.bytes for s in self._sessions.values()) > _MOST_IDLE_BYTES
         ):
             self._forget(next(iter(self._sessions)))
-        session = self._try_to_make(model, batch, capacity)
+        session = self._try_to_make(model, rows, capacity)
         if session is None and self._sessions:
             self._drop()
+            session = self._try_to_make(model, rows, capacity)
+        if session is None and rows > batch:
+            # Without rows to spare it may fit.
             session = self._try_to_make(model, batch, capacity)
         if session is None:
-            cache = f"a cache of {batch} x {capacity} tokens ({needed / 2**30:.1f} GiB)"
+            cache = f"a cache of {batch} x {capacity} tokens ({shown(cache_bytes(model, batch, capacity))})"
             raise too_little_for_the_loop(model, cache, batch, 0, capacity)
-        self._sessions[batch] = session
+        self._sessions[session.rows] = session
+        return session
 
     @staticmethod
-    def _try_to_make(model: Any, batch: int, capacity: int) -> Session | None:
+    def _try_to_make(model: Any, rows: int, capacity: int) -> Session | None:
         try:
-            return Session(model, batch, capacity)
+            return Session(model, rows, capacity)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return None
 
-    def _forget(self, batch: int) -> None:
-        session = self._sessions.pop(batch, None)
+    def _forget(self, rows: int) -> None:
+        session = self._sessions.pop(rows, None)
         if session is not None:
             session.wait()

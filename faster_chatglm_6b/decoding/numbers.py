@@ -1,5 +1,6 @@
 """Keep the small numbers of a request in one piece of device memory, so that a single copy sends them all."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,52 +11,62 @@ from .request import MOST_END_TOKENS
 _ALIGNMENT = 16
 
 
-def _fields(batch: int) -> dict[str, tuple[torch.dtype, int]]:
-    sampling = {name: (torch.float32, 1) for name in ("temperature", "top_p", "penalty")}
-    sampling |= {name: (torch.int32, 1) for name in ("top_k", "ngram_size", "minimum")}
-    ends = {name: (torch.int64, MOST_END_TOKENS) for name in ("minimum_eos", "eos_ids")}
-    counters = {name: (torch.int32, 1) for name in ("ids_length", "cache_length", "step", "last_row")}
-    places = {name: (torch.int32, batch) for name in ("finished", "first_key", "sop_index", "sop_slot", "position")}
-    return sampling | ends | counters | places | {"seed": (torch.int64, 1)}
+def _fields(rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    whole = "top_k ngram_size minimum finished ids_length cache_length step limit lane".split()
+    whole += "first_key sop_index sop_slot position".split()
+    fields = {name: (torch.int32, (rows,)) for name in whole}
+    fields |= {name: (torch.float32, (rows,)) for name in ("temperature", "top_p", "penalty")}
+    fields |= {name: (torch.int64, (rows, MOST_END_TOKENS)) for name in ("minimum_eos", "eos_ids")}
+    fields |= {name: (torch.int32, (1,)) for name in ("turn", "last_row")}
+    return fields | {"seed": (torch.int64, (rows,)), "pad_id": (torch.int64, (1,))}
 
 
 class RequestNumbers:
-    """The numbers that kernels read from device memory: how to sample, where the prompts lie, how far the answer is.
+    """The numbers that kernels read from device memory: how to sample, where the prompts lie, how far the answers are.
 
     ``numbers[name]`` is the tensor on the device, which kernels may change. ``set`` writes its counterpart on the host,
     and ``send`` copies all of them at once.
 
-    Attributes by name, each int32 [1] unless said:
-        temperature, top_p, penalty: float32 [1]. top_k, ngram_size, minimum. minimum_eos: int64 [E]. As in
+    Attributes by name, each int32 [B], one for every row, unless said:
+        temperature, top_p, penalty: float32. top_k, ngram_size, minimum. minimum_eos: int64 [B, E]. As in
             ``SamplingPlan``.
-        finished: int32 [B]. ids_length, cache_length, step. eos_ids: int64 [E]. seed: int64 [1]. As in ``DecodeState``.
-        first_key, sop_index, position: int32 [B], as in ``decode_attention``. sop_slot: int32 [B], last_row: as in
+        finished, ids_length, cache_length, step, limit, lane. eos_ids: int64 [B, E]. seed: int64. turn: int32 [1],
+            pad_id: int64 [1]. As in ``DecodeState``.
+        first_key, sop_index, position: as in ``decode_attention``. sop_slot, and last_row: int32 [1], as in
             ``prompt_attention``.
+
+    Args:
+        rows: B.
     """
 
-    def __init__(self, batch: int, device: torch.device):
-        fields, places, size = _fields(batch), {}, 0
-        for name, (dtype, count) in fields.items():
-            places[name] = slice(size, size + count * dtype.itemsize)
-            size += -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    def __init__(self, rows: int, device: torch.device):
+        fields, places, size = _fields(rows), {}, 0
+        for name, (dtype, shape) in fields.items():
+            taken = math.prod(shape) * dtype.itemsize
+            places[name] = slice(size, size + taken)
+            size += -(-taken // _ALIGNMENT) * _ALIGNMENT
         with torch.inference_mode(False):
             self._sent = torch.zeros(size, dtype=torch.uint8)
             self._there = torch.zeros(size, dtype=torch.uint8, device=device)
-        self._here = {name: self._sent[places[name]].view(dtype).numpy() for name, (dtype, _) in fields.items()}
-        self._tensors = {name: self._there[places[name]].view(dtype) for name, (dtype, _) in fields.items()}
+        here, self._tensors = (
+            {name: memory[places[name]].view(dtype).view(shape) for name, (dtype, shape) in fields.items()}
+            for memory in (self._sent, self._there)
+        )
+        self._here = {name: tensor.numpy() for name, tensor in here.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[name]
 
     def set(self, **values: Any) -> None:
-        """Write numbers on the host: one for the whole tensor, or as many as it has."""
+        """Write numbers on the host: one for all rows, or one for each of the first rows."""
         for name, value in values.items():
-            self._here[name][:] = value
+            count = len(value) if hasattr(value, "__len__") else None
+            self._here[name][:count] = value
 
     def set_ids(self, name: str, ids: tuple[int, ...]) -> None:
-        """Write up to ``MOST_END_TOKENS`` ids on the host, and -1 for those that are missing."""
+        """Write up to ``MOST_END_TOKENS`` ids for every row on the host, and -1 for those that are missing."""
         self._here[name][:] = -1
-        self._here[name][: len(ids)] = ids
+        self._here[name][:, : len(ids)] = ids
 
     def send(self) -> None:
         """Queue the copy to the device. It does not wait: the bytes lie in pinned memory of their own until then."""

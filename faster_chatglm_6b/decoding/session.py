@@ -1,4 +1,4 @@
-"""Hold the device state of the requests of one batch size, and queue their steps."""
+"""Hold the device state of the requests of similar batch sizes, and queue their steps."""
 
 import functools
 from typing import Any
@@ -18,6 +18,8 @@ LOOKAHEAD = 3
 _RING_ROWS = 16
 _SMALLEST_CAPACITY = 256
 _DOUBLED_UP_TO = 2048
+# Batches between these run with rows that are done from the start: those read no keys.
+ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 # The most keys that there can be decide how attention is split, so each bucket has a graph of its own.
 _SHORTEST_KEYS = 512
 _KEYS_GROW_BY = 4
@@ -32,6 +34,11 @@ def capacity_for(tokens: int) -> int:
     return max(capacity, -(-tokens // step) * step if tokens > capacity else 0)
 
 
+def rows_for(batch: int) -> int:
+    """Round a number of sequences up to one of a few, each with buffers and graphs of its own."""
+    return next((rows for rows in ROW_BUCKETS if batch <= rows), batch)
+
+
 def key_bucket(keys: int, capacity: int) -> int:
     """Round a number of keys up to one of a few, each with its own split of attention and its own graph."""
     most_keys = _SHORTEST_KEYS
@@ -40,34 +47,37 @@ def key_bucket(keys: int, capacity: int) -> int:
     return min(most_keys, capacity)
 
 
+# The numbers that are a part of the state.
+_STATE_NUMBERS = "finished ids_length cache_length step limit eos_ids seed lane turn pad_id".split()
+
+
 class Session:
     """Serve one request after the other on the same buffers.
 
     On a GPU each kind of step runs eagerly once, which compiles its kernels, and is then captured as a CUDA graph. In
     Triton's interpreter every step runs eagerly.
+
+    Args:
+        model: a ``ChatGLMForConditionalGeneration`` that ``refusal.check_model`` accepts.
+        rows: the most sequences.
+        capacity: the most tokens per sequence.
     """
 
-    def __init__(self, model: Any, batch: int, capacity: int):
+    def __init__(self, model: Any, rows: int, capacity: int):
         self.device = model.lm_head.weight.device
-        self.batch, self.capacity = batch, capacity
+        self.rows, self.capacity = rows, capacity
         self._prefix = model.config.pre_seq_len or 0
-        self.numbers = numbers = RequestNumbers(batch, self.device)
-        self.step = DecodeStep(model, batch, capacity, numbers)
+        self.numbers = numbers = RequestNumbers(rows, self.device)
+        self.step = DecodeStep(model, rows, capacity, numbers)
         self.prompt = PromptStep(model, self.step, numbers)
-        self.sampler = Sampler(batch, self.step.vocab_size, self.device, numbers)
+        self.sampler = Sampler(rows, self.step.vocab_size, self.device, numbers)
         with torch.inference_mode(False):
-            ring = torch.full((_RING_ROWS, batch), -1, dtype=torch.int64)
+            ring = torch.full((_RING_ROWS, rows), -1, dtype=torch.int64)
             self.state = kernels.DecodeState(
-                tokens=torch.zeros(batch, dtype=torch.int64, device=self.device),
-                finished=numbers["finished"],
-                ids=torch.zeros(batch, capacity, dtype=torch.int64, device=self.device),
-                ids_length=numbers["ids_length"],
-                cache_length=numbers["cache_length"],
-                step=numbers["step"],
-                eos_ids=numbers["eos_ids"],
-                seed=numbers["seed"],
+                tokens=torch.zeros(rows, dtype=torch.int64, device=self.device),
+                ids=torch.zeros(rows, capacity, dtype=torch.int64, device=self.device),
                 ring=ring.pin_memory() if self.on_gpu else ring,
-                pad_id=0,
+                **{name: numbers[name] for name in _STATE_NUMBERS},
             )
         self.graphs = StepGraphs(self.device)
         self._stream: torch.cuda.Stream | None = None
@@ -90,12 +100,13 @@ class Session:
         """Start a request: place its prompt, run it through the model, and choose the first token."""
         self._follow()
         self._plan, self._launched = request.plan, 0
+        self._batch = request.input_ids.shape[0]
         self._prompt_keys = self._prefix + request.input_ids.shape[1]
         self._reset(request, seed)
         ids, has_graph = self.prompt.place(model, request.input_ids, request.layout)
         self.numbers.send()
         most_keys = key_bucket(self._prefix + ids.shape[1], self.capacity)
-        key = ("prompt", ids.shape[1], most_keys)
+        key = ("prompt", *ids.shape, most_keys)
         run = functools.partial(self.prompt.run, model, ids, self.state.cache_length, most_keys)
         replayed = has_graph and self.graphs.replay(key)
         self._finish_step(self.step.logits if replayed else run())
@@ -105,13 +116,22 @@ class Session:
             self.graphs.keep(key, run, self.state.step)
 
     def _reset(self, request: Request, seed: torch.Tensor) -> None:
-        state, length = self.state, request.input_ids.shape[1]
+        batch, length = request.input_ids.shape
         self.sampler.configure(request.plan)
-        state.ids[:, :length].copy_(request.history())
-        state.pad_id = request.pad_id
-        # The prompt's last logits give the first token, which advances this counter to the prompt's own length.
-        cache_length = self._prompt_keys - 1
-        self.numbers.set(ids_length=length, cache_length=cache_length, step=0, finished=0, seed=seed.item())
+        self.state.ids[:batch, :length].copy_(request.history())
+        self.numbers.set(
+            ids_length=length,
+            # The prompt's last logits give the first token, which advances this counter to the prompt's own length.
+            cache_length=self._prompt_keys - 1,
+            step=0,
+            turn=0,
+            limit=request.max_length,
+            finished=1,
+            seed=seed.item(),
+            lane=range(self.rows),
+            pad_id=request.pad_id,
+        )
+        self.numbers.set(finished=[0] * batch)
         self.numbers.set_ids("eos_ids", request.eos_ids)
 
     @property
@@ -123,7 +143,7 @@ class Session:
         """Compute or queue one more token of every sequence."""
         self._follow()
         most_keys = key_bucket(self._prompt_keys + self._launched, self.capacity)
-        key = (most_keys, self.state.pad_id, self._plan.graph_key)
+        key = (most_keys, self._plan.graph_key)
         self.graphs.run(key, functools.partial(self._run, model, most_keys), self.state.step)
         self._mark()
 
@@ -154,11 +174,11 @@ class Session:
         """
         if self.on_gpu:
             self._events[index % _RING_ROWS].synchronize()
-        return self.state.ring[index % _RING_ROWS].clone()
+        return self.state.ring[index % _RING_ROWS, : self._batch].clone()
 
     def ids(self, length: int) -> torch.Tensor:
         """Return the first ``length`` ids of every sequence, a view [B, length] in device memory."""
-        return self.state.ids[:, :length]
+        return self.state.ids[: self._batch, :length]
 
     def wait(self) -> None:
         """Wait for everything that is queued, before the buffers are released."""

@@ -14,7 +14,7 @@ from ..ops.caches import cache_in
 from .processors import InvalidScoreLogitsProcessor
 from .reading import layout_of, pad_token, unfollowed_arguments, unfollowed_settings
 
-MOST_SEQUENCES = 128
+MOST_SEQUENCES = 256
 # Candidates that the one-launch sampler keeps, by the largest top_k that leaves room for ties.
 _CAPACITIES = {50: 64, 100: 128}
 

@@ -155,6 +155,26 @@ def out_of_memory_for_the_cache(model):
     is_usable(model, ids, expected)
 
 
+def out_of_memory_for_rows_to_spare(model):
+    """Check that a batch between two sizes gets its own number of rows if there is no room for the larger one."""
+    ids, expected = start(model)
+    made, make = [], engine.Session
+
+    def short(model, rows, capacity):
+        made.append(rows)
+        return out_of_memory() if rows == 4 else make(model, rows, capacity)
+
+    with mock.patch.object(engine, "Session", short), expect(captured=2):
+        for _ in range(2):
+            assert model.generate(ids.repeat(3, 1), **EXACT).tolist() == 3 * expected
+    # At first without the other sessions; the second call finds the session that there is.
+    assert made == [4, 4, 3] and list(loop.engine_of(model)._sessions) == [3]
+    with expect(captured=2):
+        assert model.generate(ids.repeat(4, 1), **EXACT).tolist() == 4 * expected
+        assert model.generate(ids.repeat(3, 1), **EXACT).tolist() == 3 * expected
+    assert 4 in loop.engine_of(model)._sessions
+
+
 def out_of_memory_in_the_prompt(model):
     """Check that the cache is given up and the plain path answers, in ``generate`` and in a stream."""
     ids, expected = start(model)
@@ -217,6 +237,7 @@ EVERYWHERE = (
     interrupt_inside_the_loop,
     exception_in_the_callers_code,
     out_of_memory_for_the_cache,
+    out_of_memory_for_rows_to_spare,
     out_of_memory_in_the_prompt,
     out_of_memory_in_capture,
     out_of_memory_in_the_middle,

@@ -3,6 +3,7 @@
 import torch
 
 from faster_chatglm_6b.decoding.loop import engine_of
+from faster_chatglm_6b.decoding.session import rows_for
 
 
 def margin(model, ids):
@@ -34,7 +35,7 @@ def measured_near_tie(model, batches):
     for inputs in batches:
         output = model.generate(**inputs, do_sample=False, max_new_tokens=2, eos_token_id=None)[:, :-1]
         # The logits of the step that chose the last token.
-        looped = engine_of(model)._sessions[len(output)].step.logits
+        looped = engine_of(model)._sessions[rows_for(len(output))].step.logits
         with torch.no_grad():
             prompts = model(output).logits[:, -1]
             for row, ids in enumerate(output.tolist()):

@@ -12,13 +12,14 @@ from loop_checks import expect, padded, prompt
 from random_batches import random_prompt
 
 from faster_chatglm_6b.decoding.loop import engine_of
+from faster_chatglm_6b.decoding.session import rows_for
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.15}
 
 
 def poison(model, batch):
     """Fill the buffers of the model's session for ``batch`` sequences with NaN."""
-    session = engine_of(model)._sessions[batch]
+    session = engine_of(model)._sessions[rows_for(batch)]
     step = session.step
     buffers = [step.cache.storage, step.workspace.partial, step.normed, step.packed, step.logits, step._context]
     for buffer in (*buffers, *(session.prompt._captured or ())):
@@ -32,11 +33,11 @@ def check_logits(model, **inputs):
     with torch.no_grad():
         expected = model(**inputs).logits[:, -1].float()
     for _ in range(2 if ids.is_cuda else 1):
-        if len(ids) in engine_of(model)._sessions:
+        if rows_for(len(ids)) in engine_of(model)._sessions:
             poison(model, len(ids))
         with expect(captured=1):
             output = model.generate(**inputs, **settings)
-        logits = engine_of(model)._sessions[len(ids)].step.logits.float()
+        logits = engine_of(model)._sessions[rows_for(len(ids))].step.logits[: len(ids)].float()
         error, largest = float((logits - expected).abs().max()), float(expected.abs().max())
         assert error <= TOLERANCE[model.dtype] * max(largest, 1), (error, largest, ids.shape)
         assert output[:, -1].tolist() == logits.argmax(-1).tolist()

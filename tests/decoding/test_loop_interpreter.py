@@ -22,6 +22,7 @@ import lifecycle_checks  # noqa: E402
 import loop_checks  # noqa: E402
 import prompt_checks  # noqa: E402
 import release_checks  # noqa: E402
+import row_checks  # noqa: E402
 import table_checks  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +33,7 @@ CHECKS = (
     + prompt_checks.EVERYWHERE
     + lifecycle_checks.EVERYWHERE
     + fault_checks.EVERYWHERE
+    + row_checks.EVERYWHERE
     + release_checks.EVERYWHERE
 )
 LOOP = {check.__name__: check for check in CHECKS}

@@ -24,8 +24,8 @@ def test_nothing_arrives_before_it_is_sent():
     numbers.set(temperature=0.5, first_key=[3, 4], seed=2**62 - 1, top_k=7)
     assert not numbers["temperature"].any() and not numbers["first_key"].any()
     numbers.send()
-    assert numbers["temperature"].tolist() == [0.5] and numbers["first_key"].tolist() == [3, 4]
-    assert numbers["seed"].tolist() == [2**62 - 1] and numbers["top_k"].tolist() == [7]
+    assert numbers["temperature"].tolist() == [0.5, 0.5] and numbers["first_key"].tolist() == [3, 4]
+    assert numbers["seed"].tolist() == 2 * [2**62 - 1] and numbers["top_k"].tolist() == [7, 7]
 
 
 def test_what_a_kernel_changed_is_set_again():
@@ -34,14 +34,24 @@ def test_what_a_kernel_changed_is_set_again():
     numbers["step"].add_(5)
     numbers["finished"].fill_(1)
     numbers.send()
-    assert numbers["step"].tolist() == [0] and numbers["finished"].tolist() == [0, 0]
+    assert numbers["step"].tolist() == numbers["finished"].tolist() == [0, 0]
+
+
+def test_fewer_numbers_than_rows_are_those_of_the_first():
+    numbers = RequestNumbers(4, CPU)
+    numbers.set(finished=1)
+    numbers.set(finished=[0, 0, 0])
+    numbers.send()
+    assert numbers["finished"].tolist() == [0, 0, 0, 1]
+    with pytest.raises(ValueError):
+        numbers.set(finished=[0] * 5)
 
 
 def test_fewer_ids_leave_none_of_the_request_before():
-    numbers = RequestNumbers(1, CPU)
+    numbers = RequestNumbers(2, CPU)
     numbers.set_ids("eos_ids", tuple(range(MOST_END_TOKENS)))
     numbers.set_ids("eos_ids", (9,))
     numbers.send()
-    assert numbers["eos_ids"].tolist() == [9] + [-1] * (MOST_END_TOKENS - 1)
+    assert numbers["eos_ids"].tolist() == 2 * [[9] + [-1] * (MOST_END_TOKENS - 1)]
     with pytest.raises(ValueError):
         numbers.set_ids("eos_ids", tuple(range(MOST_END_TOKENS + 1)))

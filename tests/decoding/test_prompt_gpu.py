@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed, so there are no k
 
 sys.path.insert(0, str(Path(__file__).parent))
 import prompt_checks  # noqa: E402
+import row_checks  # noqa: E402
 from loop_checks import padded, prompt  # noqa: E402
 from prompt_checks import check_logits  # noqa: E402
 from test_prefix_loop import load  # noqa: E402
@@ -30,7 +31,7 @@ def model(request, load_on_gpu):
     return load_on_gpu(request.param)
 
 
-@pytest.mark.parametrize("check", prompt_checks.EVERYWHERE, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", prompt_checks.EVERYWHERE + row_checks.EVERYWHERE, ids=lambda check: check.__name__)
 def test_as_in_the_interpreter(model, check):
     check(model)
 

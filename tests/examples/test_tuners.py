@@ -71,7 +71,7 @@ def every_sampler_advances(monkeypatch):
     for sampler in PLANS:
         step = TimedStep(model, 2, CONTEXT, sampler)
         step.measure()
-        assert step._session.state.ids_length.tolist() == [CONTEXT + 2], sampler
+        assert set(step._session.state.ids_length.tolist()) == {CONTEXT + 2}, sampler
         assert all(0 <= token < model.config.vocab_size for token in step._session.state.tokens.tolist()), sampler
 
 

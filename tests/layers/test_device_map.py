@@ -16,6 +16,8 @@ PROMPT = torch.tensor([[20, 30, 40, 321, 324]])
 BATCH = torch.tensor([[3, 3, 20, 30, 40, 321, 324], [50, 60, 70, 80, 90, 321, 324]])
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
 TOLERANCE = {"rtol": 0, "atol": 1e-3}
+# Of logits up to 20, of which halves keep three digits.
+HALF_TOLERANCE = {"rtol": 0, "atol": 0.1}
 NAMES = ("tiny", "tiny-int8", "tiny-int4", "tiny-ptuning-proj1")
 
 
@@ -54,7 +56,8 @@ def check(model, alone, tokenizer):
     device = alone.device
     with torch.no_grad():
         expected = alone(PROMPT.to(device)).logits
-        torch.testing.assert_close(model(PROMPT.to(device)).logits.to(device), expected, **TOLERANCE)
+        tolerance = TOLERANCE if expected.dtype == torch.float32 else HALF_TOLERANCE
+        torch.testing.assert_close(model(PROMPT.to(device)).logits.to(device), expected, **tolerance)
     for ids in (PROMPT, BATCH):
         assert model.generate(ids.to(device), **GREEDY).tolist() == alone.generate(ids.to(device), **GREEDY).tolist()
     beams = [one.generate(BATCH.to(device), **GREEDY, num_beams=2).tolist() for one in (model, alone)]
@@ -115,6 +118,19 @@ class TestOnGPUs:
     )
     def test_two_gpus(self, folder, alone, device_map, tiny_tokenizer, tmp_path):
         check(load(folder, device_map, tmp_path), alone, tiny_tokenizer)
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two CUDA devices")
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+    def test_auto_over_two_gpus(self, folder, dtype, tiny_tokenizer):
+        whole = ChatGLMForConditionalGeneration.from_pretrained(folder, torch_dtype=dtype)
+        # Room for the embedding and one layer, but not for all.
+        tensors = [*whole.transformer.word_embeddings.state_dict().values()]
+        tensors += whole.transformer.layers[0].state_dict().values()
+        room = sum(tensor.nbytes for tensor in tensors) * 3 // 2
+        options = {"device_map": "auto", "max_memory": {0: room, 1: "1GiB"}, "torch_dtype": dtype}
+        model = ChatGLMForConditionalGeneration.from_pretrained(folder, **options).eval()
+        assert set(model.hf_device_map.values()) == {0, 1}
+        check(model, whole.cuda().eval(), tiny_tokenizer)
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two CUDA devices")
     def test_on_the_second_gpu_it_is_captured(self, folder, alone, tmp_path):

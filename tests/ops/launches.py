@@ -25,7 +25,7 @@ def decode_attention_launch(
     dtype: torch.dtype, batch: int, splits: int, keys: int, two: bool = True
 ) -> Callable[[], object]:
     """Return decode attention of ``batch`` sequences, with positions of two parts or of one."""
-    packed, counts = meta(dtype, batch, 3 * HIDDEN), [int32(1)] + 3 * [int32(batch)]
+    packed, counts = meta(dtype, batch, 3 * HIDDEN), 5 * [int32(batch)]
     cache, table = meta(dtype, batch, HEADS, CAPACITY, SIZE), meta(dtype, POSITIONS, SIZE // (4 if two else 2))
     options = {"splits": splits, "max_length": keys, "stable_state": keys <= 256}
     options["workspace"] = kernels.Workspace("meta", batch)
@@ -121,16 +121,15 @@ def sampling_launches(dtype: torch.dtype, capacity: int) -> list[Callable[[], ob
         tokens=meta(torch.int64, batch),
         finished=int32(batch),
         ids=meta(torch.int64, batch, CAPACITY),
-        ids_length=int32(1),
-        cache_length=int32(1),
-        step=int32(1),
-        eos_ids=meta(torch.int64, 1),
-        seed=meta(torch.int64, 1),
+        **{name: int32(batch) for name in ("ids_length", "cache_length", "step", "limit", "lane")},
+        eos_ids=meta(torch.int64, batch, 16),
+        seed=meta(torch.int64, batch),
         ring=meta(torch.int64, 256, batch),
-        pad_id=3,
+        turn=int32(1),
+        pad_id=meta(torch.int64, 1),
     )
     logits, scores = meta(dtype, batch, VOCAB), meta(torch.float32, batch, VOCAB)
-    number, count = meta(torch.float32, 1), int32(1)
+    number, count = meta(torch.float32, batch), int32(batch)
     workspace = kernels.Workspace("meta", batch)
     return [
         lambda: kernels.greedy_sample(logits, state, workspace=workspace),

@@ -110,7 +110,7 @@ def check_fused_apply_rotary_emb(
 
 def prompts(device: str, batch: int, rows: int) -> dict[str, torch.Tensor]:
     """Draw places of left-padded prompts: the first one has no padding, and all its rows but the last are context."""
-    sop = torch.randint(1, rows, (batch,), dtype=torch.int32, device=device) if rows > 1 else torch.zeros(batch).int()
+    sop = torch.randint(min(1, rows - 1), rows, (batch,), dtype=torch.int32, device=device)
     first = (torch.rand(batch, device=device) * (sop + 1)).int()
     first[0], sop[0] = 0, rows - 1
     return {"first_slot": first.to(device), "sop_slot": sop.to(device)}
@@ -208,12 +208,12 @@ def check_attention(
     cos = torch.ones(length + 2, size // 4, dtype=dtype, device=device)
     workspace = kernels.Workspace(device, batch, heads, size, 1024)
     workspace.partial.fill_(float("nan"))
-    slot = torch.tensor([length], dtype=torch.int32, device=device)
     nothing = torch.zeros_like(first_key)
+    slot = nothing + length
     out = poison(device, dtype, batch, heads * size)
     for _ in range(2):
         kernels.decode_attention(
-            qkv, key_cache, value_cache, slot, first_key, nothing, nothing, cos, torch.zeros_like(cos),
+            qkv, key_cache, value_cache, slot, nothing, first_key, nothing, nothing, cos, torch.zeros_like(cos),
             splits=splits, workspace=workspace, out=out,
         )  # fmt: skip
     for cache, stored in zip((key_cache, value_cache), newest, strict=True):
@@ -233,40 +233,49 @@ def check_decode_attention(
     splits: int | None,
     two: bool = True,
 ) -> None:
+    """Check rows that stand at different places, the first at ``length``; every third one is done."""
     capacity = length + 6
     qkv = random(device, dtype, batch, 3 * heads * size)
+    slot = torch.randint(0, length + 1, (batch,), dtype=torch.int32, device=device)
+    slot[0] = length
+    finished = (torch.arange(batch, device=device) % 3 == 1).int()
     longer = [poison(device, dtype, batch, heads, capacity + 3, size) for _ in range(2)]
     caches = [cache[:, :, :capacity] for cache in longer]
-    first_key = torch.randint(0, length + 1, (batch,), dtype=torch.int32, device=device)
+    first_key = (torch.rand(batch, device=device) * (slot + 1)).int()
     first_key[0] = 0
     for row in range(batch):
         for cache in caches:
-            visible = cache[row, :, first_key[row] : length]
+            # The keys of a row that is done stay poisoned.
+            visible = cache[row, :, first_key[row] : 0 if finished[row] else slot[row]]
             visible.copy_(random(device, dtype, *visible.shape))
     before = [cache.clone() for cache in longer]
     position = torch.randint(0, 40, (batch,), dtype=torch.int32, device=device)
-    sop_index = torch.randint(0, length + 1, (batch,), dtype=torch.int32, device=device)
+    sop_index = (torch.rand(batch, device=device) * (slot + 1)).int()
     cos, sin = tables(device, dtype, length + 60, size // 4 if two else size // 2)
     workspace = kernels.Workspace(device, batch, heads, size, 1024)
     workspace.partial.fill_(float("nan"))
-    slot = torch.tensor([length], dtype=torch.int32, device=device)
     out = poison(device, dtype, batch, heads * size)
     kernels.decode_attention(
-        qkv, *caches, slot, first_key, position, sop_index, cos, sin, splits=splits, workspace=workspace, out=out
-    )
+        qkv, *caches, slot, finished, first_key, position, sop_index, cos, sin,
+        splits=splits, workspace=workspace, out=out,
+    )  # fmt: skip
     query, key, value = qkv.view(batch, heads, 3, size).unbind(2)
-    places = [position.long()[:, None], (length - sop_index + 1).long()[:, None]][: 2 if two else 1]
+    places = [position.long()[:, None], (slot - sop_index + 1).long()[:, None]][: 2 if two else 1]
     query, key = rotate64(query, places, cos, sin).to(dtype), rotate64(key, places, cos, sin)
-    # Exactly one slot changes.
+    runs, there = ~finished.bool(), torch.arange(batch, device=device)
+    # Exactly one slot of every running row changes.
     for cache, old, new in zip(longer, before, (key, value.double()), strict=True):
-        assert_close(cache[:, :, length], new)
+        assert_close(cache[there, :, slot.long()][runs], new[runs])
         cache_rest, old_rest = cache.clone(), old.clone()
-        cache_rest[:, :, length] = 0
-        old_rest[:, :, length] = 0
+        cache_rest[there[runs], :, slot[runs].long()] = 0
+        old_rest[there[runs], :, slot[runs].long()] = 0
         assert torch.equal(cache_rest.isnan(), old_rest.isnan())
         assert torch.equal(cache_rest.nan_to_num(), old_rest.nan_to_num())
-    expected = attention64(query, caches[0].nan_to_num(), caches[1].nan_to_num(), first_key, length)
-    assert_close(out.view(batch, heads, size), expected)
+    for row in range(batch):
+        one = slice(row, row + 1)
+        held = [cache[one].nan_to_num() for cache in caches]
+        expected = attention64(query[one], *held, first_key[one], int(slot[row])) if runs[row] else value[one].double()
+        assert_close(out.view(batch, heads, size)[one], expected)
     assert not workspace.counters.any()
 
 

@@ -18,7 +18,7 @@ EOS = 7
 
 def make_state(device: str, batch: int, length: int = 4, capacity: int = 12, seed: int = 1) -> kernels.DecodeState:
     def counter(value: int) -> torch.Tensor:
-        return torch.tensor([value], dtype=torch.int32, device=device)
+        return torch.full((batch,), value, dtype=torch.int32, device=device)
 
     return kernels.DecodeState(
         tokens=torch.full((batch,), -5, device=device),
@@ -27,10 +27,13 @@ def make_state(device: str, batch: int, length: int = 4, capacity: int = 12, see
         ids_length=counter(length),
         cache_length=counter(length - 1),
         step=counter(0),
-        eos_ids=torch.tensor([EOS, -1, EOS + 1], device=device),
-        seed=torch.tensor([seed], device=device),
+        limit=counter(2**31 - 1),
+        eos_ids=torch.tensor([EOS, -1, EOS + 1], device=device).repeat(batch, 1),
+        seed=torch.full((batch,), seed, device=device),
+        lane=torch.arange(batch, dtype=torch.int32, device=device),
         ring=torch.full((3, batch), -1, device=device),
-        pad_id=PAD,
+        turn=counter(0)[:1].clone(),
+        pad_id=torch.tensor([PAD], device=device),
     )
 
 
@@ -44,8 +47,8 @@ def make_workspace(device: str, batch: int, vocab: int) -> kernels.Workspace:
     return workspace
 
 
-def value(number: float, dtype: torch.dtype, device: str) -> torch.Tensor:
-    return torch.tensor([number], dtype=dtype, device=device)
+def values(batch: int, number: float, dtype: torch.dtype, device: str) -> torch.Tensor:
+    return torch.full((batch,), number, dtype=dtype, device=device)
 
 
 def check_greedy(device: str, dtype: torch.dtype, batch: int, vocab: int) -> None:
@@ -71,8 +74,8 @@ def check_greedy(device: str, dtype: torch.dtype, batch: int, vocab: int) -> Non
         assert torch.equal(state.tokens, expected)
         assert torch.equal(state.finished.bool(), finished)
         assert torch.equal(state.ring[step % 3], expected)
-        counters = [int(c) for c in (state.ids_length, state.cache_length, state.step)]
-        assert counters == [5 + step, 4 + step, 1 + step]
+        counters = [set(c.tolist()) for c in (state.ids_length, state.cache_length, state.step, state.turn)]
+        assert counters == [{5 + step}, {4 + step}, {1 + step}, {1 + step}]
         if 4 + step < 7:
             assert torch.equal(state.ids[:, 4 + step], expected)
     assert (state.ids[:, :4] == -7).all()
@@ -87,8 +90,8 @@ def check_invalid_rule(device: str, dtype: torch.dtype, vocab: int) -> None:
     scores[1, vocab - 1] = float("inf")
     scores[2, : vocab // 2] = float("-inf")
     scores[2, vocab - 2] = scores[3, vocab - 3] = 60.0
-    one = value(1.0, torch.float32, device)
-    k = value(2, torch.int32, device)
+    one = values(batch, 1.0, torch.float32, device)
+    k = values(batch, 2, torch.int32, device)
     workspace = make_workspace(device, batch, vocab)
 
     def run(sampler, *arguments) -> None:
@@ -145,8 +148,8 @@ def check_distribution(
     state = make_state(device, batch, seed=1234567890123)
     state.eos_ids.fill_(-1)
     workspace = make_workspace(device, batch, vocab)
-    heat, p = value(temperature, torch.float32, device), value(top_p, torch.float32, device)
-    k = None if top_k is None else value(top_k, torch.int32, device)
+    heat, p = values(batch, temperature, torch.float32, device), values(batch, top_p, torch.float32, device)
+    k = None if top_k is None else values(batch, top_k, torch.int32, device)
     counts = torch.zeros(vocab, dtype=torch.long)
     for _ in range(steps):
         if sampler == "top_k":
@@ -172,20 +175,20 @@ def check_ties(device: str, sampler: str, batch: int) -> None:
     scores[:, 10:20] = 1.0
     state, workspace = make_state(device, batch), make_workspace(device, batch, vocab)
     state.eos_ids.fill_(-1)
-    heat = value(1.0, torch.float32, device)
+    heat = values(batch, 1.0, torch.float32, device)
     seen = set()
     for _ in range(3 if batch < 32 else 6):
         if sampler == "top_k":
-            kernels.top_k_sample(scores, state, heat, value(3, torch.int32, device), heat, workspace=workspace)
+            kernels.top_k_sample(scores, state, heat, values(batch, 3, torch.int32, device), heat, workspace=workspace)
         else:
-            kernels.full_sample(scores, state, heat, value(3, torch.int32, device), None, workspace=workspace)
+            kernels.full_sample(scores, state, heat, values(batch, 3, torch.int32, device), None, workspace=workspace)
         seen |= set(state.tokens.tolist())
     assert seen <= set(range(10, 20)) and (len(seen) == 10 or batch < 32)
     seen = set()
-    p = value(0.45, torch.float32, device)
+    p = values(batch, 0.45, torch.float32, device)
     for _ in range(3 if batch < 32 else 6):
         if sampler == "top_k":
-            kernels.top_k_sample(scores, state, heat, value(50, torch.int32, device), p, workspace=workspace)
+            kernels.top_k_sample(scores, state, heat, values(batch, 50, torch.int32, device), p, workspace=workspace)
         else:
             kernels.full_sample(scores, state, heat, None, p, workspace=workspace)
         seen |= set(state.tokens.tolist())
@@ -225,9 +228,9 @@ def check_thresholds(
     batch = 3
     scores = scores_of(kind, batch, vocab, dtype)
     state, workspace = make_state(device, batch), make_workspace(device, batch, vocab)
-    heat = value(temperature, torch.float32, device)
-    k = None if top_k is None else value(top_k, torch.int32, device)
-    p = None if top_p is None else value(top_p, torch.float32, device)
+    heat = values(batch, temperature, torch.float32, device)
+    k = None if top_k is None else values(batch, top_k, torch.int32, device)
+    p = None if top_p is None else values(batch, top_p, torch.float32, device)
     most = threshold.MOST_GATHERED
     threshold.MOST_GATHERED = most if gathered is None else gathered
     try:
@@ -264,8 +267,8 @@ def check_repeatable(device: str, sampler: str, vocab: int) -> None:
     """Check that the same seed and step give the same tokens, and another seed, step or row gives others."""
     batch = 32
     scores = torch.zeros(batch, vocab, device=device)
-    heat, p = value(1.0, torch.float32, device), value(1.0, torch.float32, device)
-    k = value(64, torch.int32, device)
+    heat, p = values(batch, 1.0, torch.float32, device), values(batch, 1.0, torch.float32, device)
+    k = values(batch, 64, torch.int32, device)
 
     def draw(seed: int) -> list[list[int]]:
         state, workspace = make_state(device, batch, seed=seed), make_workspace(device, batch, vocab)
@@ -292,24 +295,75 @@ def check_processors(device: str, dtype: torch.dtype, batch: int, vocab: int) ->
     ids[:, :length] = torch.randint(0, 12, (batch, length), device=device)
     logits = torch.randn(batch, vocab, device=device).to(dtype)
     scores = torch.full((batch, vocab), float("nan"), device=device)
-    count = value(length, torch.int32, device)
+    count = values(batch, length, torch.int32, device)
     seen, original = ids[:, :length].cpu(), logits.float().cpu()
 
     kernels.copy_scores(logits, scores)
     assert torch.equal(scores.cpu(), original)
-    kernels.repetition_penalty(logits, scores, ids, count, value(1.7, torch.float32, device))
+    kernels.repetition_penalty(logits, scores, ids, count, values(batch, 1.7, torch.float32, device))
     expected = RepetitionPenaltyLogitsProcessor(1.7)(seen, original.clone())
     assert torch.allclose(scores.cpu(), expected, rtol=1e-6, atol=0)
     for size in (1, 2, 3, 5, 41, 42):
         kernels.copy_scores(logits, scores)
-        kernels.no_repeat_ngram(scores, ids, count, value(size, torch.int32, device))
+        kernels.no_repeat_ngram(scores, ids, count, values(batch, size, torch.int32, device))
         expected = NoRepeatNGramLogitsProcessor(size)(seen, original.clone())
         assert torch.equal(scores.cpu(), expected), size
-    eos = torch.tensor([EOS, -1, vocab - 1], device=device)
+    eos = torch.tensor([EOS, -1, vocab - 1], device=device).repeat(batch, 1)
     for minimum, banned in ((length + 1, True), (length, False)):
         kernels.copy_scores(logits, scores)
-        kernels.min_length(scores, count, value(minimum, torch.int32, device), eos)
+        kernels.min_length(scores, count, values(batch, minimum, torch.int32, device), eos)
         expected = original.clone()
         if banned:
             expected[:, [EOS, vocab - 1]] = float("-inf")
         assert torch.equal(scores.cpu(), expected)
+
+
+def check_rows_of_their_own(device: str, sampler: str, batch: int, vocab: int) -> None:
+    """Check that rows which differ in everything get what each of them gets alone, over three steps."""
+    draw = torch.Generator().manual_seed(batch)
+
+    def integers(low: int, high: int) -> torch.Tensor:
+        return torch.randint(low, high, (batch,), dtype=torch.int32, generator=draw).to(device)
+
+    state = make_state(device, batch, capacity=20)
+    state.ids.copy_(torch.randint(0, vocab, state.ids.shape, generator=draw))
+    state.ids_length, state.cache_length, state.step = integers(6, 15), integers(0, 9), integers(0, 50)
+    state.seed, state.lane, state.limit = integers(0, 1000).long(), integers(0, 3), integers(8, 18)
+    state.eos_ids, state.finished = integers(0, vocab).long()[:, None], integers(0, 4) // 3
+    heat = torch.rand(batch, generator=draw).to(device) + 0.3
+    # The first row gets its largest scores and does not end; the second one is at its end.
+    heat[0], state.finished[0], state.limit[0], state.eos_ids[0], state.limit[1] = 0.0, 0, 100, -1, 8
+    k, p = integers(1, 60), torch.rand(batch, generator=draw).to(device)
+    penalty, size, minimum = heat + 0.8, integers(0, 4), integers(5, 20)
+    logits = (2 * torch.randn(3, batch, vocab, generator=draw)).to(device)
+
+    def run(rows: slice) -> list[list[torch.Tensor]]:
+        """Return what the state of ``rows`` is after each step."""
+        names = ("tokens", "finished", "ids", "ids_length", "cache_length", "step", "limit", "eos_ids", "seed", "lane")
+        own = {name: getattr(state, name)[rows].clone() for name in names}
+        count = len(own["tokens"])
+        ring, turn = torch.full((3, count), -1, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+        mine = kernels.DecodeState(**own, ring=ring, turn=turn, pad_id=state.pad_id)
+        workspace, after = make_workspace(device, count, vocab), []
+        for step in range(3):
+            given = logits[step, rows].contiguous()
+            scores = torch.empty_like(given)
+            kernels.copy_scores(given, scores)
+            kernels.repetition_penalty(given, scores, mine.ids, mine.ids_length, penalty[rows])
+            kernels.no_repeat_ngram(scores, mine.ids, mine.ids_length, size[rows])
+            kernels.min_length(scores, mine.ids_length, minimum[rows], mine.eos_ids)
+            if sampler == "greedy":
+                kernels.greedy_sample(scores, mine, workspace=workspace)
+            else:
+                sample = kernels.top_k_sample if sampler == "top_k" else kernels.full_sample
+                sample(scores, mine, heat[rows], k[rows], p[rows], workspace=workspace)
+            if rows.start == 0:
+                assert mine.tokens[0] == scores[0].argmax()
+            after.append([getattr(mine, name).clone() for name in names] + [mine.ring.T.clone()])
+        return after
+
+    together = run(slice(0, batch))
+    for row in range(batch):
+        for whole, alone in zip(together, run(slice(row, row + 1)), strict=True):
+            assert all(torch.equal(one[row : row + 1], other) for one, other in zip(whole, alone, strict=True)), row
+    assert together[-1][1][:2].tolist() == [0, 1]

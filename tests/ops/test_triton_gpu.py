@@ -140,6 +140,7 @@ def test_greedy_and_processors(dtype, batch, vocab):
 def test_ties_and_seeds(sampler):
     sampling.check_ties(DEVICE, sampler, 64)
     sampling.check_repeatable(DEVICE, sampler, 704)
+    sampling.check_rows_of_their_own(DEVICE, sampler, 33, 704)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +212,7 @@ def test_captured_step_repeats():
                 qkv,
                 *caches,
                 state.cache_length,
+                zero,
                 zero,
                 zero,
                 zero,

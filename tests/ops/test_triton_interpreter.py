@@ -62,6 +62,7 @@ CASES = [
     ("thresholds", SINGLE, [700, "far", 0.9, 40, 0.99999, 8]),
     ("thresholds", "bfloat16", [700, "few values", 1.0, 100, 0.8, 8]),
     ("repeatable", None, ["full", 60]),
+    *(("rows_of_their_own", None, [sampler, 3, 60]) for sampler in ("greedy", "top_k", "full")),
 ]
 
 

@@ -53,7 +53,7 @@ class DecodeStep:
 
         Args:
             tokens: int64 [B].
-            length: int32 [1]; the new keys go to this slot.
+            length: int32 [B]; the new keys go to these slots.
             most_keys: most keys that there will be. It only decides how attention is split: any number is right.
 
         Returns:
@@ -82,6 +82,7 @@ class DecodeStep:
             self.packed,
             *self.cache.layer(index),
             length,
+            numbers["finished"],
             numbers["first_key"],
             numbers["position"],
             numbers["sop_index"],

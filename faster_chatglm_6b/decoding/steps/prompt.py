@@ -79,11 +79,11 @@ class PromptStep:
 
         Args:
             ids: int64 [B, M] from ``place``.
-            cache_length: int32 [1].
+            cache_length: int32, one for each row of the decode step: at least B.
             most_keys: as of ``DecodeStep.run``.
 
         Returns:
-            Logits [B, V], a buffer that the next run overwrites.
+            Logits of all rows of the decode step; those of the prompts come first. The next run overwrites them.
         """
         (batch, rows), decode, network = ids.shape, self._decode, model.transformer
         hidden, normed, wide = self._buffers(batch * rows)
@@ -95,7 +95,8 @@ class PromptStep:
         place, last_row = (self._numbers["first_key"], self._numbers["sop_slot"]), self._numbers["last_row"]
         kernels.embedding(ids.reshape(-1), network.word_embeddings.weight, out=hidden)
         for index, layer in enumerate(network.layers):
-            attention, mlp, cache = layer.attention, layer.mlp, decode.cache.layer(index)
+            attention, mlp = layer.attention, layer.mlp
+            cache = [tensor[:batch] for tensor in decode.cache.layer(index)]
             # The residual of the layer before is added here.
             _normalise(layer.input_layernorm, hidden, normed if index else None, normed)
             product(attention.query_key_value, normed, packed.view(batch * rows, 3 * size), workspace)
@@ -118,7 +119,7 @@ class PromptStep:
             product(mlp.dense_h_to_4h, normed, inner, workspace, gelu=True)
             product(mlp.dense_4h_to_h, inner, hidden, workspace)
         for source, target in ((packed, decode.packed), (normed.view(batch, rows, size), decode.normed)):
-            torch.index_select(source, 1, last_row, out=target.view(batch, 1, -1))
+            torch.index_select(source, 1, last_row, out=target[:batch, None])
         decode.finish_layer(index, layer, cache_length, most_keys)
         return decode.finish(model)
 

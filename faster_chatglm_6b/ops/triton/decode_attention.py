@@ -86,7 +86,8 @@ def decode_attention_kernel(
     qkv,  # packed projection [B, H, 3, K]
     key_cache,  # [B, H, T, K]
     value_cache,  # [B, H, T, K]
-    length,  # int32 [1]
+    length,  # int32 [B]
+    finished,  # int32 [B]
     first_key,  # int32 [B]
     position,  # int32 [B]
     sop_index,  # int32 [B]
@@ -131,14 +132,17 @@ def decode_attention_kernel(
     if not EARLY:
         if PDL:
             # Before the wait these may be the values of the step before: good enough for a hint.
-            hint_end = tl.minimum(tl.load(length), capacity)
+            hint_end = tl.minimum(tl.load(length + batch), capacity)
             start, stop, active = key_range(tl.load(first_key + batch), hint_end, split, SPLITS, BLOCK_T)
             prefetch_first_block(key_cache, value_cache, cache, start, stop, stride_t, K, BLOCK_T)
         wait_for_predecessor(PDL, HOLDS_BACK)
         # Loads that do not depend on the length come first, so that their latencies overlap.
         q_own, q_partner, k_own, k_partner, v_new = load_packed(packed, columns, valid, K, WIDTH)
-    end = tl.load(length, volatile=True)
-    start, stop, active = key_range(tl.load(first_key + batch), end, split, SPLITS, BLOCK_T)
+    end = tl.load(length + batch, volatile=True)
+    # Rows that are done see their new key only: their neighbours need not wait for them.
+    is_done = tl.load(finished + batch, volatile=True) != 0
+    first = tl.where(is_done, end, tl.load(first_key + batch))
+    start, stop, active = key_range(first, end, split, SPLITS, BLOCK_T)
     k, v = load_block(key_cache + cache, value_cache + cache, start, stop, slots, columns, valid, stride_t)
     first_position = tl.minimum(tl.load(position + batch), positions - 1)
     second_position = first_position
@@ -158,7 +162,7 @@ def decode_attention_kernel(
             k_new = (k_own * c + k_partner * s).to(out.dtype.element_ty)
             target = cache + end.to(tl.int64) * stride_t + columns
             # To Triton 3.9's interpreter a broadcast scalar is an integer: the comparison makes the mask one again.
-            fits = (valid & (end < capacity)) != 0
+            fits = (valid & (end < capacity) & (is_done == 0)) != 0
             tl.store(key_cache + target, k_new, mask=fits)
             tl.store(value_cache + target, v_new, mask=fits)
             highest = tl.sum(q * k_new.to(tl.float32), 0)
@@ -200,6 +204,7 @@ def decode_attention(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     length: torch.Tensor,
+    finished: torch.Tensor,
     first_key: torch.Tensor,
     position: torch.Tensor,
     sop_index: torch.Tensor,
@@ -214,20 +219,21 @@ def decode_attention(
 ) -> torch.Tensor:
     """Rotate query and key, append to the cache and attend for one decode step, in one launch.
 
-    The new key and value go to slot ``length``. With tables [P, K / 4] the first half of a head turns by
-    ``position[b]`` and the second by ``length - sop_index[b] + 1``, clamped to the tables; with [P, K / 2]
+    The new key and value go to slot ``length[b]``. With tables [P, K / 4] the first half of a head turns by
+    ``position[b]`` and the second by ``length[b] - sop_index[b] + 1``, clamped to the tables; with [P, K / 2]
     the whole head turns by ``position[b]``.
 
     Args:
         qkv: [B, 3 * H * K], per head [q k v].
         key_cache, value_cache: [B, H, T, K] of equal strides, last axis contiguous.
-        length: int32 [1], slots filled, below T. first_key, position, sop_index: int32 [B].
+        length: int32 [B], slots filled, below T. first_key, position, sop_index: int32 [B].
+        finished: int32 [B]; a row where it is not 0 reads nothing of the cache and leaves it as it is.
         cos, sin: [P, K / 4] or [P, K / 2].
         splits: parts that the keys are cut into, 1 to 64, fixed when a graph is captured and right for every length;
             None chooses for ``max_length`` keys (default T).
         stable_state: read all but ``qkv`` before the wait. The caller promises that no launch that may still run writes
-            ``length``, ``first_key``, ``position``, ``sop_index``, the tables or the filled slots, as in a CUDA graph
-            that holds one step and advances the length at its end.
+            ``length``, ``finished``, ``first_key``, ``position``, ``sop_index``, the tables or the filled slots, as in
+            a CUDA graph that holds one step and advances the lengths at its end.
         out: [B, H * K].
 
     Raises:
@@ -264,6 +270,7 @@ def decode_attention(
         key_cache,
         value_cache,
         length,
+        finished,
         first_key,
         position,
         sop_index,

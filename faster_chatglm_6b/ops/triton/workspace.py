@@ -10,6 +10,8 @@ CAPACITY = 128
 # Distances from the largest score that ``sampling.threshold`` tells apart.
 DISTANCES = 2048
 COUNTERS = 8192
+# Parts of keys in one launch of attention, unless there are more sequences times heads: those are not split.
+ATTENTION_PARTS = 16384
 
 
 class Workspace:
@@ -39,7 +41,7 @@ class Workspace:
         chunks = max(triton.next_power_of_2(triton.cdiv(vocab_size, SAMPLING_BLOCK)), 2)
         # The tensor-core product: up to 16 splits of 16384 rows, or equivalently fewer splits of more rows.
         matmul = 16 * 16384 * min(max(triton.next_power_of_2(batch), 16), 64)
-        attention = batch * num_heads * MAX_SPLITS * (triton.next_power_of_2(head_size) + 2)
+        attention = max(batch * num_heads, ATTENTION_PARTS) * (triton.next_power_of_2(head_size) + 2)
         self.batch = batch
         self.chunks = chunks
         self.partial = torch.empty(max(matmul, attention), dtype=torch.float32, device=device)

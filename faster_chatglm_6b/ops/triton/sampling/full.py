@@ -17,11 +17,11 @@ from .threshold import find_thresholds
 
 
 @triton.jit
-def gumbel(seed, step, row, index):
+def gumbel(seed, step, lane, index):
     """Draw standard Gumbel noise, -log(-log(u)), one value per score (Philox 4x32-10)."""
     zero = index * 0
     number, _, _, _ = tl.philox(
-        seed, index.to(tl.uint32), (zero + row).to(tl.uint32), (zero + step).to(tl.uint32), zero.to(tl.uint32)
+        seed, index.to(tl.uint32), (zero + lane).to(tl.uint32), (zero + step).to(tl.uint32), zero.to(tl.uint32)
     )
     u = (number.to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
     # -log(1 - u): the series keeps the digits of the small values, which are the ones that win.
@@ -34,8 +34,7 @@ def full_sample_kernel(
     scores,  # [B, V]
     maxima,  # int32 [B, CHUNKS]
     thresholds,  # int64 [B, FIELDS]
-    temperature,  # float32 [1]
-    seed,  # int64 [1]
+    temperature,  # float32 [B]
     candidates,  # int64 [B, CHUNKS]
     counters,  # int32 [B + 1], zero
     vocab,  # V
@@ -65,7 +64,11 @@ def full_sample_kernel(
         tl.store(maxima + row.to(tl.int64) * CHUNKS + chunk, tl.max(key, 0))
     best = tl.full([], LOWEST, tl.int64)
     if tl.max(kept.to(tl.int32), 0) > 0:
-        noisy = value / tl.load(temperature) + gumbel(tl.load(seed), tl.load(state.step), row, index)
+        noisy = value
+        if tl.load(temperature + row) > 0.0:
+            lane, now = tl.load(state.lane + row), tl.load(state.step + row)
+            noise = gumbel(tl.load(state.seed + row), now, lane, index)
+            noisy = value / tl.load(temperature + row) + noise
         best = tl.max(tl.where(kept, pack_candidate(noisy, index), LOWEST), 0)
     mine = candidates + row.to(tl.int64) * CHUNKS
     tl.store(mine + chunk, best)
@@ -96,9 +99,9 @@ def full_sample(
 
     Args:
         scores: [B, V], float16, bfloat16 or float32; NaN is an error of the caller unless ``invalid_rule``.
-        temperature: float32 [1], above 0.
-        top_k: int32 [1], at least 1, or None: not applied. Every score equal to the k-th stays.
-        top_p: float32 [1], or None: not applied. 1.0 keeps all.
+        temperature: float32 [B]; 0 chooses the largest score.
+        top_k: int32 [B], at least 1, or None: not applied. Every score equal to the k-th stays.
+        top_p: float32 [B], or None: not applied. 1.0 keeps all.
         invalid_rule: choose ``invalid_token``, which is not 0, for a row that holds NaN or +inf.
 
     Raises:
@@ -125,7 +128,6 @@ def full_sample(
         workspace.maxima,
         workspace.thresholds,
         temperature,
-        state.seed,
         workspace.candidates,
         workspace.counters,
         vocab,

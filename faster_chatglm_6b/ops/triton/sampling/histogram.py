@@ -23,6 +23,13 @@ SLACK = tl.constexpr(1.0 - 2.0**-21)
 
 
 @triton.jit
+def load_temperature(temperature, row):
+    """Load a row's temperature; 0, of a row that gets its largest score, counts as 1."""
+    heat = tl.load(temperature + row)
+    return tl.where(heat > 0.0, heat, 1.0)
+
+
+@triton.jit
 def distance_of(scaled, highest):
     """Return highest - scaled, 0 for equal infinities."""
     return tl.where(scaled == highest, 0.0, highest - scaled)
@@ -60,7 +67,7 @@ def survey_kernel(
     lows,  # float32 [B, CHUNKS], the lowest finite score or +inf
     histogram,  # int64 [B, 2, BINS]
     thresholds,  # int64 [B, FIELDS]
-    temperature,  # float32 [1]
+    temperature,  # float32 [B]
     vocab,  # V
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -74,7 +81,7 @@ def survey_kernel(
     wait_for_predecessor(PDL)
     value = load_scores(scores, row, index, vocab)
     highest_key = tl.max(tl.where(index < vocab, order_key(value), -0x80000000), 0)
-    heat = tl.load(temperature)
+    heat = load_temperature(temperature, row)
     near = distance_of(value / heat, value_of_key(highest_key) / heat)
     place = row.to(tl.int64) * CHUNKS + chunk
     tl.store(maxima + place, highest_key)
@@ -115,8 +122,8 @@ def histogram_kernel(
     histogram,  # int64 [B, 2, BINS], zero
     thresholds,  # int64 [B, FIELDS]
     counters,  # int32 [B], zero
-    temperature,  # float32 [1]
-    wanted,  # int32 [1], k, or float32 [1], p
+    temperature,  # float32 [B]
+    wanted,  # int32 [B], k, or float32 [B], p
     vocab,  # V
     MASS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -137,10 +144,10 @@ def histogram_kernel(
     value = load_scores(scores, row, index, vocab)
     record = thresholds + row.to(tl.int64) * FIELDS
     floor = tl.load(record + FLOOR)
-    heat = tl.load(temperature)
+    heat = load_temperature(temperature, row)
     highest_key = row_maximum(maxima, row, chunks, CHUNKS)
     highest = value_of_key(highest_key) / heat
-    share = tl.load(wanted).to(tl.float32)
+    share = tl.load(wanted + row).to(tl.float32)
     other = tl.arange(0, CHUNKS)
     others = row.to(tl.int64) * CHUNKS + other
     bounded = floor != LOWEST
@@ -156,7 +163,7 @@ def histogram_kernel(
         )
         limit = tl.where(limit < FARTHEST, limit, FARTHEST)
     else:
-        goal = tl.maximum(tl.load(wanted), 1).to(tl.int64)
+        goal = tl.maximum(tl.load(wanted + row), 1).to(tl.int64)
         everything = goal >= vocab
         low = tl.min(tl.load(lows + others, mask=other < chunks, other=float("inf")), 0)
         limit = tl.where(low < float("inf"), distance_of(low / heat, highest), 0.0)
@@ -164,7 +171,8 @@ def histogram_kernel(
     if MASS:
         offset = BINS
     bins = histogram + (row.to(tl.int64) * 2 * BINS + offset)
-    if everything:
+    # A row that gets its largest score needs no threshold.
+    if everything | (tl.load(temperature + row) <= 0.0):
         if chunk == 0:
             tl.store(record + BIN, tl.full([], -1, tl.int64))
     else:

@@ -28,8 +28,8 @@ def repetition_penalty_kernel(
     logits,  # [B, V]
     scores,  # float32 [B, V]
     ids,  # int64 [B, T]
-    ids_length,  # int32 [1]
-    penalty,  # float32 [1]
+    ids_length,  # int32 [B]
+    penalty,  # float32 [B]
     vocab,  # V
     ids_capacity,  # T
     BLOCK: tl.constexpr,
@@ -38,11 +38,11 @@ def repetition_penalty_kernel(
     row = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wait_for_predecessor(PDL)
-    seen = place < tl.minimum(tl.load(ids_length), ids_capacity)
+    seen = place < tl.minimum(tl.load(ids_length + row), ids_capacity)
     token = tl.load(ids + row * ids_capacity + place, mask=seen, other=0)
     # Read from the untouched logits, so that a token that occurs twice is penalised once.
     value = tl.load(logits + row * vocab + token, mask=seen, other=0.0).to(tl.float32)
-    factor = tl.load(penalty)
+    factor = tl.load(penalty + row)
     tl.store(scores + row * vocab + token, tl.where(value < 0.0, value * factor, value / factor), mask=seen)
 
 
@@ -50,8 +50,8 @@ def repetition_penalty_kernel(
 def no_repeat_ngram_kernel(
     scores,  # float32 [B, V]
     ids,  # int64 [B, T]
-    ids_length,  # int32 [1]
-    ngram_size,  # int32 [1]
+    ids_length,  # int32 [B]
+    ngram_size,  # int32 [B]
     vocab,  # V
     ids_capacity,  # T
     BLOCK: tl.constexpr,
@@ -60,10 +60,10 @@ def no_repeat_ngram_kernel(
     row = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wait_for_predecessor(PDL)
-    length = tl.minimum(tl.load(ids_length), ids_capacity)
-    size = tl.load(ngram_size)
+    length = tl.minimum(tl.load(ids_length + row), ids_capacity)
+    size = tl.load(ngram_size + row)
     history = ids + row * ids_capacity
-    equal = start + size <= length
+    equal = (size > 0) & (start + size <= length)
     for offset in range(0, size - 1):
         newest = tl.load(history + tl.maximum(length - size + 1 + offset, 0))
         equal = equal & (tl.load(history + start + offset, mask=equal, other=-1) == newest)
@@ -74,9 +74,9 @@ def no_repeat_ngram_kernel(
 @triton.jit
 def min_length_kernel(
     scores,  # float32 [B, V]
-    ids_length,  # int32 [1]
-    minimum,  # int32 [1]
-    eos_ids,  # int64 [E]
+    ids_length,  # int32 [B]
+    minimum,  # int32 [B]
+    eos_ids,  # int64 [B, E]
     vocab,  # V
     eos_count,  # E
     EOS_BLOCK: tl.constexpr,
@@ -85,8 +85,8 @@ def min_length_kernel(
     row = tl.program_id(0).to(tl.int64)
     entry = tl.arange(0, EOS_BLOCK)
     wait_for_predecessor(PDL)
-    token = tl.load(eos_ids + entry, mask=entry < eos_count, other=-1)
-    is_short = tl.load(ids_length) < tl.load(minimum)
+    token = tl.load(eos_ids + row * eos_count + entry, mask=entry < eos_count, other=-1)
+    is_short = tl.load(ids_length + row) < tl.load(minimum + row)
     # To Triton 3.9's interpreter a broadcast scalar is an integer: the comparison makes the mask one again.
     banned = ((token >= 0) & (token < vocab) & is_short) != 0
     tl.store(scores + row * vocab + token, float("-inf"), mask=banned)
@@ -115,8 +115,8 @@ def repetition_penalty(
     It must be the first processor, since it starts from the logits again.
 
     Args:
-        logits: [B, V], not changed. scores: float32 [B, V]. ids: int64 [B, T], padding included. ids_length: int32 [1].
-        penalty: float32 [1], above 0.
+        logits: [B, V], not changed. scores: float32 [B, V]. ids: int64 [B, T], padding included. ids_length: int32 [B].
+        penalty: float32 [B], above 0; 1 changes nothing.
     """
     pdl = uses_pdl(scores.device)
     repetition_penalty_kernel[(triton.cdiv(ids.shape[1], BLOCK), ids.shape[0])](
@@ -140,7 +140,8 @@ def no_repeat_ngram(
     """Write -inf for every token that would complete an n-gram already in ids (NoRepeatNGramLogitsProcessor).
 
     Args:
-        scores: float32 [B, V]. ids: int64 [B, T]. ids_length: int32 [1]. ngram_size: int32 [1], at least 1.
+        scores: float32 [B, V]. ids: int64 [B, T]. ids_length: int32 [B]. ngram_size: int32 [B]; 0 bans
+            nothing.
     """
     pdl = uses_pdl(scores.device)
     no_repeat_ngram_kernel[(triton.cdiv(ids.shape[1], BLOCK), ids.shape[0])](
@@ -161,7 +162,7 @@ def min_length(scores: torch.Tensor, ids_length: torch.Tensor, minimum: torch.Te
     """Write -inf at the end tokens while fewer than ``minimum`` ids exist (MinLength, MinNewTokensLength processors).
 
     Args:
-        scores: float32 [B, V]. ids_length, minimum: int32 [1]. eos_ids: int64 [E], -1 entries match nothing.
+        scores: float32 [B, V]. ids_length, minimum: int32 [B]. eos_ids: int64 [B, E], -1 entries match nothing.
     """
     pdl = uses_pdl(scores.device)
     min_length_kernel[(scores.shape[0],)](
@@ -170,8 +171,8 @@ def min_length(scores: torch.Tensor, ids_length: torch.Tensor, minimum: torch.Te
         minimum,
         eos_ids,
         scores.shape[1],
-        eos_ids.shape[0],
-        EOS_BLOCK=triton.next_power_of_2(eos_ids.shape[0]),
+        eos_ids.shape[1],
+        EOS_BLOCK=triton.next_power_of_2(eos_ids.shape[1]),
         PDL=pdl,
         num_warps=1,
         **pdl_options(pdl),

@@ -23,6 +23,7 @@ from .histogram import (
     bin_of,
     distance_of,
     histogram_kernel,
+    load_temperature,
     row_maximum,
     survey_kernel,
     weigh,
@@ -72,7 +73,7 @@ def gather_kernel(
     maxima,  # int32 [B, CHUNKS]
     gathered,  # int64 [B, CAPACITY], packed candidates
     thresholds,  # int64 [B, FIELDS]
-    temperature,  # float32 [1]
+    temperature,  # float32 [B]
     vocab,  # V
     capacity,
     MASS: tl.constexpr,
@@ -88,7 +89,7 @@ def gather_kernel(
     chosen = tl.load(record + BIN)
     if chosen >= 0:
         limit = tl.load(record + LIMIT).to(tl.int32).to(tl.float32, bitcast=True)
-        heat = tl.load(temperature)
+        heat = load_temperature(temperature, row)
         highest = value_of_key(row_maximum(maxima, row, tl.num_programs(0), CHUNKS)) / heat
         index = chunk * BLOCK + tl.arange(0, BLOCK)
         key, _, inside = read_scores(
@@ -108,7 +109,7 @@ def settle_kernel(
     maxima,  # int32 [B, CHUNKS]
     gathered,  # int64 [B, CAPACITY], packed candidates
     thresholds,  # int64 [B, FIELDS]
-    temperature,  # float32 [1]
+    temperature,  # float32 [B]
     vocab,  # V
     chunks,
     capacity,
@@ -132,7 +133,7 @@ def settle_kernel(
     if chosen >= 0:
         floor = tl.load(record + FLOOR)
         limit = tl.load(record + LIMIT).to(tl.int32).to(tl.float32, bitcast=True)
-        heat = tl.load(temperature)
+        heat = load_temperature(temperature, row)
         highest = value_of_key(row_maximum(maxima, row, chunks, CHUNKS)) / heat
         missing = tl.load(record + TARGET) - tl.load(record + ABOVE)
         count = tl.load(record + GATHERED).to(tl.int32)

@@ -24,10 +24,10 @@ CAPACITIES = (64, 128)
 
 
 @triton.jit
-def uniform(seed, step, row):
-    """Draw a number in (0, 1) for one row of one step (Philox 4x32-10, Salmon et al. 2011)."""
+def uniform(seed, step, lane):
+    """Draw a number in (0, 1) for one step of a lane (Philox 4x32-10, Salmon et al. 2011)."""
     number, _, _, _ = tl.philox(
-        seed, (step * 0).to(tl.uint32), row.to(tl.uint32), step.to(tl.uint32), (step * 0 + 1).to(tl.uint32)
+        seed, (step * 0).to(tl.uint32), lane.to(tl.uint32), step.to(tl.uint32), (step * 0 + 1).to(tl.uint32)
     )
     return ((number >> 8).to(tl.float32) + 0.5) * (1.0 / 16777216.0)
 
@@ -37,10 +37,9 @@ def top_k_sample_kernel(
     scores,  # [B, V]
     vocab,  # V
     batch,  # B
-    temperature,  # float32 [1]
-    top_k,  # int32 [1]
-    top_p,  # float32 [1]
-    seed,  # int64 [1]
+    temperature,  # float32 [B]
+    top_k,  # int32 [B]
+    top_p,  # float32 [B]
     candidates,  # int64 [B, chunks, CAPACITY]
     counters,  # int32 [B + 1], zero
     state,  # StateArguments
@@ -66,21 +65,22 @@ def top_k_sample_kernel(
         best = tl.topk(every, CAPACITY)
         value = value_of_key(candidate_key(best))
         exists = best != LOWEST
-        k = tl.maximum(tl.load(top_k), 1)
+        k = tl.maximum(tl.load(top_k + row), 1)
         # The k-th largest value; everything equal to it stays too, as in transformers' TopKLogitsWarper.
         kth = tl.min(tl.where(exists & (rank < k), candidate_key(best), 0x7FFFFFFF), 0)
-        kept = exists & (candidate_key(best) >= kth)
-        scaled = value / tl.load(temperature)
+        heat = tl.load(temperature + row)
+        kept = exists & (candidate_key(best) >= kth) & (rank < tl.where(heat > 0.0, CAPACITY, 1))
+        scaled = value / tl.where(heat > 0.0, heat, 1.0)
         highest = tl.max(tl.where(kept, scaled, float("-inf")), 0)
         mass = tl.where(kept, tl.where(scaled == highest, 1.0, tl.exp(scaled - highest)), 0.0)
         # Keep candidates while those before them hold less than top_p: the smallest set that reaches it, at least one.
-        limit = tl.load(top_p)
+        limit = tl.load(top_p + row)
         limit = tl.where(limit >= 1.0, float("inf"), limit)
         before = (tl.cumsum(mass, 0) - mass) / tl.sum(mass, 0)
         nucleus = kept & ((before < limit) | (rank == 0))
         mass = tl.where(nucleus, mass, 0.0)
-        now = tl.load(state.step)
-        target = uniform(tl.load(seed), now, row) * tl.sum(mass, 0)
+        draw = uniform(tl.load(state.seed + row), tl.load(state.step + row), tl.load(state.lane + row))
+        target = draw * tl.sum(mass, 0)
         chosen = tl.sum((nucleus & (tl.cumsum(mass, 0) <= target)).to(tl.int32), 0)
         chosen = tl.minimum(chosen, tl.sum((mass > 0.0).to(tl.int32), 0) - 1)
         token = tl.sum(tl.where(rank == chosen, candidate_index(best), 0), 0)
@@ -103,12 +103,13 @@ def top_k_sample(
 ) -> None:
     """Draw each row's next token after temperature, top-k and top-p (transformers' warpers in that order), and advance.
 
-    Ties at the k-th value are kept as far as ``capacity`` candidates reach. The draw depends on ``state.seed``,
-    ``state.step`` and the row only. Parameters are device tensors, so that one captured graph serves all their values.
+    Ties at the k-th value are kept as far as ``capacity`` candidates reach. The draw depends on the row's ``seed``,
+    ``lane`` and ``step`` only. Parameters are device tensors, so that one captured graph serves all their values.
 
     Args:
         scores: [B, V], float16, bfloat16 or float32; NaN is an error of the caller unless ``invalid_rule``.
-        temperature: float32 [1], above 0. top_k: int32 [1], 1 to ``capacity``. top_p: float32 [1]; 1.0 keeps all.
+        temperature: float32 [B]; 0 chooses the largest score. top_k: int32 [B], 1 to ``capacity``.
+        top_p: float32 [B]; 1.0 keeps all.
         capacity: 64 or 128.
         invalid_rule: choose ``invalid_token``, which is not 0, for a row that holds NaN or +inf.
 
@@ -129,7 +130,6 @@ def top_k_sample(
         temperature,
         top_k,
         top_p,
-        state.seed,
         workspace.candidates,
         workspace.counters,
         state.arguments(),
