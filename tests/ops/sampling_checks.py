@@ -10,6 +10,7 @@ from transformers.generation.logits_process import (
 )
 
 from faster_chatglm_6b.ops import triton as kernels
+from faster_chatglm_6b.ops.triton.sampling import threshold
 
 PAD = 3
 EOS = 7
@@ -39,8 +40,10 @@ def make_state(device: str, batch: int, length: int = 4, capacity: int = 12, see
 def make_workspace(device: str, batch: int, vocab: int) -> kernels.Workspace:
     workspace = kernels.Workspace(device, batch, 2, 32, vocab)
     workspace.candidates.fill_(2**62)
-    workspace.histogram.fill_(float("nan"))
-    workspace.thresholds.fill_(float("nan"))
+    workspace.maxima.fill_(2**31 - 1)
+    workspace.chunk_sums.fill_(float("nan"))
+    workspace.histogram.fill_(2**62)
+    workspace.thresholds.fill_(2**62)
     return workspace
 
 
@@ -190,6 +193,74 @@ def check_ties(device: str, sampler: str, batch: int) -> None:
             kernels.full_sample(scores, state, heat, None, p, workspace=workspace)
         seen |= set(state.tokens.tolist())
     assert seen <= set(range(10, 15)) and (len(seen) == 5 or batch < 32)
+
+
+def scores_of(kind: str, batch: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return scores [B, V] on a CPU that are easy or hard to tell apart."""
+    scores = torch.randn(batch, vocab, generator=torch.Generator().manual_seed(vocab)) * 2
+    if kind == "equal":
+        scores.fill_(0.5)
+    elif kind == "few values":
+        scores = scores.round()
+    elif kind == "far":
+        # All but one are within a ten-thousandth of what separates them from the largest.
+        scores /= 1000
+        scores[:, vocab // 3] = 40.0
+    elif kind == "banned":
+        scores[:, ::2] = float("-inf")
+    return scores.to(dtype)
+
+
+def check_thresholds(
+    device: str,
+    dtype: torch.dtype,
+    vocab: int,
+    kind: str,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    gathered: int | None = None,
+) -> None:
+    """Check which scores may be drawn, one by one, against sorting them in float64.
+
+    ``gathered`` limits the scores that share a distance, as if there were many more.
+    """
+    batch = 3
+    scores = scores_of(kind, batch, vocab, dtype)
+    state, workspace = make_state(device, batch), make_workspace(device, batch, vocab)
+    heat = values(batch, temperature, torch.float32, device)
+    k = None if top_k is None else values(batch, top_k, torch.int32, device)
+    p = None if top_p is None else values(batch, top_p, torch.float32, device)
+    most = threshold.MOST_GATHERED
+    threshold.MOST_GATHERED = most if gathered is None else gathered
+    try:
+        kernels.full_sample(scores.to(device), state, heat, k, p, workspace=workspace)
+    finally:
+        threshold.MOST_GATHERED = most
+    floors, cuts = workspace.thresholds.view(batch, -1)[:, :2].cpu().unbind(1)
+    for row in range(batch):
+        # The order of ties in a stable sort is that of their indices.
+        ordered, index = scores[row].double().sort(descending=True, stable=True)
+        bits = (ordered.float() + 0.0).view(torch.int32).long()
+        packed = (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32) | (0xFFFFFFFF - index)
+        last_of_k = vocab
+        if top_k is not None and top_k < vocab:
+            # Whether -inf stays does not matter, as it is never drawn.
+            last_of_k = min(int((ordered >= ordered[top_k - 1]).sum()), int(ordered.isfinite().sum()))
+            assert int((packed >= floors[row]).sum()) == last_of_k
+        mass = (ordered[:last_of_k] / temperature).softmax(0).cumsum(0)
+        kept = int((packed >= torch.maximum(floors[row], cuts[row])).sum())
+        least, most_kept = 1, last_of_k
+        if top_p is not None and top_p < 1.0:
+            # Rounding decides where a sum is as large as top_p.
+            least = int((mass < top_p - 2e-6).sum()) + 1
+            most_kept = min(int((mass < top_p + 2e-6).sum()) + 1, last_of_k)
+        else:
+            least = last_of_k
+        assert least <= kept <= most_kept, (row, least, kept, most_kept)
+        place = (index == int(state.tokens[row])).nonzero()
+        assert int(place) < kept
+    assert not workspace.counters.any()
 
 
 def check_repeatable(device: str, sampler: str, vocab: int) -> None:

@@ -7,8 +7,9 @@ pytest.importorskip("triton", reason="Triton is not installed, so there are no k
 
 import quantized_checks as checks  # noqa: E402
 
+from faster_chatglm_6b.ops import triton as kernels  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized import trial  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.configs import Quantized, Row, Stream, Tiles  # noqa: E402
-from faster_chatglm_6b.ops.triton.quantized.trial import layout_holds  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,8 +27,15 @@ def seeded():
 
 @BITS
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=["fp16", "bf16"])
-def test_layout(bits, dtype):
-    assert layout_holds(torch.device("cuda", torch.cuda.current_device()), dtype, bits)
+@pytest.mark.parametrize("n, k", [(12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384)])
+def test_every_kernel_passes_its_trial(bits, dtype, n, k):
+    weight = torch.randint(-128, 128, (n, k * bits // 8), dtype=torch.int8, device=DEVICE)
+    scale = torch.full((n,), 1e-3, dtype=HALF, device=DEVICE)
+    trial._holds.clear()
+    for rows in (1, 2, 8, 16, 32, 64, 128, 256):
+        x = torch.randn(rows, k, device=DEVICE).to(dtype)
+        kernels.fused_linear_with_groupwise_quantized_weight(x, weight, scale, None, bits)
+    assert len(trial._holds) >= 7 and all(trial._holds.values()), trial._holds
 
 
 @BITS

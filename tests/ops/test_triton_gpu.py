@@ -161,6 +161,23 @@ def test_distribution(dtype, sampler, vocab, temperature, top_k, top_p):
     sampling.check_distribution(DEVICE, sampler, dtype, vocab, temperature, top_k, top_p, 256, 40)
 
 
+@pytest.mark.parametrize("kind", ["normal", "equal", "few values", "far", "banned"])
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p",
+    [
+        (0.95, None, 0.7),
+        (2.0, None, 0.999),
+        (1.0, 1000, None),
+        (1.3, 1000, 0.9),
+        (1.0, 130527, 0.05),
+        (1.0, 200000, 1.0),
+    ],
+)
+@DTYPES
+def test_thresholds(dtype, temperature, top_k, top_p, kind):
+    sampling.check_thresholds(DEVICE, dtype, 130528, kind, temperature, top_k, top_p)
+
+
 def test_pinned_ring():
     """The chosen tokens reach pinned host memory."""
     state = sampling.make_state(DEVICE, 3)

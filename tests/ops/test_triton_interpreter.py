@@ -54,6 +54,13 @@ CASES = [
     ("distribution", None, ["top_k", HALF, 150, 0.95, 50, 0.7, 4, 1]),
     ("distribution", None, ["full", HALF, 500, 0.95, None, 0.7, 5, 1]),
     ("distribution", None, ["full", SINGLE, 2500, 1.3, 100, 0.9, 2, 1]),
+    ("thresholds", HALF, [2500, "normal", 0.95, None, 0.7]),
+    ("thresholds", SINGLE, [2500, "banned", 1.3, 1000, 0.9]),
+    ("thresholds", "bfloat16", [2500, "few values", 1.0, 300, None]),
+    ("thresholds", SINGLE, [700, "banned", 0.5, 699, None]),
+    ("thresholds", HALF, [700, "equal", 1.0, None, 0.3, 8]),
+    ("thresholds", SINGLE, [700, "far", 0.9, 40, 0.99999, 8]),
+    ("thresholds", "bfloat16", [700, "few values", 1.0, 100, 0.8, 8]),
     ("repeatable", None, ["full", 60]),
     *(("rows_of_their_own", None, [sampler, 3, 60]) for sampler in ("greedy", "top_k", "full")),
 ]

@@ -7,6 +7,8 @@ import triton
 MAX_SPLITS = 64
 SAMPLING_BLOCK = 1024
 CAPACITY = 128
+# Distances from the largest score that ``sampling.threshold`` tells apart.
+DISTANCES = 2048
 COUNTERS = 8192
 # Parts of keys in one launch of attention, unless there are more sequences times heads: those are not split.
 ATTENTION_PARTS = 16384
@@ -44,8 +46,10 @@ class Workspace:
         self.chunks = chunks
         self.partial = torch.empty(max(matmul, attention), dtype=torch.float32, device=device)
         self.candidates = torch.empty(batch * chunks * CAPACITY, dtype=torch.int64, device=device)
-        self.histogram = torch.empty(2 * batch * chunks * 32, dtype=torch.float32, device=device)
-        self.thresholds = torch.empty(batch * 64, dtype=torch.float32, device=device)
+        self.maxima = torch.empty(batch * chunks, dtype=torch.int32, device=device)
+        self.chunk_sums = torch.empty(2, batch * chunks, dtype=torch.float32, device=device)
+        self.histogram = torch.empty(2 * batch * DISTANCES, dtype=torch.int64, device=device)
+        self.thresholds = torch.empty(batch * 8, dtype=torch.int64, device=device)
         self.counters = torch.zeros(max(COUNTERS, batch * num_heads + batch + 1), dtype=torch.int32, device=device)
 
 

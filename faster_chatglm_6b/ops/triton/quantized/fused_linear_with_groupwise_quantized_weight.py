@@ -1,5 +1,8 @@
 """x W^T + bias for an int8 or int4 weight, then GELU or + beta * residual; the shapes decide which kernel serves."""
 
+import functools
+from collections.abc import Callable, Iterator
+
 import torch
 
 from ..common import require
@@ -24,7 +27,7 @@ from .one_row.row import launch_quantized_row, normalises
 from .stream import MOST_ROWS as MOST_STREAM_ROWS
 from .stream import launch_quantized_stream
 from .tiles import launch_quantized_tiles, serves_tiles
-from .trial import STREAMS_KEEP_THEIR_LAYOUT, layout_holds
+from .trial import holds
 
 # If the tensor-core kernel does not serve, more rows than this dequantise the weight for the library.
 MOST_GEMV_ROWS = 8
@@ -80,27 +83,60 @@ def fused_linear_with_groupwise_quantized_weight(
         residual = residual.contiguous()
     group_size = -1 if groups == 1 else group_size
     arguments = (x_rows, w, w_scale, num_bits, group_size, bias, residual, beta, gelu, out.view(rows, n))
-    if MOST_STREAM_ROWS < rows <= MOST_TILE_ROWS and serves_tiles(x_rows, w, num_bits, group_size):
-        workspace = workspace or default_workspace(x.device, 1)
-        config = tiles_config(x.device, num_bits, rows, n, k, group_size, workspace)
-        launch_quantized_tiles(*arguments, config, workspace.partial, workspace.counters)
-    elif _serves(x_rows, w, num_bits, group_size):
-        if rows == 1:
-            launch_quantized_row(*arguments, row_config(rows_for(x.device), num_bits, n, k))
-        elif rows <= MOST_STREAM_ROWS and STREAMS_KEEP_THEIR_LAYOUT:
-            launch_quantized_stream(*arguments, stream_config(streams_for(x.device), num_bits, n, k))
-        else:
-            launch_quantized_matmul(*arguments, quantized_config(num_bits, tiles_of(rows), k))
-    elif rows <= MOST_GEMV_ROWS:
+    if _launch_on_tensor_cores(*arguments, workspace):
+        return out
+    if rows <= MOST_GEMV_ROWS:
         launch_quantized_gemv(x_rows, w, w_scale, num_bits, bias, residual, beta, gelu, out)
     else:
         _library(x_rows, w, w_scale, bias, num_bits, residual, beta, gelu, out.view(rows, n), workspace)
     return out
 
 
-def _serves(x: torch.Tensor, w: torch.Tensor, bits: int, group_size: int) -> bool:
-    """Tell whether the kernels on tensor cores take x [M, K]."""
-    return serves(x, w, bits, group_size) and layout_holds(x.device, x.dtype, bits)
+def _kernels_on_tensor_cores(
+    x: torch.Tensor, w: torch.Tensor, bits: int, group_size: int, workspace: Workspace | None
+) -> Iterator[tuple[str, object, Callable[..., None]]]:
+    """List the kernels whose shapes fit x [M, K], best first: name, configuration, and what launches it."""
+    rows, (n, k) = x.shape[0], (w.shape[0], x.shape[1])
+    if MOST_STREAM_ROWS < rows <= MOST_TILE_ROWS and serves_tiles(x, w, bits, group_size):
+        workspace = workspace or default_workspace(x.device, 1)
+        tiles = tiles_config(x.device, bits, rows, n, k, group_size, workspace)
+        scratch = {"partial": workspace.partial, "counters": workspace.counters}
+        yield "tiles", tiles, functools.partial(launch_quantized_tiles, config=tiles, **scratch)
+    if serves(x, w, bits, group_size):
+        if rows == 1:
+            row = row_config(rows_for(x.device), bits, n, k)
+            yield "row", row, functools.partial(launch_quantized_row, config=row)
+        elif rows <= MOST_STREAM_ROWS:
+            stream = stream_config(streams_for(x.device), bits, n, k)
+            yield "stream", stream, functools.partial(launch_quantized_stream, config=stream)
+        if rows > 1:
+            matmul = quantized_config(bits, tiles_of(rows), k)
+            yield "matmul", (tiles_of(rows), matmul), functools.partial(launch_quantized_matmul, config=matmul)
+
+
+def _launch_on_tensor_cores(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    bits: int,
+    group_size: int,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    beta: float,
+    gelu: bool,
+    out: torch.Tensor,
+    workspace: Workspace | None,
+) -> bool:
+    """Launch the best kernel whose shapes fit and which passes its trial; return False if there is none."""
+    for name, config, launch in _kernels_on_tensor_cores(x, w, bits, group_size, workspace):
+
+        def call(x, w, w_scale, bias, residual, out, launch=launch) -> None:
+            launch(x, w, w_scale, bits, group_size, bias, residual, beta, gelu, out)
+
+        if holds(name, config, call, x, w, w_scale, bits, group_size, bias, residual, gelu):
+            call(x, w, w_scale, bias, residual, out)
+            return True
+    return False
 
 
 def _library(
@@ -162,7 +198,7 @@ def layer_norm_quantized_linear(
     """
     normed_out = torch.empty_like(x) if normed_out is None else normed_out
     norm = NormArguments(gamma, beta, epsilon, normed_out)
-    config = _config_of_one_launch(x, norm, w, w_scale, num_bits, group_size)
+    config = _config_of_one_launch(x, norm, w, w_scale, bias, num_bits, group_size, gelu)
     if config is not None:
         (n, k), shape = (w.shape[0], x.shape[-1]), x.shape[:-1]
         out = x.new_empty(*shape, n) if out is None else out
@@ -177,7 +213,14 @@ def layer_norm_quantized_linear(
 
 
 def _config_of_one_launch(
-    x: torch.Tensor, norm: NormArguments, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group_size: int
+    x: torch.Tensor,
+    norm: NormArguments,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    gelu: bool,
 ) -> Row | None:
     """Choose the product that includes LayerNorm, or None; two launches report what does not fit together."""
     (n, k), groups = (w.shape[0], w.shape[1] * 8 // bits), 1 if group_size < 0 else x.shape[-1] // group_size
@@ -186,9 +229,18 @@ def _config_of_one_launch(
     fits = (
         x.numel() == x.shape[-1] == k
         and normalises(bits, k, config)
-        and _serves(x.reshape(1, k), w, bits, group_size)
+        and serves(x.reshape(1, k), w, bits, group_size)
         and w_scale.numel() == n * groups
         and all(t.shape == (k,) and t.dtype == x.dtype and t.data_ptr() % 16 == 0 for t in vectors)
         and all(t.is_contiguous() for t in (*vectors, w, w_scale))
     )
-    return config if fits else None
+    if not fits:
+        return None
+
+    def call(x, w, w_scale, bias, residual, out) -> None:
+        plain = NormArguments(torch.ones_like(norm.gamma), torch.zeros_like(norm.beta), 1e-5, torch.empty_like(x))
+        launch_quantized_row(x, w, w_scale, bits, group_size, bias, residual, 1.0, gelu, out, config, plain)
+
+    row = x.reshape(1, k)
+    held = holds("row", config, call, row, w, w_scale, bits, group_size, bias, None, gelu, normalises=True)
+    return config if held else None

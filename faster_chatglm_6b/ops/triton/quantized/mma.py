@@ -6,8 +6,7 @@ Any columns will do, as long as weight and x agree. So every lane loads 16 conti
 rows, and the x that belongs to them.
 
 The functions take one-dimensional int32 blocks of 128 values per warp, of which lane 4 g + t holds 16 g + 4 t + (0..3).
-Triton lays a block out like this if it is loaded in vectors of four; ``layout_holds`` in ``trial`` makes
-sure of it.
+Triton lays a block out like this if it is loaded in vectors of four; ``trial`` makes sure of it.
 """
 
 import triton
