@@ -82,8 +82,10 @@ class Session:
         self.graphs = StepGraphs(self.device)
         self._stream: torch.cuda.Stream | None = None
         if self.on_gpu:
-            # A blocking event lets the CPU sleep until the token is there.
+            # A blocking event lets the CPU sleep until the token is there. Nothing is queued behind a prompt's first
+            # token, so waking up would come on top of it.
             self._events = [torch.cuda.Event(blocking=True) for _ in range(_RING_ROWS)]
+            self._first = torch.cuda.Event()
             self._last: torch.cuda.Event | None = None
 
     @property
@@ -163,9 +165,12 @@ class Session:
 
     def _mark(self) -> None:
         if self.on_gpu:
-            self._last = self._events[self._launched % _RING_ROWS]
+            self._last = self._event(self._launched)
             self._last.record(self._stream)
         self._launched += 1
+
+    def _event(self, index: int) -> torch.cuda.Event:
+        return self._events[index % _RING_ROWS] if index else self._first
 
     def read(self, index: int) -> torch.Tensor:
         """Wait for token ``index`` of every sequence and return it, int64 [B] on the CPU.
@@ -173,7 +178,7 @@ class Session:
         Only the last ``_RING_ROWS`` launched tokens can be read.
         """
         if self.on_gpu:
-            self._events[index % _RING_ROWS].synchronize()
+            self._event(index).synchronize()
         return self.state.ring[index % _RING_ROWS, : self._batch].clone()
 
     def ids(self, length: int) -> torch.Tensor:
