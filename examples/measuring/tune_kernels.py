@@ -163,6 +163,7 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}: read ceiling {ceiling:.0f} GB/s, {weights:.2f} GB per step")
     for batch in arguments.tune:
         family = tune(model, batch, lambda line: print(line, flush=True))
+        family = dataclasses.replace(family, found_on=torch.cuda.get_device_name())
         print(f"tables after batch {batch}:\n{family}", flush=True)
     if arguments.chain:
         report_records(chain_records(model, ceiling), arguments.json)

@@ -104,7 +104,7 @@ def main() -> None:
         for bits in (4, 8):
             rows[bits] = tune(quantized(bits, 8), bits)
             torch.cuda.empty_cache()
-        print(f"rows: {rows}", flush=True)
+        print(f"rows, found on {torch.cuda.get_device_name()}: {rows}", flush=True)
     if arguments.chain:
         report_records(chain_records(ceiling), arguments.json)
 

@@ -61,7 +61,7 @@ class PromptAttention:
 
 @dataclass(frozen=True)
 class Family:
-    """Everything tuned for one GPU family.
+    """Everything tuned for one GPU family, on the card ``found_on``; "" for tables that nobody has tuned.
 
     ``gemv`` serves up to ``gemv_rows`` rows of x. ``layer_norm_gemv`` lists the weights whose GEMV normalises its input
     itself; for the others LayerNorm is a launch of its own. ``dot`` maps the padded number of rows (16, 32, 64) to a
@@ -81,6 +81,7 @@ class Family:
     layer_norm_gemv: dict[tuple[int, int], Gemv] = field(default_factory=dict)
     dot: dict[int, dict[tuple[int, int], Dot]] = field(default_factory=dict)
     dot_default: dict[int, Dot] = field(default_factory=dict)
+    found_on: str = ""
 
 
 _DOT_DEFAULT = {
@@ -130,6 +131,7 @@ _HOPPER = Family(
         },
     },
     dot_default=_DOT_DEFAULT,
+    found_on="NVIDIA H200",
 )
 FAMILIES = {(8, 0): _AMPERE, (8, 6): _CONSUMER, (8, 9): _CONSUMER, (9, 0): _HOPPER}
 
