@@ -17,6 +17,7 @@ import triton
 
 from faster_chatglm_6b.ops.triton import configs
 from faster_chatglm_6b.ops.triton.configs import Attention, Dot, Family, Gemv
+from faster_chatglm_6b.ops.triton.linear.fused_matmul_bias import MOST_DOT_ROWS
 
 from .decode_step import DENSE, DOWN, HEAD, PARTS, QKV, SHAPES, UP, TimedStep, report_records
 from .machine import read_ceiling
@@ -110,11 +111,31 @@ def _attention_knob(name: str) -> Knob:
     return name, lambda family: [dataclasses.replace(family, **{name: choice}) for choice in choices]
 
 
+def _many_attention_knob(pairs: int) -> Knob:
+    """Vary the attention of ``pairs`` sequences times heads, which need no splits."""
+    choices = [Attention(t, w, 4) for t, w in ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4), (128, 4))]
+
+    def variants(family: Family) -> list[Family]:
+        least = max(number for number in family.attention_many if number <= pairs)
+        tables = [family.attention_many | {least: choice} for choice in choices]
+        return [dataclasses.replace(family, attention_many=table) for table in tables]
+
+    return "attention_many", variants
+
+
 def tune(model: torch.nn.Module, batch: int, log: Callable[[str], None]) -> Family:
     """Search one table entry after another, each time keeping what makes the whole step fastest."""
     capability, family = configs.capability(model.device), configs.family(model.device)
-    products = _gemv_knobs() if batch == 1 else _dot_knobs(max(triton.next_power_of_2(batch), 16))
-    rounds = ((32, products), (150, [_attention_knob("attention_short")]), (1024, [_attention_knob("attention")]))
+    if batch == 1:
+        products = _gemv_knobs()
+    else:
+        # The library serves more rows.
+        products = _dot_knobs(max(triton.next_power_of_2(batch), 16)) if batch <= MOST_DOT_ROWS else ()
+    pairs = batch * model.config.num_attention_heads
+    short, long = _attention_knob("attention_short"), _attention_knob("attention")
+    if pairs >= min(family.attention_many, default=pairs + 1):
+        short = long = _many_attention_knob(pairs)
+    rounds = ((32, products), (150, [short]), (1024, [long]))
     for context, knobs in rounds:
         step = TimedStep(model, batch, context)
         configs.FAMILIES[capability] = family
