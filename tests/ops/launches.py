@@ -21,6 +21,10 @@ def int32(*shape: int) -> torch.Tensor:
     return meta(torch.int32, *shape)
 
 
+# Sequences, splits and keys, for every configuration of attention.
+MANY_KEYS = ((2, 1, 2048), (2, 64, 2048), (2, 8, 256), (1, 2, 256), (8, 2, 512), (64, 1, 512))
+
+
 def decode_attention_launch(
     dtype: torch.dtype, batch: int, splits: int, keys: int, two: bool = True
 ) -> Callable[[], object]:
@@ -67,7 +71,7 @@ def operator_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
         lambda: kernels.skip_layer_norm(hidden, vector, vector, skip=hidden, alpha=7.5),
         rotary,
         *(lambda rows=rows: prompt_launches(dtype, batch, rows) for rows in (64, 512)),
-        *(decode_attention_launch(dtype, *sizes) for sizes in ((2, 1, 2048), (2, 64, 2048), (2, 8, 256), (1, 2, 256))),
+        *(decode_attention_launch(dtype, *sizes) for sizes in MANY_KEYS),
         decode_attention_launch(dtype, 2, 8, 2048, two=False),
         lambda: kernels.embedding(meta(torch.int64, batch), meta(dtype, VOCAB, HIDDEN)),
     ]
@@ -101,7 +105,7 @@ def dot_launches(family: configs.Family, dtype: torch.dtype) -> list[Callable[[]
     """Return the tensor-core product of each weight of the model with each padded number of rows."""
     calls = []
     workspace = kernels.Workspace("meta", 64)
-    for rows in (16, 32, 64):
+    for rows in (16, 32):
         for n, k in WEIGHTS:
             x, weight, bias, out = meta(dtype, rows, k), meta(dtype, n, k), meta(dtype, n), meta(dtype, rows, n)
             config = configs.dot_config(family, rows, n, k)

@@ -64,7 +64,7 @@ class Family:
     """Everything tuned for one GPU family, on the card ``found_on``; "" for tables that nobody has tuned.
 
     ``gemv`` serves up to ``gemv_rows`` rows of x. ``layer_norm_gemv`` lists the weights whose GEMV normalises its input
-    itself; for the others LayerNorm is a launch of its own. ``dot`` maps the padded number of rows (16, 32, 64) to a
+    itself; for the others LayerNorm is a launch of its own. ``dot`` maps the padded number of rows (16 or 32) to a
     configuration per weight shape. ``attention_many`` has the configurations from so many sequences times heads on. Of
     fewer, ``attention_short`` serves up to 256 keys and fewer than 256 sequences times heads, ``attention`` the rest.
     ``prompt_attention_short`` serves prompts of up to 64 rows, ``prompt_attention`` the rest.
@@ -87,7 +87,6 @@ class Family:
 _DOT_DEFAULT = {
     16: Dot(64, 128, 4, 4),
     32: Dot(64, 128, 4, 4),
-    64: Dot(128, 64, 4, 4),
 }
 _AMPERE = Family(
     gemv_default=Gemv(2, 2048, 4),
@@ -101,7 +100,7 @@ _CONSUMER = Family(
     attention=Attention(64, 4, 2),
     attention_short=Attention(32, 2, 2),
     prompt_attention=PromptAttention(64, 64, 4, 2),
-    dot_default={**_DOT_DEFAULT, 64: Dot(64, 64, 4, 3)},
+    dot_default=_DOT_DEFAULT,
 )
 _HOPPER = Family(
     gemv_default=Gemv(2, 2048, 4),
@@ -203,7 +202,7 @@ def prompt_attention_config(tables: Family, rows: int, element_size: int) -> Pro
 
 
 def dot_config(tables: Family, rows: int, n: int, k: int) -> Dot:
-    """Choose the tensor-core product for ``rows`` (padded to 16, 32 or 64) and a weight [n, k]."""
+    """Choose the tensor-core product for ``rows`` (padded to 16 or 32) and a weight [n, k]."""
     config = tables.dot.get(rows, {}).get((n, k), tables.dot_default[rows])
     block_k = min(config.block_k, max(triton.next_power_of_2(k), 16))
     splits = max(min(config.splits, k // block_k), 1)

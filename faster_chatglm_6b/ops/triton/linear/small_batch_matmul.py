@@ -1,6 +1,6 @@
-"""x W^T for 2 to 64 rows of x on the tensor cores, still bound by reading the weight.
+"""x W^T for 2 to 32 rows of x on the tensor cores, still bound by reading the weight.
 
-The weight rows take the M side of the matrix instruction (at least 16) and the few rows of x its N side (16 to 64):
+The weight rows take the M side of the matrix instruction (at least 16) and the few rows of x its N side (16 to 32):
 acc [BLOCK_N, BLOCK_M] = W tile x^T.
 """
 
@@ -93,7 +93,7 @@ def small_batch_matmul_kernel(
 
 
 def padded_rows(rows: int) -> int:
-    """Round ``rows`` up to 16, 32 or 64: at 8 Triton 3.6 leaves Hopper's own matrix instruction unused."""
+    """Round ``rows`` up to a power of two from 16 on: at 8 Triton 3.6 leaves Hopper's own matrix instruction unused."""
     return max(triton.next_power_of_2(rows), 16)
 
 
