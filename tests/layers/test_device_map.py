@@ -123,10 +123,9 @@ class TestOnGPUs:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
     def test_auto_over_two_gpus(self, folder, dtype, tiny_tokenizer):
         whole = ChatGLMForConditionalGeneration.from_pretrained(folder, torch_dtype=dtype)
-        # Room for the embedding and one layer, but not for all.
-        tensors = [*whole.transformer.word_embeddings.state_dict().values()]
-        tensors += whole.transformer.layers[0].state_dict().values()
-        room = sum(tensor.nbytes for tensor in tensors) * 3 // 2
+        # Room for all but a layer; the head shares the embedding's memory.
+        sizes = {tensor.data_ptr(): tensor.nbytes for tensor in whole.state_dict().values()}
+        room = sum(sizes.values()) - sum(t.nbytes for t in whole.transformer.layers[0].state_dict().values())
         options = {"device_map": "auto", "max_memory": {0: room, 1: "1GiB"}, "torch_dtype": dtype}
         model = ChatGLMForConditionalGeneration.from_pretrained(folder, **options).eval()
         assert set(model.hf_device_map.values()) == {0, 1}
