@@ -78,7 +78,9 @@ class Engine:
     @property
     def waiting(self) -> int:
         """The number of submitted requests that wait."""
-        return self._scheduler.waiting + sum(order == "submit" for order, _ in [*self._orders])
+        with self._wake:
+            ordered = sum(what == "submit" for what, _ in self._orders)
+        return self._scheduler.waiting + ordered
 
     @property
     def pages_used(self) -> float:
@@ -130,7 +132,7 @@ class Engine:
     def _order(self, what: str, job: Job) -> None:
         with self._wake:
             if not self.is_alive:
-                raise EngineClosed("The server is shutting down.")
+                raise EngineClosed("The server takes no more requests.")
             self._orders.append((what, job))
             self._wake.notify()
 
@@ -159,8 +161,8 @@ class Engine:
         with self._wake:
             orders = [*self._orders]
             self._orders.clear()
-            for what, job in orders:
-                (self._take if what == "submit" else self._abort)(job, news)
+        for what, job in orders:
+            (self._take if what == "submit" else self._abort)(job, news)
         new = self._admitted()
         if self._at_row:
             with self._rows.turn():

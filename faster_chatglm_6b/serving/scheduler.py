@@ -91,7 +91,9 @@ class Scheduler:
         if key in self._waiting or key in self._running:
             raise ValueError(f"A request {key!r} waits or runs already; give each a name of its own.")
         if prompt < 1 or answer < 1:
-            raise ValueError(f"A request needs a prompt and an answer of at least one token, not {prompt} and {answer}.")
+            raise ValueError(
+                f"A request needs a prompt and an answer of at least one token, not {prompt} and {answer}."
+            )
         pages = -(-(prompt + answer) // self.page_tokens)
         if pages > self.pages:
             raise ValueError(
