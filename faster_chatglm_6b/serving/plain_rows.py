@@ -1,4 +1,4 @@
-"""Rows on the model's own forward, one after the other: right on every device, and no faster than one request at a time.
+"""Rows on the model's own forward, one after the other: right on every device, and as slow as request by request.
 
 Each row has a cache of its own, so its tokens are those that it would get alone.
 """
