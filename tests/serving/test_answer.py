@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from faster_chatglm_6b.serving.answer import AnswerText
 from faster_chatglm_6b.templates.prompts import process_response
 
-TEXTS = st.text(st.sampled_from([*"你好中,!:;?[]训练时间 \n\tab'ntsv<>|日本€\U0001f600"]) | st.characters(), max_size=40)
+TEXTS = st.text(
+    st.sampled_from([*"你好中,!:;?[]训练时间 \n\tab'ntsv<>|日本€\U0001f600"]) | st.characters(), max_size=40
+)
 IDS = st.lists(st.integers(0, 2047), max_size=30)
 
 
@@ -37,10 +39,10 @@ def test_no_part_of_a_stop_string_is_given(chat_tokenizer, data):
     whole = chat_tokenizer.decode(ids)
     begin = data.draw(st.integers(0, len(whole)))
     cut = whole[begin : begin + data.draw(st.integers(1, 6))]
-    stop = [text for text in (cut, *data.draw(st.lists(st.sampled_from(["\n", "好,", "ab", "中文"]), max_size=2))) if text]
-    places = [
-        place for text in stop if (place := whole.find(unicodedata.normalize("NFKC", text))) >= 0
+    stop = [
+        text for text in (cut, *data.draw(st.lists(st.sampled_from(["\n", "好,", "ab", "中文"]), max_size=2))) if text
     ]
+    places = [place for text in stop if (place := whole.find(unicodedata.normalize("NFKC", text))) >= 0]
     given = "".join(pieces(chat_tokenizer, ids, stop, is_chat=False))
     assert given == (whole[: min(places)] if places else whole)
 

@@ -72,12 +72,18 @@ async def _invalid(request: Request, error: RequestValidationError) -> JSONRespo
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")
         return ApiError(f"The body is not valid JSON: {reason}.", code="json_invalid").response()
+    if not place and "json" not in request.headers.get("content-type", ""):
+        return ApiError(
+            "The body is no JSON object; send it with the header Content-Type: application/json."
+        ).response()
     param = ".".join(place) or None
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(f"{param or 'The body'}: {message}", param=param, code="invalid_value").response()
 
 
 async def _http(request: Request, error: HTTPException) -> JSONResponse:
+    if isinstance(error.__cause__, ApiError):  # raised while the body was read
+        return error.__cause__.response()
     message = str(error.detail)
     if error.status_code in (404, 405):
         message = f"{request.method} {request.url.path} is not served here; docs/serving.md lists what is."

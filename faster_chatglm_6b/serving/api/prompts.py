@@ -48,7 +48,8 @@ class Prompts:
         read = [_readable(message) for message in messages]
         texts = [part if isinstance(part, str) else "" for message in read for part in _texts(message["content"])]
         self._check_length_of("".join(texts))
-        if read and read[-1]["role"] == "user" and not "".join(_texts(read[-1]["content"])).strip():
+        last = read[-1] if read else {"role": "", "content": None}
+        if last["role"] == "user" and last["content"] is not None and not "".join(_texts(last["content"])).strip():
             raise ApiError("The last message is empty; send a text to be answered.", param="messages")
 
         def encode() -> list[int]:

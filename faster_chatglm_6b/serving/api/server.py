@@ -74,16 +74,17 @@ def serve(model: Any, tokenizer: Any, settings: Settings) -> int:
         _log.info("Draining: %d answers may finish within %d s.", door.inside, settings.shutdown_timeout)
 
     def ready(address: str) -> None:
-        _log.info(
-            "Serving %s on http://%s: %d rows, memory for %d tokens.",
-            settings.names[0],
-            address,
-            rows.rows,
-            rows.pages * rows.page_tokens,
+        tokens = rows.pages * rows.page_tokens
+        print(
+            f"Serving {settings.names[0]} on http://{address}: {rows.rows} rows, memory for {tokens} tokens.",
+            flush=True,
         )
 
     server = _Server(config, drain, ready)
-    server.run()
+    try:
+        server.run()
+    except SystemExit:  # the port; the log says why
+        return 1
     return 0 if server.started else 1
 
 
