@@ -121,4 +121,4 @@ class Rows(Protocol):
         """
 
     def stop(self, row: int) -> None:
-        """Free the place of a row, whether it has ended or not, or could not begin."""
+        """Free the place of a row, whether it has ended or not, or could not begin; called in a turn or between two."""

@@ -11,6 +11,10 @@ import torch
 from .rows import Logprobs, RowRequest
 
 
+# Below it the most likely token is certain, and scores would leave the range of floats.
+_LOWEST_TEMPERATURE = 1e-5
+
+
 def choose(logits: torch.Tensor, request: RowRequest, answer: Sequence[int]) -> tuple[int, Logprobs | None]:
     """Return the next token, and its log-probabilities if they are asked for.
 
@@ -31,7 +35,7 @@ def choose(logits: torch.Tensor, request: RowRequest, answer: Sequence[int]) -> 
         )
     raw = scores.clone() if request.top_logprobs is not None else None
     _bias(scores, request, answer)
-    if request.temperature == 0:
+    if request.temperature < _LOWEST_TEMPERATURE:
         token = int(scores.argmax())
     else:
         token = _draw(scores / request.temperature, request, uniform(request.seed, len(answer)))

@@ -2,8 +2,11 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -95,6 +98,30 @@ def test_it_serves_and_sigterm_lets_answers_finish():
     text = "".join(log)
     assert "Draining: 1 answers may finish within 30 s." in text and "Traceback" not in text
     assert "a-secret" not in text
+
+
+def test_the_programs_of_the_page():
+    page = (ROOT / "docs" / "serving.md").read_text("utf-8")
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (program,) = (text for kind, text in blocks if kind == "python")
+    (command,) = (
+        line for kind, text in blocks if kind == "sh" for line in text.splitlines() if line.startswith("curl ")
+    )
+    with served() as (process, url, _):
+        here = url.removeprefix("http://")
+        done = subprocess.run(
+            [sys.executable, "-c", program.replace("127.0.0.1:8000", here)], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        greeting, again = done.stdout.split("\n", 1)
+        assert greeting.startswith("你好") and again
+        words = shlex.split(command.replace("127.0.0.1:8000", here))
+        if shutil.which(words[0]):
+            done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+            assert json.loads(done.stdout)["choices"][0]["message"]["content"]
+        # Signals: the next one would let answers finish, and there are none.
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
 
 
 def test_a_second_signal_ends_it_at_once(stream):

@@ -71,6 +71,8 @@ def test_temperature_zero_takes_the_most_likely():
     for seed in range(20):
         assert token(scores(seed), top_k=1, top_p=0.1) == int(scores(seed).argmax())
         assert token(scores(seed), temperature=5.0, top_k=1, seed=seed) == int(scores(seed).argmax())
+        assert token(scores(seed), temperature=1e-40, seed=seed) == int(scores(seed).argmax())
+        assert token(scores(seed), temperature=1e-5, repetition_penalty=100.0, seed=seed) < SIZE
         assert token(scores(seed), temperature=1.0, top_p=0.0, seed=seed) == int(scores(seed).argmax())
 
 

@@ -64,7 +64,7 @@ class SamplingFields(BaseModel):
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     logit_bias: dict[str, float] | None = None
     min_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool | None = None
