@@ -37,7 +37,8 @@ class AnswerText:
         self._stop = [unicodedata.normalize("NFKC", text) for text in stop]
         self._is_chat = is_chat
         self._searched = 0  # characters before which no stop string begins
-        self._given = ""
+        self._begin = 0  # of the part that is still cleaned up, with a character before it
+        self._given = ""  # of that part
         self.has_stopped = False
 
     def push(self, token: int) -> str:
@@ -60,10 +61,17 @@ class AnswerText:
             text = text[:place]
         elif not is_whole:
             text = text[: len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)]
-        shown = process_response(text) if self._is_chat else text
-        if self._is_chat and not is_whole:
-            shown = shown[: len(shown) - max(_overlap(shown, _REPLACED), int(shown[-1:] in _MARKS))]
-        new, self._given = shown[len(self._given) :], shown if len(shown) > len(self._given) else self._given
+        part = text[self._begin :]
+        shown, held = part, 0
+        if self._is_chat:
+            shown = process_response(part)
+            held = 0 if is_whole else max(_overlap(shown, _REPLACED), int(shown[-1:] in _MARKS))
+            shown = shown[: len(shown) - held]
+        new = shown[len(self._given) :]
+        self._given += new
+        if new and not held and text[-1] == shown[-1] and text[-1].isalnum():
+            # What comes before such a character has no influence on what comes after it.
+            self._begin, self._given = len(text) - 1, text[-1]
         return new
 
     def _find_stop(self, text: str) -> int | None:

@@ -10,7 +10,6 @@ import torch
 
 from .rows import Logprobs, RowRequest
 
-
 # Below it the most likely token is certain, and scores would leave the range of floats.
 _LOWEST_TEMPERATURE = 1e-5
 
