@@ -100,14 +100,14 @@ def test_it_serves_and_sigterm_lets_answers_finish():
     assert "a-secret" not in text
 
 
-def test_the_programs_of_the_page():
+def test_the_programs_of_the_page_and_answers_that_are_cut_at_the_timeout(stream):
     page = (ROOT / "docs" / "serving.md").read_text("utf-8")
     blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     (program,) = (text for kind, text in blocks if kind == "python")
     (command,) = (
         line for kind, text in blocks if kind == "sh" for line in text.splitlines() if line.startswith("curl ")
     )
-    with served() as (process, url, _):
+    with served("--shutdown-timeout", "1", "--log-level", "warning") as (process, url, _):
         here = url.removeprefix("http://")
         done = subprocess.run(
             [sys.executable, "-c", program.replace("127.0.0.1:8000", here)], capture_output=True, text=True, timeout=60
@@ -119,9 +119,10 @@ def test_the_programs_of_the_page():
         if shutil.which(words[0]):
             done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
             assert json.loads(done.stdout)["choices"][0]["message"]["content"]
-        # Signals: the next one would let answers finish, and there are none.
+        lines, _ = stream(url)
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
+    assert "data: [DONE]" not in lines
 
 
 def test_a_second_signal_ends_it_at_once(stream):
@@ -131,14 +132,6 @@ def test_a_second_signal_ends_it_at_once(stream):
         wait_until(lambda: any("Draining" in line for line in log))
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 128 + signal.SIGTERM
-    assert "data: [DONE]" not in lines
-
-
-def test_answers_that_take_too_long_are_cut_at_the_timeout(stream):
-    with served("--shutdown-timeout", "1", "--log-level", "warning") as (process, url, log):
-        lines, _ = stream(url)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
     assert "data: [DONE]" not in lines
 
 

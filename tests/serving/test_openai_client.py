@@ -70,6 +70,10 @@ def test_limits_count_new_tokens(client, name):
     assert answer.choices[0].finish_reason == "length"
     _, ends, chunks = streamed(client, **{name: 3}, stream_options={"include_usage": True})
     assert ends == {0: "length"} and chunks[-1].usage.completion_tokens == 3 and chunks[-1].choices == []
+    # What load testers send.
+    _, _, chunks = streamed(client, **{name: 3}, stream_options={"include_usage": True, "continuous_usage_stats": True})
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 3
 
 
 def test_temperature_zero_is_kept_and_seeds_repeat(client):
