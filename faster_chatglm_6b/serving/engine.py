@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from .rows import NewRow, RowFailure, RowRequest, Rows, RowToken
 from .scheduler import Scheduler
@@ -37,13 +38,20 @@ class News:
     at: float = 0.0
 
 
+class Loop(Protocol):
+    """What the engine needs of an event loop."""
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any) -> object:
+        """Call back soon, in the loop's own thread; RuntimeError if the loop was closed."""
+
+
 @dataclass(eq=False)
 class Job:
     """A request on its way through the engine. Times are seconds of ``time.monotonic``, 0 until known."""
 
     request: RowRequest
     receive: Callable[[News], None]
-    loop: asyncio.AbstractEventLoop
+    loop: Loop
     submitted: float = 0.0
     started: float = 0.0
 
@@ -105,13 +113,16 @@ class Engine:
                 f"server's memory for {most} tokens; shorten the prompt or lower max_tokens."
             )
 
-    def submit(self, request: RowRequest, receive: Callable[[News], None]) -> Job:
-        """Queue a request; call in the event loop in which ``receive`` is to be called.
+    def submit(self, request: RowRequest, receive: Callable[[News], None], loop: Loop | None = None) -> Job:
+        """Queue a request.
+
+        Args:
+            loop: where ``receive`` is called; the running event loop if left out.
 
         Raises:
             EngineClosed: the engine takes no more requests.
         """
-        job = Job(request, receive, asyncio.get_running_loop(), submitted=time.monotonic())
+        job = Job(request, receive, loop or asyncio.get_running_loop(), submitted=time.monotonic())
         self._order("submit", job)
         return job
 
@@ -147,6 +158,11 @@ class Engine:
         self._closing = True
         with self._wake:
             self._open.update(job for what, job in self._orders if what == "submit")
+        for row in [*self._at_row]:
+            try:
+                self._rows.stop(row)
+            except Exception:
+                _log.exception("A row could not be stopped.")
         self._hand_out({job: News(end="error", error=error) for job in self._open})
 
     def _has_work(self) -> bool:
@@ -230,7 +246,7 @@ class Engine:
 
     def _hand_out(self, news: dict[Job, News]) -> None:
         """Wake each event loop once, with all that is new for it."""
-        loops: dict[asyncio.AbstractEventLoop, list[tuple[Job, News]]] = {}
+        loops: dict[Loop, list[tuple[Job, News]]] = {}
         now = time.monotonic()
         for job, one in news.items():
             one.at = now

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from .answer import AnswerText
 from .engine import Engine, Job, News
@@ -53,6 +53,19 @@ class Piece:
         self.end = later.end or self.end
 
 
+class Owner(Protocol):
+    """Who gets an answer's pieces."""
+
+    def on_tokens(self, gap: float | None, answer: Answer, count: int) -> None:
+        """Hear of a step with tokens: the seconds since the answer's last one, None for the first; their number."""
+
+    def stop(self, answer: Answer) -> None:
+        """End the answer's row, which computes more than is needed."""
+
+    def add(self, answer: Answer, piece: Piece, error: Exception | None) -> None:
+        """Take what is new."""
+
+
 class Answer:
     """One answer's way from the engine to the pieces of its ``Generation``.
 
@@ -62,7 +75,7 @@ class Answer:
         first_at, last_at: when its first and its last token were read, in seconds of ``time.monotonic``; 0 before.
     """
 
-    def __init__(self, generation: Generation, index: int, asked: Asked, tokenizer: Any):
+    def __init__(self, generation: Owner, index: int, asked: Asked, tokenizer: Any):
         self.generation, self._index = generation, index
         self._text = AnswerText(tokenizer, asked.stop, asked.is_chat)
         self.asked = asked

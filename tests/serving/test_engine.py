@@ -235,6 +235,7 @@ def test_closing_ends_everybody():
         await asyncio.to_thread(engine.close)
         await asyncio.gather(*(caller.done.wait() for caller in callers))
         assert all(isinstance(caller.error, EngineClosed) for caller in callers) and not engine.is_alive
+        assert rows.occupied == 0 and rows.faults == []
         with pytest.raises(EngineClosed):
             engine.submit(RowRequest((1,), 1), lambda news: None)
         engine.cancel(callers[0].job)

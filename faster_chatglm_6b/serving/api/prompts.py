@@ -7,16 +7,16 @@ import re
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from ...templates.history import History
+from ..defaults import end_ids, sampling_defaults, seed_of
 from ..generation import Asked
 from ..rows import RowRequest
 from .errors import ApiError, unsupported
 from .protocol import Message, SamplingFields
 
-# ``chat``'s own defaults. The checkpoint's generation_config.json may have others for the last two.
-DEFAULTS = {"temperature": 0.95, "top_p": 0.7, "top_k": 50, "repetition_penalty": 1.0}
 # Pieces of ice_text.model have at most 16 characters; only runs of blanks are longer, and are counted as one.
 _CHARACTERS_PER_TOKEN = 16
 _BLANKS = re.compile(r"[ \t]{2,}")
@@ -28,13 +28,7 @@ class Prompts:
     def __init__(self, model: Any, tokenizer: Any):
         self._tokenizer = tokenizer
         self._config = model.config
-        self.defaults = dict(DEFAULTS)
-        for name in ("top_k", "repetition_penalty"):
-            given = getattr(model.generation_config, name, None)
-            self.defaults[name] = DEFAULTS[name] if given is None else given
-        ends = model.generation_config.eos_token_id
-        ends = model.config.eos_token_id if ends is None else ends
-        self.end_ids = tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
+        self.defaults, self.end_ids = sampling_defaults(model), end_ids(model)
         self.longest = model.config.max_sequence_length
         # One thread: the tokenizer is shared, and a long text must not hold up the event loop.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
@@ -169,16 +163,12 @@ class Prompts:
             top_logprobs=body.reported,
         )
         first = secrets.randbits(63) if body.seed is None else body.seed
-        return [Asked(_seeded(row, first, number), body.stops, is_chat) for number in range(body.n or 1)]
+        rows = (replace(row, seed=seed_of(first, number)) for number in range(body.n or 1))
+        return [Asked(one, body.stops, is_chat) for one in rows]
 
     def _value(self, body: SamplingFields, name: str) -> float:
         given = getattr(body, name)
         return self.defaults[name] if given is None else given
-
-
-def _seeded(row: RowRequest, seed: int, number: int) -> RowRequest:
-    """Return the row of an answer's number. The first has the seed itself, so that n does not change it."""
-    return RowRequest(**{**vars(row), "seed": (seed + number * 0x9E3779B97F4A7C15) % 2**64})
 
 
 def _readable(message: Message) -> dict[str, Any]:

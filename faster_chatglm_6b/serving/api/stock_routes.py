@@ -11,7 +11,6 @@ from fastapi import APIRouter, Request, Response
 
 from ..generation import Asked, Generation, Piece
 from ..rows import RowRequest
-from .prompts import DEFAULTS
 from .protocol import StockRequest
 from .service import Service
 
@@ -50,8 +49,8 @@ async def _generate(service: Service, body: StockRequest, request: Request) -> t
             ids=ids,
             max_tokens=prompts.room(ids, body.max_length or _MAX_LENGTH),
             end_ids=prompts.end_ids,
-            temperature=DEFAULTS["temperature"] if body.temperature is None else body.temperature,
-            top_p=DEFAULTS["top_p"] if body.top_p is None else body.top_p,
+            temperature=prompts.defaults["temperature"] if body.temperature is None else body.temperature,
+            top_p=prompts.defaults["top_p"] if body.top_p is None else body.top_p,
             top_k=prompts.defaults["top_k"],
             repetition_penalty=prompts.defaults["repetition_penalty"],
             seed=secrets.randbits(63),
