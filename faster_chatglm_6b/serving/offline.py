@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ def answer_many(
     tokenizer: Any,
     prompts: Iterable[str | Sequence[Mapping[str, Any]]],
     *,
+    places: Iterable[int] | None = None,
     max_tokens: int | None = None,
     stop: Sequence[str] = (),
     seed: int = 0,
@@ -56,6 +58,7 @@ def answer_many(
 
     Args:
         prompts: texts of users, or conversations as ``apply_chat_template`` takes them.
+        places: the index of each prompt, to go on with some of a list; 0, 1, 2 and so on if left out.
         max_tokens: most new tokens of an answer; None for as many as the model's length allows.
         stop: strings that end an answer and are not in it.
         max_rows, memory: most answers at once, and the share of free memory for their keys and values.
@@ -78,16 +81,19 @@ def answer_many(
     def asked(index: int, prompt: str | Sequence[Mapping[str, Any]]) -> Asked:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        room = model.config.max_sequence_length - len(ids)
+        longest = model.config.max_sequence_length
+        room = longest - len(ids)
         if room < 1:
             raise ValueError(
-                f"Prompt {index} has {len(ids)} tokens, but the model takes {model.config.max_sequence_length} of prompt "
-                "and answer together; shorten it."
+                f"Prompt {index} has {len(ids)} tokens, but the model takes {longest} of prompt and answer together; "
+                "shorten it."
             )
         most = room if max_tokens is None else min(max_tokens, room)
         return Asked(RowRequest(tuple(ids), most, end_ids(model), seed=seed_of(seed, index), **settings), tuple(stop))
 
-    return _Run(rows, tokenizer, asked).answers(prompts)
+    return _Run(rows, tokenizer, asked).answers(
+        zip(itertools.count() if places is None else places, prompts, strict=False)
+    )
 
 
 class _Run:
@@ -99,12 +105,11 @@ class _Run:
         self._open: dict[Answer, Piece] = {}
         self._finished: list[Finished] = []
 
-    def answers(self, prompts: Iterable[Any]) -> Iterator[Finished]:
+    def answers(self, prompts: Iterator[tuple[int, Any]]) -> Iterator[Finished]:
         self._engine = Engine(self._rows)
         try:
-            source = enumerate(prompts)
             while True:
-                while len(self._open) < self._rows.rows + _AHEAD and (item := next(source, None)) is not None:
+                while len(self._open) < self._rows.rows + _AHEAD and (item := next(prompts, None)) is not None:
                     self._submit(*item)
                 yield from self._take_finished()
                 if not self._open:
