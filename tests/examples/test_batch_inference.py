@@ -1,4 +1,4 @@
-"""The example for files of prompts: every line is answered once, also if it was interrupted in between."""
+"""examples/batch_inference.py: every line is answered once, also if it was interrupted in between."""
 
 import json
 import sys

@@ -29,6 +29,7 @@ TESTED = {
     "python -m faster_chatglm_6b chat --tiny": "tests/cli/test_cli_demo.py::test_whatever_is_piped_in",
     "python -m faster_chatglm_6b": "tests/switch/test_switch.py::test_module_prints_the_report",
     "python -m faster_chatglm_6b serve --tiny": "tests/serving/test_command.py::served",
+    "python examples/batch_inference.py prompts.jsonl answers.jsonl --tiny": "tests/examples/test_batch_inference.py",
     "python examples/transformers_serve.py": "tests/conversation/test_chat_clients.py::test_transformers_serve",
 }
 IN_CI = ("make demo", "make test", "make test-oneflow", "make lint")
