@@ -177,7 +177,7 @@ class Generation:
             self._engine.cancel(answer.job)
 
     def cancel(self) -> None:
-        """End every answer that has not ended. Rows are free within two steps."""
+        """End every answer that has not ended. Their rows are free after the step that runs, or the next."""
         for answer in [*self._open]:
             answer.end = "abort"
             self.stop(answer)

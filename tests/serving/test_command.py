@@ -84,19 +84,21 @@ def test_it_serves_and_sigterm_lets_answers_finish():
         answer = client.chat.completions.create(model="mine", messages=LONG["messages"], max_tokens=2)
         assert answer.usage.completion_tokens == 2
         assert httpx.get(f"{url}/v1/models").status_code == 401
-        seen = []
+        # Four answers run, and two wait: all six may finish.
+        seen, is_told = [], False
         chunks = client.chat.completions.create(
-            model="mine", messages=LONG["messages"], max_tokens=60, stream=True,
+            model="mine", messages=LONG["messages"], max_tokens=20, n=6, stream=True,
             extra_body={"ignore_eos": True}, stream_options={"include_usage": True},
         )  # fmt: skip
         for chunk in chunks:
             seen.append(chunk)
-            if len(seen) == 3:
+            if not is_told and any(choice.delta.content for choice in chunk.choices):
                 process.send_signal(signal.SIGTERM)
-        assert seen[-1].usage.completion_tokens == 60
+                is_told = True
+        assert seen[-1].usage.completion_tokens == 6 * 20
         assert process.wait(30) == 0
     text = "".join(log)
-    assert "Draining: 1 answers may finish within 30 s." in text and "Traceback" not in text
+    assert "Draining: 6 answers may finish within 30 s." in text and "Traceback" not in text
     assert "a-secret" not in text
 
 
