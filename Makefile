@@ -23,7 +23,7 @@ READY := $(VENV)/.ready-$(TRANSFORMERS)
 READY_DEV := $(VENV)/.ready-dev-$(TRANSFORMERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-gpu test-oneflow lint bench pictures clean
+.PHONY: help demo serve test test-long test-gpu test-oneflow lint bench pictures clean
 
 help: ## list the targets and the variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,10 @@ help: ## list the targets and the variables
 
 demo: $(READY) ## install on first use, then chat with the tiny checkpoint
 	@$(PY) examples/demo.py --tiny $(ARGS)
+
+serve: $(READY) ## install on first use, then serve the tiny checkpoint on http://127.0.0.1:8000
+	@$(PY) -c 'import fastapi, prometheus_client, uvicorn' 2>/dev/null || $(PIP) install -q -e '.[serve]'
+	@$(PY) -m faster_chatglm_6b serve --tiny $(ARGS)
 
 test: $(READY_DEV) ## install on first use, then run the tests that need no GPU
 	$(PY) -m pytest -n auto --dist loadfile -m "not gpu and not long" $(ARGS)

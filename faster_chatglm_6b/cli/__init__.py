@@ -1,4 +1,4 @@
-"""The commands ``status``, ``demo`` and ``chat`` of ``python -m faster_chatglm_6b``; the examples call ``main`` too.
+"""The commands of ``python -m faster_chatglm_6b``: status, demo, chat, serve; the examples call ``main`` too.
 
 A command's module is imported when it runs: ``--help`` and ``status`` load neither torch nor transformers.
 """
@@ -11,7 +11,14 @@ from collections.abc import Callable, Sequence
 
 from .. import __version__, status
 from .errors import CommandError
-from .options import CommandParser, add_checkpoint_argument, add_model_options, add_sampling_options, question
+from .options import (
+    CommandParser,
+    add_checkpoint_argument,
+    add_model_options,
+    add_sampling_options,
+    add_server_options,
+    question,
+)
 from .printing import harmless
 
 FOLLOW_UP = "用英文再说一遍"  # "Say that again in English": it can only be answered with the history
@@ -44,6 +51,13 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_options(command)
     add_sampling_options(command)
     command.set_defaults(run=_chat)
+
+    text = "an OpenAI-compatible server for many users (needs the extra 'serve')"
+    command = commands.add_parser("serve", help=text, description=f"Run {text}.")
+    add_checkpoint_argument(command, "THUDM/chatglm-6b, about 12 GB to download once")
+    add_model_options(command)
+    add_server_options(command)
+    command.set_defaults(run=_serve)
     return parser
 
 
@@ -107,5 +121,11 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _chat(arguments: argparse.Namespace) -> None:
     from .chat import run
+
+    run(arguments)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from .serve import run
 
     run(arguments)

@@ -47,6 +47,32 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the server."""
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (%(default)s)")
+    parser.add_argument("--port", type=_port, default=8000, help="0 takes a free one (%(default)s)", metavar="N")
+    parser.add_argument(
+        "--api-key", action="append", metavar="KEY",
+        help="key that clients must send; several times for several keys (default: those in the environment's "
+        "FASTER_CHATGLM_6B_API_KEY, separated by commas, else none is asked for)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--served-model-name", action="append", metavar="NAME", help="name for clients (default: the checkpoint's)"
+    )
+    parser.add_argument("--max-rows", type=_count, default=256, help="answers at once (%(default)s)", metavar="N")
+    parser.add_argument(
+        "--memory", type=_share, default=0.9, help="share of free memory for keys and values (%(default)s)", metavar="P"
+    )
+    parser.add_argument(
+        "--max-waiting", type=_whole, default=1024, help="answers that wait beyond the rows (%(default)s)", metavar="N"
+    )
+    parser.add_argument(
+        "--shutdown-timeout", type=_whole, default=30, metavar="SECONDS",
+        help="seconds that answers get to finish after SIGTERM or Ctrl-C (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+
+
 def generation_settings(max_length: int, top_p: float, temperature: float) -> dict[str, Any]:
     """Return the arguments of ``stream_chat``. A temperature of 0 takes the most likely token every time."""
     if temperature == 0:
@@ -71,6 +97,24 @@ def _length(text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens: a whole number from 1 on")
     return int(text)
+
+
+def _whole(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not (number := _whole(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is too few: a whole number from 1 on")
+    return number
+
+
+def _port(text: str) -> int:
+    if (number := _whole(text)) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: a whole number up to 65535")
+    return number
 
 
 def _share(text: str) -> float:

@@ -60,6 +60,10 @@ class IncrementalDetokenizer:
         self._settle_text()
         return self._text()
 
+    def settled(self) -> str:
+        """Return the beginning of the text that no later id can change: what may be shown for good."""
+        return self._settled
+
     def finish(self) -> str:
         """Return the text of all ids as ``tokenizer.decode`` does: bytes still held back are U+FFFD."""
         if self._has_added_tokens:

@@ -16,6 +16,8 @@ from remote_code import put_into_hub_cache, run_python
 TINY = ROOT / "examples" / "tiny_chatglm"
 # tests/repository/test_finetuning_docs.py runs the programs of this page.
 FINETUNING = "docs/finetuning.md"
+# tests/serving/test_command.py runs this page's program and its curl command against a server.
+SERVING = "docs/serving.md"
 
 # Each command names the test that executes it. The test must exist, and .ci/run must hold the commands of CI.
 TESTED = {
@@ -26,12 +28,17 @@ TESTED = {
     "python -m faster_chatglm_6b demo": "tests/repository/test_packaging.py::test_the_wheel_answers_where_no_clone_is",
     "python -m faster_chatglm_6b chat --tiny": "tests/cli/test_cli_demo.py::test_whatever_is_piped_in",
     "python -m faster_chatglm_6b": "tests/switch/test_switch.py::test_module_prints_the_report",
+    "python -m faster_chatglm_6b serve --tiny": "tests/serving/test_command.py::served",
+    "python examples/batch_inference.py prompts.jsonl answers.jsonl --tiny": "tests/examples/test_batch_inference.py",
     "python examples/transformers_serve.py": "tests/conversation/test_chat_clients.py::test_transformers_serve",
 }
 IN_CI = ("make demo", "make test", "make test-oneflow", "make lint")
 # No test executes these commands; each names the reason, and what is checked instead.
 LISTED = {
     "python3 -m pip install -e .": "a network; the Makefile installs so, in CI",
+    'python3 -m pip install -e ".[serve]"': "a network; the extras' names are checked here",
+    "faster-chatglm-6b serve THUDM/chatglm-6b --bits 4": "the 6B weights; serve --tiny is tested",
+    "make serve": "it does not end; its target is checked here",
     'python3 -m pip install -e ".[cli,web]"': "a network; the extras' names are checked here",
     "python3 -m pip install git+ADDRESS_OF_THIS_REPOSITORY": "a network, and the address of a repository",
     "python3.10 -m pip install -r tests/oneflow/requirements.txt": "a network; make test-oneflow does it, in CI",
@@ -57,6 +64,8 @@ BENCHMARK = "python examples/benchmark.py "
 ON_A_GPU = re.compile(
     re.escape(BENCHMARK) + r"|python (-m examples\.measuring\.|examples/)tune_(quantized_)?kernels(\.py)?( |$)"
 )
+# tests/serving/test_command.py runs these against a server.
+TO_A_SERVER = "curl -s http://127.0.0.1:8000/"
 PROGRAMS = ("python", "python3", "python3.10", "make", "pip", "pytest", "bash", "apt-get")
 
 
@@ -71,7 +80,7 @@ def commands(name: str) -> list[str]:
 
 def python_program() -> str:
     """Join the python blocks of the pages that are read after each other: README first."""
-    names = [name for name in ENGLISH if name != FINETUNING]
+    names = [name for name in ENGLISH if name not in (FINETUNING, SERVING)]
     return "\n".join(content for name in names for language, content in blocks(name) if language == "python")
 
 
@@ -107,6 +116,7 @@ def test_the_python_blocks_run_one_after_the_other(tmp_path):
 def test_every_command_is_executed_or_listed(name):
     for command in commands(name):
         known = command in TESTED or command in IN_CI or command in LISTED or ON_A_GPU.match(command)
+        known = known or command.startswith(TO_A_SERVER)
         assert known, f"`{command}` of {name} is neither executed by a test nor listed in {Path(__file__).name}"
 
 

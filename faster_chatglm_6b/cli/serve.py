@@ -1,0 +1,57 @@
+"""Load a checkpoint and serve it over HTTP."""
+
+import argparse
+import importlib.util
+import os
+from pathlib import Path
+
+from .checkpoint import load_asked
+from .errors import CommandError
+from .options import HUB_ID
+
+_LIBRARIES = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Serve until a signal ends it.
+
+    Raises:
+        CommandError: libraries are missing, no checkpoint, too little memory, or a port that cannot be had.
+    """
+    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CommandError(f'serve needs {", ".join(missing)}: install the extra with pip install -e ".[serve]".')
+    names = tuple(arguments.served_model_name or _names(arguments))
+    if not all(name.strip() for name in names):
+        raise CommandError("--served-model-name is empty: give a name.", code=2)
+    keys = arguments.api_key or os.environ.get("FASTER_CHATGLM_6B_API_KEY", "").split(",")
+    if arguments.api_key and not all(key.strip() for key in keys):
+        raise CommandError("--api-key is empty: give a key, or leave it out to ask for none.", code=2)
+    tokenizer, model = load_asked(arguments, default=HUB_ID)
+    from ..serving.api.server import Settings, serve
+
+    settings = Settings(
+        host=arguments.host,
+        port=arguments.port,
+        names=names,
+        keys=tuple(key.strip() for key in keys if key.strip()),
+        rows=arguments.max_rows,
+        memory=arguments.memory,
+        most_waiting=arguments.max_waiting,
+        shutdown_timeout=arguments.shutdown_timeout,
+        log_level=arguments.log_level,
+    )
+    try:
+        code = serve(model, tokenizer, settings)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    if code:
+        raise CommandError(f"The server could not be started on {arguments.host}:{arguments.port}.", code)
+
+
+def _names(arguments: argparse.Namespace) -> list[str]:
+    """Return the checkpoint's short name and the one that it was asked for by."""
+    given = arguments.word or arguments.model or HUB_ID
+    if arguments.tiny:
+        return ["tiny_chatglm"]
+    return list(dict.fromkeys((Path(given).name or given, given)))

@@ -1,0 +1,31 @@
+"""/health, /version and /metrics."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from ... import __version__
+from .service import Service
+
+
+def operator_routes(service: Service) -> APIRouter:
+    """Return the routes that operators and load balancers look at; they need no key."""
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> Response:
+        """Return 200 if requests are taken, 503 if not."""
+        return Response(status_code=200 if service.engine.is_alive and not service.door.is_draining else 503)
+
+    @router.get("/version")
+    async def version() -> dict[str, str]:
+        """Return this package's version."""
+        return {"version": __version__}
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Return the numbers in Prometheus' text format."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    return router

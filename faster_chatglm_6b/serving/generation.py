@@ -1,0 +1,214 @@
+"""One user's request in the event loop: one or several answers, their text and numbers as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from .answer import AnswerText
+from .engine import Engine, Job, News
+from .rows import RowRequest, RowToken
+
+
+@dataclass
+class Asked:
+    """What one answer is asked for: a row, and how its tokens become text.
+
+    Attributes:
+        stop: strings that end the answer.
+        is_chat: whether its text is cleaned up as ``chat`` does.
+    """
+
+    row: RowRequest
+    stop: tuple[str, ...] = ()
+    is_chat: bool = True
+
+
+@dataclass
+class Piece:
+    """What is new of one answer.
+
+    Attributes:
+        index: of the answer.
+        text: what comes after its text so far.
+        tokens: new tokens, without the one that ended the answer.
+        count: new tokens with it.
+        end: "stop" or "length" with the answer's last piece, else "".
+    """
+
+    index: int
+    text: str = ""
+    tokens: list[RowToken] = field(default_factory=list)
+    count: int = 0
+    end: str = ""
+
+    def extend(self, later: Piece) -> None:
+        """Append what came later of the same answer."""
+        self.text += later.text
+        self.tokens += later.tokens
+        self.count += later.count
+        self.end = later.end or self.end
+
+
+class Owner(Protocol):
+    """Who gets an answer's pieces."""
+
+    def on_tokens(self, gap: float | None, answer: Answer, count: int) -> None:
+        """Hear of a step with tokens: the seconds since the answer's last one, None for the first; their number."""
+
+    def stop(self, answer: Answer) -> None:
+        """End the answer's row, which computes more than is needed."""
+
+    def add(self, answer: Answer, piece: Piece, error: Exception | None) -> None:
+        """Take what is new."""
+
+
+class Answer:
+    """One answer's way from the engine to the pieces of its ``Generation``.
+
+    Attributes:
+        tokens: their number so far.
+        end: why it has ended: "stop", "length", "abort" or "error"; else "".
+        first_at, last_at: when its first and its last token were read, in seconds of ``time.monotonic``; 0 before.
+    """
+
+    def __init__(self, generation: Owner, index: int, asked: Asked, tokenizer: Any):
+        self.generation, self._index = generation, index
+        self._text = AnswerText(tokenizer, asked.stop, asked.is_chat)
+        self.asked = asked
+        self.job: Job | None = None
+        self.tokens = 0
+        self.end = ""
+        self.first_at = self.last_at = 0.0
+
+    def receive(self, news: News) -> None:
+        """Take what a step brought. It runs in the event loop, whether the user reads or not."""
+        if self.end:
+            return  # what the row gave until its end was noticed
+        piece = Piece(self._index)
+        try:
+            for token in news.tokens:
+                self._take(token, piece)
+                if self._text.has_stopped:
+                    piece.end = "stop"
+                    break
+            else:
+                piece.end = news.end
+            if piece.end in ("stop", "length"):
+                piece.text += self._text.finish()
+                if self._text.has_stopped:
+                    piece.end = "stop"
+        except ValueError as error:  # a token without text
+            news, piece.end = News(end="error", error=error, at=news.at), "error"
+        if piece.count:
+            self.generation.on_tokens(news.at - self.last_at if self.last_at else None, self, piece.count)
+            self.first_at = self.first_at or news.at
+            self.last_at = news.at
+        self.end = piece.end
+        if piece.end and not news.end or piece.end == "error":
+            self.generation.stop(self)
+        self.generation.add(self, piece, news.error)
+
+    def _take(self, token: RowToken, piece: Piece) -> None:
+        piece.count += 1
+        self.tokens += 1
+        if token.end != "stop":
+            piece.tokens.append(token)
+            piece.text += self._text.push(token.token)
+
+
+class Generation:
+    """The answers to one request. Iterate over ``pieces``, and call ``cancel`` however that ends."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        asked: Sequence[Asked],
+        on_tokens: Callable[[float | None, Answer, int], None] = lambda *_: None,
+        on_end: Callable[[Answer], None] = lambda *_: None,
+        arrived: float | None = None,
+    ):
+        """Submit all answers.
+
+        Args:
+            on_tokens: called for each step with tokens: the seconds since the answer's step before, None for the first;
+                the answer; the number of tokens.
+            on_end: called once for each answer that has ended.
+            arrived: when the request came, in seconds of ``time.monotonic``; now if left out.
+
+        Raises:
+            EngineClosed: the engine takes no more requests.
+        """
+        self._engine, self.on_tokens, self._on_end = engine, on_tokens, on_end
+        self._pending: list[Piece] = []
+        self._error: Exception | None = None
+        self._changed = asyncio.Event()
+        self.arrived = time.monotonic() if arrived is None else arrived
+        self.answers = [Answer(self, index, one, tokenizer) for index, one in enumerate(asked)]
+        self._open = set()
+        try:
+            for answer in self.answers:
+                answer.job = engine.submit(answer.asked.row, answer.receive)
+                self._open.add(answer)
+        except BaseException:
+            self.cancel()
+            raise
+
+    def add(self, answer: Answer, piece: Piece, error: Exception | None) -> None:
+        """Take a piece of one of the answers."""
+        self._pending.append(piece)
+        self._error = self._error or error
+        if answer.end:
+            self._close(answer)
+        self._changed.set()
+
+    def _close(self, answer: Answer) -> None:
+        if answer in self._open:
+            self._open.remove(answer)
+            self._on_end(answer)
+
+    def stop(self, answer: Answer) -> None:
+        """End the row of an answer, which needs no more tokens."""
+        if answer.job is not None:
+            self._engine.cancel(answer.job)
+
+    def cancel(self) -> None:
+        """End every answer that has not ended. Their rows are free after the step that runs, or the next."""
+        for answer in [*self._open]:
+            answer.end = "abort"
+            self.stop(answer)
+            self._close(answer)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Yield pieces until all answers have ended. What came while nobody asked is joined, by answer.
+
+        Raises:
+            Exception: the one with which the engine ended an answer. The others are cancelled.
+        """
+        while self._open or self._pending:
+            await self._changed.wait()
+            self._changed.clear()
+            pending, self._pending = self._pending, []
+            if self._error is not None:
+                self.cancel()
+                raise self._error
+            joined: dict[int, Piece] = {}
+            for piece in pending:
+                joined.setdefault(piece.index, Piece(piece.index)).extend(piece)
+            for one in joined.values():
+                yield one
+
+    async def whole(self) -> list[Piece]:
+        """Return each answer in one piece, in their order.
+
+        Raises:
+            Exception: as ``pieces`` does.
+        """
+        answers = [Piece(index) for index in range(len(self.answers))]
+        async for piece in self.pieces():
+            answers[piece.index].extend(piece)
+        return answers

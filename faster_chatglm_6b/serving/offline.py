@@ -1,0 +1,151 @@
+"""Answer thousands of prompts without a server: the same engine, read from a queue."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .defaults import end_ids, sampling_defaults, seed_of
+from .engine import Engine
+from .generation import Answer, Asked, Piece
+from .plain_rows import PlainRows, pages_for
+from .rows import RowRequest, Rows
+
+# Prompts that are read ahead of the rows, so that a row which becomes free is taken at once.
+_AHEAD = 64
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An answer.
+
+    Attributes:
+        index: the place of its prompt.
+        text: cleaned up as ``chat`` does.
+        tokens: their number, the one that ended the answer included.
+        end: "stop", "length" or "error".
+        error: why there is no answer, if ``end`` is "error".
+    """
+
+    index: int
+    text: str
+    tokens: int
+    end: str
+    error: Exception | None = None
+
+
+def answer_many(
+    model: Any,
+    tokenizer: Any,
+    prompts: Iterable[str | Sequence[Mapping[str, Any]]],
+    *,
+    places: Iterable[int] | None = None,
+    max_tokens: int | None = None,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    max_rows: int = 64,
+    memory: float = 0.9,
+    rows: Rows | None = None,
+    **sampling: float,
+) -> Iterator[Finished]:
+    """Yield an answer for each prompt, in the order in which they are finished.
+
+    An answer depends on its prompt, its place and the seed, and not on what else runs. A prompt that cannot be answered
+    yields its error, and the others go on. Prompts are taken as they are needed, so there may be any number of them.
+
+    Args:
+        prompts: texts of users, or conversations as ``apply_chat_template`` takes them.
+        places: the index of each prompt, to go on with some of a list; 0, 1, 2 and so on if left out.
+        max_tokens: most new tokens of an answer; None for as many as the model's length allows.
+        stop: strings that end an answer and are not in it.
+        max_rows, memory: most answers at once, and the share of free memory for their keys and values.
+        rows: what computes them; the plain path if left out.
+        sampling: ``temperature`` (0 takes the most likely token), ``top_p``, ``top_k``, ``repetition_penalty``,
+            ``presence_penalty``, ``frequency_penalty``, ``min_tokens``; those left out have ``chat``'s values.
+
+    Raises:
+        ValueError: prompts that are one text, or memory for less than one prompt; nothing has been computed.
+        TypeError: an argument that is not known.
+    """
+    if isinstance(prompts, (str, bytes, Mapping)):
+        raise ValueError(
+            "The prompts are one text, but answer_many needs a list or an iterator of prompts; call chat()."
+        )
+    settings = {**sampling_defaults(model), **sampling}
+    RowRequest((), 1, **settings)
+    rows = rows or PlainRows(model, max_rows, pages_for(model, max_rows, memory))
+
+    def asked(index: int, prompt: str | Sequence[Mapping[str, Any]]) -> Asked:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        longest = model.config.max_sequence_length
+        room = longest - len(ids)
+        if room < 1:
+            raise ValueError(
+                f"Prompt {index} has {len(ids)} tokens, but the model takes {longest} of prompt and answer together; "
+                "shorten it."
+            )
+        most = room if max_tokens is None else min(max_tokens, room)
+        return Asked(RowRequest(tuple(ids), most, end_ids(model), seed=seed_of(seed, index), **settings), tuple(stop))
+
+    return _Run(rows, tokenizer, asked).answers(
+        zip(itertools.count() if places is None else places, prompts, strict=False)
+    )
+
+
+class _Run:
+    """The engine, the answers under way, and those that are finished; also the event loop that the engine wakes."""
+
+    def __init__(self, rows: Rows, tokenizer: Any, asked: Callable[[int, Any], Asked]):
+        self._rows, self._tokenizer, self._asked = rows, tokenizer, asked
+        self._calls: queue.SimpleQueue[tuple[Callable[..., object], tuple]] = queue.SimpleQueue()
+        self._open: dict[Answer, Piece] = {}
+        self._finished: list[Finished] = []
+
+    def answers(self, prompts: Iterator[tuple[int, Any]]) -> Iterator[Finished]:
+        self._engine = Engine(self._rows)
+        try:
+            while True:
+                while len(self._open) < self._rows.rows + _AHEAD and (item := next(prompts, None)) is not None:
+                    self._submit(*item)
+                yield from self._take_finished()
+                if not self._open:
+                    return
+                callback, arguments = self._calls.get()
+                callback(*arguments)
+        finally:
+            self._engine.close()
+
+    def _submit(self, index: int, prompt: Any) -> None:
+        try:
+            asked = self._asked(index, prompt)
+        except (TypeError, ValueError) as error:
+            self._finished.append(Finished(index, "", 0, "error", error))
+            return
+        answer = Answer(self, index, asked, self._tokenizer)
+        self._open[answer] = Piece(index)
+        answer.job = self._engine.submit(asked.row, answer.receive, loop=self)
+
+    def _take_finished(self) -> list[Finished]:
+        finished, self._finished = self._finished, []
+        return finished
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any) -> None:
+        self._calls.put((callback, args))
+
+    def on_tokens(self, gap: float | None, answer: Answer, count: int) -> None:
+        pass
+
+    def stop(self, answer: Answer) -> None:
+        if answer.job is not None:
+            self._engine.cancel(answer.job)
+
+    def add(self, answer: Answer, piece: Piece, error: Exception | None) -> None:
+        whole = self._open[answer]
+        whole.extend(piece)
+        if answer.end:
+            del self._open[answer]
+            self._finished.append(Finished(whole.index, whole.text, whole.count, answer.end, error))
