@@ -57,7 +57,7 @@ def draw(data: Path, language: str) -> pyplot.Figure:
     panel.set_yscale("log")
     panel.set_xticks(sorted(batches), [str(batch) for batch in sorted(batches)])
     panel.set_yticks([100, 1000, 10000], ["100", "1,000", "10,000"])
-    panel.set_ylim(80, 20000)
+    panel.set_ylim(80, 60000)
     panel.set_xlabel(words["axis"])
     panel.grid(color="#e4e7ea")
     panel.set_title(words["title"], fontsize=12)

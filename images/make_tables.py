@@ -88,7 +88,7 @@ def speed(language: str, data: Path) -> str:
     setting = {key: "; ".join(dict.fromkeys(run[key] for run in runs)) for key in ("clocks", "torch", "triton", "date")}
     conditions = words["conditions"].format(**{**first, **setting}, ceiling=ceiling)
     lines = [conditions, "", words["speed_header"], "|---|---|---|---|---|"]
-    for run in runs:
+    for run in sorted(runs, key=_place):
         if run["new_tokens"] > 1:
             what = _what(run, words)
             numbers = f"{run['ms_per_step']:.2f} | {run['tokens_per_s']:.0f} | {run['share']:.2f}"
@@ -110,6 +110,13 @@ def speed(language: str, data: Path) -> str:
     if len(commands) > 2:
         made += words["other_commands"].format(count=len(commands) - 1)
     return "\n".join([*lines, words["memory"].format(peaks=listed), "", made])
+
+
+def _place(run: Record) -> tuple[int, bool, bool, int]:
+    """Sort by weights; one row first, then the batches, then those with long prompts."""
+    names = ("fp16", "bf16", "fp32", "int8", "int4")
+    long = run["prompt_tokens"] > 20 and run["batch"] > 1
+    return names.index(run["weights"]), run["batch"] > 1, long, run["batch"]
 
 
 def _what(run: Record, words: dict[str, str]) -> str:

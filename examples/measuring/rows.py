@@ -43,9 +43,9 @@ def shorter(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def aims(records: list[dict[str, Any]]) -> Iterator[tuple[str, float, float, float]]:
-    """Yield (what, share, must, goal) for the greedy records of 20-token prompts, one for each weights and rows."""
+    """Yield (what, share, must, goal) for the greedy records of 20-token prompts, the first of each number of rows."""
     seen = set()
-    for record in records:
+    for record in sorted(records, key=lambda record: record["batch"]):
         weights, rows = record["weights"], record["batch"]
         plain = record["mode"] == "greedy" and record["prompt_tokens"] == 20 and record["new_tokens"] > 1
         if plain and weights in WEIGHTS and rows in MUSTS and (weights, rows) not in seen:
