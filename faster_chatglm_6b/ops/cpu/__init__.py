@@ -11,7 +11,7 @@ from .. import reference
 from ..table import Operators, reference_operators
 
 # Up to here a kernel of few rows is as fast as unpacking the weight and PyTorch's product of matrices.
-_MOST_INTEGER_ROWS = 32
+_MOST_INTEGER_ROWS = 16
 _MOST_FLOAT_ROWS = 8
 _MOST_LIBRARY_ROWS = 8
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
