@@ -1,6 +1,7 @@
 """The operators on a CPU: an own C kernel for few rows, PyTorch's kernels where it is missing, blocks for many rows."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -8,46 +9,55 @@ import torch
 from torch import nn
 
 from .. import reference
+from ..availability import switch_refusal
 from ..table import Operators, reference_operators
 
 # Up to here a kernel of few rows is as fast as unpacking the weight and PyTorch's product of matrices.
-_MOST_INTEGER_ROWS = 16
+_MOST_INTEGER_ROWS = {torch.float32: 16, torch.float16: 32, torch.bfloat16: 32}
 _MOST_FLOAT_ROWS = 8
 _MOST_LIBRARY_ROWS = 8
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = tuple(_MOST_INTEGER_ROWS)
+_QUANTIZED = "fused_linear_with_groupwise_quantized_weight"
+_FLOATS = "fused_matmul_bias"
+_ATTENTION = "fused_multi_head_attention_inference_v2"
 _KINDS_OF_TENSOR = (torch.Tensor, nn.Parameter)
+
+
+def serves_half_precision() -> bool:
+    """Tell whether models in half precision are fast here, and so need not be turned to float32; it may compile."""
+    from . import native
+
+    return switch_refusal() is None and isinstance(native.load(), native.Kernel)
 
 
 def choose(dtype: torch.dtype) -> Operators:
     """Return the table for models on a CPU in ``dtype``, with the reason for each choice."""
     # Not at the top: OneFlow's torch, under which nothing chooses them, lacks what they need.
-    from . import native
+    from . import blocks, native
 
     table = reference_operators("PyTorch's own kernels serve the CPU")
+    if dtype not in _DTYPES:
+        return table
     kernel = native.load()
+    functions: dict[str, Callable] = {}
+    choices: dict[str, tuple[str, str]] = {}
     if isinstance(kernel, native.Kernel):
         reason = f"{kernel.instructions}, compiled by {kernel.compiler}"
-        quantized = (
-            "C kernel",
-            f"{reason}; more than {_MOST_INTEGER_ROWS} rows and odd sizes are unpacked in blocks",
-        )
-        floats = ("C kernel", f"{reason}; PyTorch's product for more than {_MOST_FLOAT_ROWS} rows")
-        if dtype not in _DTYPES:
-            return table
+        most = _MOST_INTEGER_ROWS[dtype]
+        choices[_QUANTIZED] = ("C kernel", f"{reason}; more than {most} rows and odd sizes are unpacked in blocks")
+        choices[_FLOATS] = ("C kernel", f"{reason}; PyTorch's product for more than {_MOST_FLOAT_ROWS} rows")
+        functions[_FLOATS] = functools.partial(fused_matmul_bias, kernel)
     else:
-        fast = dtype == torch.bfloat16 and hasattr(torch, "_weight_int8pack_mm")
-        what = "torch int4 and int8" if fast else "unpacked in blocks"
-        quantized = (what, kernel if fast else f"{kernel}; PyTorch's kernels are fast in bfloat16 alone")
-        floats, kernel = table.choices["fused_matmul_bias"], None
-    functions = {
-        "fused_linear_with_groupwise_quantized_weight": functools.partial(
-            fused_linear_with_groupwise_quantized_weight, kernel
-        )
-    }
-    choices = table.choices | {"fused_linear_with_groupwise_quantized_weight": quantized, "fused_matmul_bias": floats}
-    if kernel is not None:
-        functions["fused_matmul_bias"] = functools.partial(fused_matmul_bias, kernel)
-    return replace(table, **functions, choices=choices)
+        reason, kernel = kernel, None
+        if dtype == torch.bfloat16 and hasattr(torch, "_weight_int8pack_mm"):
+            choices[_QUANTIZED] = ("torch int4 and int8", f"{reason}; many rows and odd sizes are unpacked in blocks")
+        else:
+            choices[_QUANTIZED] = ("unpacked in blocks", f"{reason}; PyTorch's kernels are fast in bfloat16 alone")
+    functions[_QUANTIZED] = functools.partial(fused_linear_with_groupwise_quantized_weight, kernel)
+    if blocks.compute_dtype(dtype) != dtype:
+        functions[_ATTENTION] = fused_multi_head_attention_inference_v2
+        choices[_ATTENTION] = ("in float32", f"this CPU is slow in {str(dtype).removeprefix('torch.')}")
+    return replace(table, **functions, choices=table.choices | choices)
 
 
 def fused_linear_with_groupwise_quantized_weight(
@@ -73,7 +83,7 @@ def fused_linear_with_groupwise_quantized_weight(
     group = columns if group_size < 0 else group_size
     flat, scale = x.reshape(-1, columns).contiguous(), w_scale.view(w.shape[0], columns // group)
     rows = flat.shape[0]
-    if kernel is not None and rows <= _MOST_INTEGER_ROWS and native.block_of(group, num_bits) is not None:
+    if kernel is not None and rows <= _MOST_INTEGER_ROWS[x.dtype] and native.block_of(group, num_bits) is not None:
         out = native.integer_product(kernel, flat, w, scale, num_bits, group)
     elif kernel is None and rows <= _MOST_LIBRARY_ROWS and library.serves(flat, w, num_bits, group):
         out = library.product(flat, w, scale, num_bits, group)
@@ -101,6 +111,14 @@ def fused_matmul_bias(
     else:
         out = blocks.float_product(flat, weight)
     return _finish(out, x, bias, _add_to_output, beta)
+
+
+def fused_multi_head_attention_inference_v2(
+    *, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **rest: Any
+) -> torch.Tensor:
+    """Compute the operator as ``ops.reference`` defines it, in float32."""
+    query, key, value, dtype = query.float(), key.float(), value.float(), query.dtype
+    return reference.fused_multi_head_attention_inference_v2(query=query, key=key, value=value, **rest).to(dtype)
 
 
 def _is_ordinary(x: torch.Tensor, *others: torch.Tensor) -> bool:
