@@ -17,17 +17,18 @@ def cpu(language: str, data: Path = DATA) -> str:
         return ""
     words, elsewhere = _WORDS[language], read(ELSEWHERE, data)
     records = read(OURS, data)
-    lines = [words["cpu_header"], "|---|---|---|---|---|---|"]
+    lines = [words["cpu_header"], "|---|---|---|---|---|---|---|"]
     for record in records:
         if record["new_tokens"] > 1:
             prompt = next((other for other in records if _is_prompt_of(other, record)), None)
             seconds = f"{prompt['ms_per_step'] / 1e3:.1f}" if prompt else "-"
             values = (f"{record['ms_per_step']:.0f}", f"{record['gb_per_s']:.1f}", f"{record['share']:.2f}", seconds)
-            lines.append(f"| {_weights(record, language)} | {record['layers']} | {' | '.join(values)} |")
+            lines.append(
+                f"| {_weights(record, language)} | {record['threads']} | {record['layers']} | {' | '.join(values)} |"
+            )
     first = records[0]
     conditions = words["cpu_conditions"].format(
         cpu=first["cpu"],
-        threads=first["threads"],
         torch=first["torch"],
         date=first["date"],
         low=min(record["read_ceiling_gb_per_s"] for record in records),
@@ -46,7 +47,7 @@ def cpu(language: str, data: Path = DATA) -> str:
 
 def _is_prompt_of(other: Record, record: Record) -> bool:
     """Tell whether a record has the first token, after 128 others, of the same weights."""
-    same = all(other[key] == record[key] for key in ("weights", "dtype", "group_size", "head"))
+    same = all(other[key] == record[key] for key in ("weights", "dtype", "group_size", "head", "threads"))
     return same and other["new_tokens"] == 1 and other["prompt_tokens"] == 128
 
 
