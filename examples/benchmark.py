@@ -7,6 +7,7 @@
     python examples/benchmark.py --table --json FILE         # both backends, quantised or not; --quick for a short one
     python examples/benchmark.py --suite --json FILE         # contexts, batches, first tokens, memory and promises
     python examples/benchmark.py --model_name examples/tiny_chatglm --new_tokens 32     # without a GPU
+    python examples/benchmark.py --random-weights --device cpu --bits 4 --layers 4      # a CPU, extrapolated to 28
 
 One run prints how long its iterations took in all and on average, and one row of the table: tok/s, GB/s and the share
 of the read ceiling are those of one more token, without the prompt (see measuring/timing.py). With ``--new_tokens 1``
@@ -71,6 +72,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--quant", action=choice, help="quantise to 8 bits, or to --bits")
     model.add_argument("--group-size", type=count, help="columns per scale, for example 128 (default: whole rows)")
     model.add_argument("--head-bits", type=int, choices=(8,), help="quantise the output head too")
+    model.add_argument(
+        "--device", choices=("cuda", "cpu"), help="cpu: random weights on the CPU, with its read ceiling"
+    )
+    model.add_argument("--layers", type=count, help="with --device cpu: fewer than 28, and 28 are extrapolated")
+    dtypes = ("float32", "float16", "bfloat16")
+    model.add_argument("--dtype", choices=dtypes, help="with --device cpu: of the floats (default: float16)")
     work = parser.add_argument_group("the work")
     work.add_argument("--prompt", metavar="TEXT", help=f"needs a checkpoint (its default: {PROMPT})")
     work.add_argument("--prompt-tokens", type=count, help="random tokens instead (default without a checkpoint: 20)")
@@ -116,6 +123,13 @@ def contradiction(args: argparse.Namespace) -> str | None:
         return "--prompt needs a tokenizer, and random weights have none; name a checkpoint with --model_name."
     if args.prompt_tokens is not None and args.prompt_tokens < 3:
         return f"--prompt-tokens {args.prompt_tokens} was given, but a prompt has at least 3 tokens."
+    on_cpu = args.device == "cpu"
+    if not on_cpu and (args.layers or args.dtype):
+        return f"{'--layers' if args.layers else '--dtype'} belongs to --device cpu; give it too."
+    if on_cpu and (args.model_name or args.table or args.suite or args.profile):
+        return "--device cpu measures random weights; leave --model_name, --table, --suite and --profile out."
+    if on_cpu and args.layers and not 2 <= args.layers <= 28:
+        return f"--layers {args.layers} was given, but the time of a layer needs 2 to 28 of them."
     if args.table and args.suite:
         return "--table was given with --suite; run one after the other."
     if args.quick and not (args.table or args.suite):
@@ -147,7 +161,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.backend = args.backend or BACKENDS[args.fast is False]
     args.bits = args.bits or (8 if args.quant else 16)
     args.runs = args.runs or (1 if args.quick else 5)
-    args.iters = args.iters or (3 if args.quick else 15 if args.suite else 20)
+    args.dtype = args.dtype or "float16"
+    args.iters = args.iters or (5 if args.device == "cpu" else 3 if args.quick else 15 if args.suite else 20)
     args.warmup_iters = args.warmup_iters or (2 if args.suite and not args.quick else 1)
     if args.prompt_tokens is None and (args.suite or not args.model_name):
         args.prompt_tokens = 20
@@ -158,12 +173,12 @@ def check_machine(args: argparse.Namespace) -> None:
     """Raise SystemExit, with one sentence, if there is no GPU for what was asked."""
     import torch
 
-    if torch.cuda.is_available() or (args.model_name and not args.suite):
+    if args.device == "cpu" or torch.cuda.is_available() or (args.model_name and not args.suite):
         return
     needy = "--suite needs" if args.suite else "the 6B shape with random weights needs"
     raise SystemExit(
-        f"There is no CUDA device, which {needy}; on a CPU, measure a checkpoint, for example --model_name "
-        "examples/tiny_chatglm."
+        f"There is no CUDA device, which {needy}; on a CPU, give --device cpu, or measure a checkpoint, "
+        "for example --model_name examples/tiny_chatglm."
     )
 
 
@@ -221,7 +236,11 @@ def main(args: argparse.Namespace) -> None:
     if args.backend == "torch":
         # Read when the first model runs.
         os.environ["FASTER_CHATGLM_6B_KERNELS"] = "off"
-    if args.suite:
+    if args.device == "cpu":
+        from measuring import cpu
+
+        cpu.run(args)
+    elif args.suite:
         from measuring import suite
 
         suite.run(args)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from cpu_table import cpu
 from records import (
     DATA,
     ELSEWHERE,
@@ -282,7 +283,8 @@ def aims(language: str, data: Path) -> str:
 
 
 BLOCKS: dict[str, Callable[[str, Path], str]] = {
-    function.__name__: function for function in (picture, headline, speed, first_token, experiment, comparison, aims)
+    function.__name__: function
+    for function in (picture, headline, speed, first_token, experiment, comparison, aims, cpu)
 }
 
 

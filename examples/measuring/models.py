@@ -28,7 +28,7 @@ def build_model(name: str | None) -> torch.nn.Module:
 
 
 def load(name: str | None) -> tuple[torch.nn.Module, Any]:
-    """Load model and tokenizer of a checkpoint: float16 on the GPU, float32 on a CPU.
+    """Load model and tokenizer of a checkpoint, in the dtype that the commands take on this device.
 
     Without a name, return ``random_model()`` and no tokenizer.
 

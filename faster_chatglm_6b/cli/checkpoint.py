@@ -10,7 +10,8 @@ import torch
 from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoModel, AutoTokenizer
 
-from .. import recognition, revision, status
+from .. import backend, recognition, revision, status
+from ..ops.cpu import serves_half_precision
 from .errors import CommandError
 from .options import HUB_ID
 
@@ -54,7 +55,7 @@ def load_asked(arguments: argparse.Namespace, default: str | None) -> tuple[Any,
 
 
 def load(name: str, bits: int | None = None, device: torch.device | None = None) -> tuple[Any, Any]:
-    """Load tokenizer and model of a checkpoint: half precision on a GPU, float32 elsewhere.
+    """Load tokenizer and model of a checkpoint: half precision on a GPU and on a CPU that is fast in it, else float32.
 
     Args:
         name: hub id or directory.
@@ -132,7 +133,8 @@ def _load(name: str, bits: int | None, device: torch.device) -> tuple[Any, Any]:
     quantization = {"quantization_bit": bits} if bits else {}
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True, **source)
     model = AutoModel.from_pretrained(name, trust_remote_code=True, **source, **quantization)
-    return tokenizer, (model.half() if device.type == "cuda" else model.float()).to(device)
+    halved = device.type == "cuda" or (device.type == "cpu" and not backend.is_oneflow() and serves_half_precision())
+    return tokenizer, (model.half() if halved else model.float()).to(device)
 
 
 def _short(folder: Path) -> str:

@@ -42,7 +42,7 @@ def _choose(device: torch.device, dtype: torch.dtype, head_size: int) -> Operato
     if device.type not in ("cpu", "cuda"):
         return reference_operators(f"PyTorch's own kernels serve {device.type}")
     if device.type == "cpu" and switch_refusal() is None:
-        return cpu.choose()
+        return cpu.choose(dtype)
     reason = switch_refusal() if device.type == "cpu" else kernels_refusal(device, dtype)
     if reason is not None:
         return reference_operators(reason)

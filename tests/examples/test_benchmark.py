@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from faster_chatglm_6b.ops.cpu import serves_half_precision
+
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "images" / "data" / "benchmark_table_h200.json"
 ROW = r"\| (?P<backend>\S+) \| (?P<weights>[^|]+) \| [\d. ]+ \| \d+\.\d{3} s/it \| [\d.]+ \| [\d.]+ \| - \|"
@@ -55,7 +57,9 @@ def test_one_run_prints_the_closing_line_and_a_row_and_appends_its_record(tmp_pa
     first, second = records = json.loads(file.read_text("utf-8"))
     assert [tuple(record) for record in records] == [tuple(example("measuring.timing").KEYS)] * 2
     assert first["tokens_per_s"] > 0 and first["gpu"].startswith("CPU")
-    assert [first[key] for key in EACH[:-1]] == ["ours", "fp32", None, "fp32", "greedy", 1, 3, 4]
+    # A CPU keeps half precision if the C kernel serves it; plain PyTorch does not.
+    floats = "fp16" if serves_half_precision() else "fp32"
+    assert [first[key] for key in EACH[:-1]] == ["ours", floats, None, floats, "greedy", 1, 3, 4]
     assert [second[key] for key in EACH[:-1]] == ["torch", "int8", None, "fp32", "sample", 2, 7, 3]
     assert first["read_ceiling_gb_per_s"] is None and first["share"] is None
     assert second["command"] == " ".join(["python", "examples/benchmark.py", *options])
@@ -148,6 +152,10 @@ REFUSED = {
         "--bits",
         "8",
     ): "--suite measures float16, int8 and int4 weights; leave the options of quantisation out.",
+    ("--layers", "4"): "--layers belongs to --device cpu; give it too.",
+    ("--dtype", "float32"): "--dtype belongs to --device cpu; give it too.",
+    ("--device", "cpu", "--tiny"): "--device cpu measures random weights; leave --model_name, --table, --suite and",
+    ("--device", "cpu", "--layers", "1"): "--layers 1 was given, but the time of a layer needs 2 to 28 of them.",
     ("--quick",): "--quick shortens --table and --suite; give one of them, or fewer --iters.",
 }
 
@@ -186,6 +194,44 @@ def test_a_group_size_that_does_not_divide_is_refused_before_anything_runs(examp
     for options in (["--table"], ["--bits", "4", "--iters", "1"]):
         with pytest.raises(SystemExit, match="group_size=128, but it must be even and divide both 192"):
             benchmark.main(benchmark.parse(["--tiny", "--group-size", "128", *options]))
+
+
+def test_a_cpu_is_measured_on_fewer_layers(example, tmp_path, monkeypatch, capsys):
+    """The real program on a small shape: what it prints and records, and that 28 layers are called extrapolated."""
+    cpu = example("measuring.cpu")
+    small = {"vocab_size": 130528, "hidden_size": 64, "num_attention_heads": 2, "inner_hidden_size": 256}
+    monkeypatch.setattr(cpu, "CONFIG_6B", {**cpu.CONFIG_6B, **small})
+    monkeypatch.setattr(cpu, "read_ceiling", lambda rounds=8: 20.0)
+    # Times of a tiny model are noise: one token takes 10 ms and each layer 1 ms more.
+    monkeypatch.setattr(cpu, "timed", timed_as_if(example("measuring.timing")))
+    benchmark, file = example("benchmark"), tmp_path / "records.json"
+    options = ["--random-weights", "--device", "cpu", "--bits", "4", "--layers", "3", "--iters", "1"]
+    benchmark.main(benchmark.parse([*options, "--new-tokens", "3", "--json", str(file)]))
+    (record,) = json.loads(file.read_text("utf-8"))
+    assert list(record) == cpu.KEYS
+    assert (record["layers"], record["extrapolated"], record["weights"], record["dtype"]) == (
+        3,
+        True,
+        "int4",
+        "float16",
+    )
+    assert record["ms_per_layer"] == pytest.approx(1) and record["ms_per_step"] == pytest.approx(10 + 28)
+    layer = (12 * 64 * 64 // 2) + 2 * 12 * 64
+    assert record["bytes_per_step"] == pytest.approx(28 * layer + 130528 * 64 * 2, rel=0.05)
+    assert record["share"] == pytest.approx(record["bytes_per_step"] / 0.038 / 20e9, abs=2e-3)
+    said = capsys.readouterr().out
+    assert "3 layers: 13.0 ms for one more token" in said and "28 layers: 38.0 ms, extrapolated from 3 layers" in said
+
+
+def timed_as_if(timing):
+    """Return a ``timed`` that runs the call and tells 10 ms a token and 1 ms a layer and token."""
+
+    def timed(call):
+        timing.timed(call)
+        model, _, _, tokens = call.args
+        return tokens * (10 + model.config.num_layers) / 1e3
+
+    return timed
 
 
 def test_the_plain_baseline_concatenates_its_cache_in_transformers_loop(example, monkeypatch, tiny_model):

@@ -86,7 +86,8 @@ def test_unmerged_and_disabled(base, tiny_tokenizer):
     assert response == expected.chat(tiny_tokenizer, "你好", **settings)[0]
     assert list(model.stream_chat(tiny_tokenizer, "你好", **settings))[-1][0] == response
     with model.disable_adapter():
-        torch.testing.assert_close(logits(model), before)
+        # PEFT calls the layers without the operators: a CPU's C kernel sums in another order.
+        torch.testing.assert_close(logits(model), before, **TOLERANCE)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -1,0 +1,221 @@
+"""Compile products.c at first use, keep it in the user's cache, check it against the definitions, and call it.
+
+It reads weights as the checkpoint stores them, so nothing is packed, copied or saved. Its threads are those of torch:
+the library is linked to no OpenMP, and takes the one that torch has loaded.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .. import reference
+
+SOURCE = Path(__file__).with_name("products.c")
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-mavx2", "-mfma", "-mf16c")
+_VNNI_FLAGS = ("-DVNNI", "-mavx512f", "-mavx512vl", "-mavx512vnni")
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+# products.c has the meaning of each argument.
+_ARGUMENTS = {
+    "integer_product": [_POINTER, _POINTER, _INT, _POINTER, _POINTER, *[_LONG] * 5, _INT, _INT, _INT],
+    "float_product": [_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT],
+    "unpack": [_POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _INT, _INT],
+}
+
+
+class Kernel(NamedTuple):
+    """The loaded library: ``instructions`` says for which CPU it was compiled, ``compiler`` by what."""
+
+    library: ctypes.CDLL
+    instructions: str
+    compiler: str
+
+
+@functools.cache
+def load() -> Kernel | str:
+    """Return the kernel, compiled if the cache does not have it, or one clause that says why there is none."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return f"the C kernel is for Linux on x86-64, not {platform.system()} on {platform.machine()}"
+    if not capability.startswith(("AVX2", "AVX512")):
+        return f"the C kernel needs AVX2, and torch uses {capability}"
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "gcc", "cc", "clang"))), None)
+    if compiler is None:
+        return "the C kernel needs a C compiler and none is on the PATH; install gcc"
+    has_vnni = capability.startswith("AVX512") and {"avx512vl", "avx512_vnni"} <= _cpu_flags()
+    flags = (*_FLAGS, *_VNNI_FLAGS) if has_vnni else _FLAGS
+    try:
+        library = _open(_compiled(compiler, flags))
+    except (OSError, subprocess.SubprocessError) as error:
+        lines = str(getattr(error, "stderr", None) or error).strip().splitlines() or [type(error).__name__]
+        return f"the C kernel could not be made: {lines[0][:200]}"
+    kernel = Kernel(library, "AVX-512 VNNI" if has_vnni else "AVX2", Path(compiler).name)
+    wrong = _trial(kernel)
+    return kernel if wrong is None else f"the C kernel is wrong on this machine: {wrong}"
+
+
+def block_of(columns: int, bits: int) -> int | None:
+    """Return the block of columns that share a scale of x, for groups of ``columns``; None if no product serves it."""
+    blocks = (256, 64) if bits == 4 else (256, 16)
+    return next((block for block in blocks if columns % block == 0), None)
+
+
+def integer_product(
+    kernel: Kernel, x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group: int
+) -> torch.Tensor:
+    """Return float32 [rows, out] of x [rows, in] and an integer weight, all contiguous and on the CPU.
+
+    Args:
+        x: a float dtype. w: int8 [out, in * bits / 8]. w_scale: [out, in / group], of a dtype in ``KINDS``.
+        group: columns that share a scale, of which ``block_of`` knows a block; all columns for whole rows.
+
+    Raises:
+        MemoryError: there is no memory for x in fixed point.
+    """
+    # Half precision is coarser than fixed point without the last digit.
+    (rows, columns), precise, x = x.shape, x.dtype == torch.float32, x.float()
+    out = torch.empty(rows, w.shape[0])
+    failed = kernel.library.integer_product(
+        w.data_ptr(),
+        w_scale.data_ptr(),
+        KINDS[w_scale.dtype],
+        x.data_ptr(),
+        out.data_ptr(),
+        rows,
+        w.shape[0],
+        columns,
+        group,
+        block_of(group, bits),
+        bits,
+        precise,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"There is no memory for {rows} rows of {columns} numbers in fixed point; use fewer rows.")
+    return out
+
+
+def float_product(kernel: Kernel, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Return float32 [rows, out] of x [rows, in] and w [out, in] of a dtype in ``KINDS``, both contiguous."""
+    (rows, columns), x = x.shape, x.float()
+    out = torch.empty(rows, w.shape[0])
+    kernel.library.float_product(
+        w.data_ptr(),
+        KINDS[w.dtype],
+        x.data_ptr(),
+        out.data_ptr(),
+        rows,
+        w.shape[0],
+        columns,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def unpack(
+    kernel: Kernel, w: torch.Tensor, w_scale: torch.Tensor | None, bits: int, group: int, out: torch.Tensor
+) -> torch.Tensor:
+    """Fill ``out`` [rows, in] from integers [rows, in * bits / 8]: float32 values, or bfloat16 integers without scales.
+
+    Args:
+        w_scale: [rows, in / group] of a dtype in ``KINDS``, or None.
+        group: columns that share a scale; even for 4 bits.
+    """
+    kernel.library.unpack(
+        w.data_ptr(),
+        None if w_scale is None else w_scale.data_ptr(),
+        0 if w_scale is None else KINDS[w_scale.dtype],
+        out.data_ptr(),
+        *out.shape,
+        group,
+        bits,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _cpu_flags() -> set[str]:
+    """Return what Linux says the CPU has."""
+    lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    return set(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
+
+
+def cache_folder() -> Path:
+    """Return where compiled kernels are kept, made if it is not there.
+
+    Raises:
+        OSError: it cannot be made, or others may write there and so choose what this process runs.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "faster_chatglm_6b"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PermissionError(f"others may write to {folder}; name your own folder in XDG_CACHE_HOME")
+    return folder
+
+
+def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
+    """Return the compiled library's path. Its name tells source, compiler and flags apart; it appears as a whole."""
+    parts = [SOURCE.read_text(encoding="utf-8"), compiler, *flags]
+    path = cache_folder() / f"products-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
+    if path.exists():
+        return path
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        compiled, linked = f"{folder}/products.o", f"{folder}/products.so"
+        for command in ([*flags, "-c", str(SOURCE), "-o", compiled], ["-shared", compiled, "-o", linked, "-lm"]):
+            subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=300)
+        os.replace(linked, path)
+    return path
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """Load the library after torch's OpenMP, whose threads it shares."""
+    lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+    loaded = {line.split(maxsplit=5)[-1] for line in lines if "gomp" in line or "libomp" in line or "iomp" in line}
+    for openmp in sorted(loaded) or ["libgomp.so.1"]:
+        ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(path))
+    for name, arguments in _ARGUMENTS.items():
+        getattr(library, name).argtypes = arguments
+    library.float_product.restype = library.unpack.restype = None
+    return library
+
+
+def _trial(kernel: Kernel) -> str | None:
+    """Compare small products with the definitions in float64; return what differs, or None."""
+    generator = torch.Generator().manual_seed(0)
+    make = functools.partial(torch.randn, generator=generator)
+    columns, out, rows = 512, 7, 7
+    # Numbers that bfloat16 holds exactly.
+    x = (make(rows, columns) + 1).bfloat16().float()
+    checks: dict[str, tuple[Callable[[], torch.Tensor], torch.Tensor]] = {}
+    for bits in (4, 8):
+        w = torch.randint(-128, 128, (out, columns * bits // 8), dtype=torch.int8, generator=generator)
+        for group in (512, 128, 64):
+            scale = make(out, columns // group).half()
+            exact = reference.fused_linear_with_groupwise_quantized_weight(
+                x.double(), w, scale.double(), num_bits=bits, group_size=group
+            )
+            for dtype in (torch.float32, torch.bfloat16):
+                call = functools.partial(integer_product, kernel, x.to(dtype), w, scale, bits, group)
+                checks[f"int{bits} in groups of {group}, {dtype}"] = (call, exact)
+    for dtype in KINDS:
+        w = make(out, columns + 3).to(dtype)
+        wide = torch.cat((x, x[:, :3]), dim=1)
+        checks[str(dtype)] = (functools.partial(float_product, kernel, wide, w), wide.double() @ w.double().T)
+    for name, (call, exact) in checks.items():
+        error = float((call().double() - exact).norm() / exact.norm())
+        # A NaN is wrong too.
+        if not error < 3e-4:
+            return f"{name} differs from the definition by {error:.1e}"
+    return None
