@@ -127,7 +127,7 @@ class Session:
             cache_length=self._prompt_keys - 1,
             step=0,
             turn=0,
-            limit=request.max_length,
+            limit=min(request.max_length, 2**31 - 1),
             finished=1,
             seed=seed.item(),
             lane=range(self.rows),
