@@ -13,6 +13,7 @@ from .table import OPERATOR_NAMES, Operators, reference_operators
 __all__ = ["OPERATOR_NAMES", "Operators", "operators_for", "reference_operators"]
 
 _DIFFERENTIABLE = reference_operators("autograd is on, and the fused kernels have no backward")
+_TRACED = reference_operators("torch.compile came before the first call")
 _chosen: dict[tuple[torch.device, torch.dtype, int], Operators] = {}
 
 
@@ -27,6 +28,9 @@ def operators_for(device: torch.device, dtype: torch.dtype, head_size: int, diff
         return _DIFFERENTIABLE
     key = (device, dtype, head_size)
     table = _chosen.get(key)
+    if table is None and not backend.is_oneflow() and torch.compiler.is_compiling():
+        # A choice compiles and tries kernels, which a tracer must not see. Outside of it, the next call chooses.
+        return _TRACED
     if table is None:
         table = _chosen[key] = _choose(device, dtype, head_size)
         name = device.type if device.index is None else f"{device.type}:{device.index}"

@@ -130,7 +130,10 @@ def test_a_packed_weight_follows_its_weight():
     x, w, scale, _, _ = operands(torch.bfloat16, 4, 1, 64, 256, -1)
     if not library.serves(x[0], w, 4, 256):
         pytest.skip("this torch has no int4 kernel for the CPU")
+    other = torch.randint(-128, 128, w.shape, dtype=torch.int8)
     change = [lambda: None, lambda: w.random_(-128, 128), lambda: setattr(w, "data", w.flip(0).contiguous())]
+    # This one counts no version.
+    change.append(lambda: w.data.copy_(other))
     for act in change:
         act()
         exact = reference.fused_linear_with_groupwise_quantized_weight(
@@ -255,3 +258,108 @@ def test_a_kernel_that_is_wrong_does_not_serve():
 
     assert "differs from the definition" in native._trial(kernel._replace(library=Wrong()))
     assert native._trial(kernel) is None
+
+
+DEFAULTS = """
+import torch
+from faster_chatglm_6b.ops import cpu
+from faster_chatglm_6b.ops.cpu import native
+
+x, w, scale = torch.randn(40, 256), torch.randint(-128, 128, (64, 128), dtype=torch.int8), torch.rand(64).half()
+floats = torch.randn(64, 256)
+
+def products():
+    kernel = native.load()
+    found = [cpu.fused_linear_with_groupwise_quantized_weight(kernel, x[:n], w, scale, num_bits=4) for n in (1, 40)]
+    return [*found, cpu.fused_matmul_bias(kernel, x[:1], floats, None)]
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+torch.set_default_dtype(torch.float16)
+first = products()
+assert all(out.dtype == torch.float32 for out in first)
+for dtype in (torch.float64, torch.float32):
+    torch.set_default_dtype(dtype)
+    assert same(products(), first), dtype
+with torch.device("meta"):
+    assert same(products(), first)
+print("right")
+"""
+
+
+def test_the_defaults_of_torch_change_nothing():
+    """The kernel writes float32 into memory that the caller makes; any other size would damage the process."""
+    compiled_or_skip()
+    assert in_a_process(DEFAULTS) == "right\n"
+
+
+@pytest.mark.parametrize("settings", [{"num_bits": 4}, {"num_bits": 2}, {}], ids=str)
+def test_sizes_that_do_not_fit_are_refused_as_by_the_definition(kernel, settings):
+    x, w, scale = torch.randn(40, 100), torch.randint(-128, 128, (64, 100), dtype=torch.int8), torch.rand(64, 2)
+    # The definition reads the groups from the scales.
+    exact = reference.fused_linear_with_groupwise_quantized_weight(x, w, scale, group_size=48)
+    assert torch.equal(kernel_operator(kernel)(x, w, scale, group_size=48), exact)
+    for function in (reference.fused_linear_with_groupwise_quantized_weight, kernel_operator(kernel)):
+        with pytest.raises((RuntimeError, ValueError)):
+            function(x, w, scale, **settings)
+
+
+def kernel_operator(kernel):
+    return lambda *arguments, **settings: cpu.fused_linear_with_groupwise_quantized_weight(
+        kernel, *arguments, **settings
+    )
+
+
+def test_a_float_weight_of_another_width_is_refused():
+    with pytest.raises(RuntimeError):
+        cpu.fused_matmul_bias(compiled_or_skip(), torch.randn(2, 64), torch.randn(8, 32), None)
+
+
+def test_a_traced_product_is_recorded():
+    kernel, x, w = compiled_or_skip(), torch.randn(2, 64), torch.randn(8, 64)
+    traced = torch.jit.trace(lambda x: cpu.fused_matmul_bias(kernel, x, w, None), x)
+    other = torch.randn(2, 64)
+    torch.testing.assert_close(traced(other), other @ w.T)
+
+
+COMPILED_FIRST = """
+import torch
+import faster_chatglm_6b
+from faster_chatglm_6b import ops
+
+def call(x):
+    table = ops.operators_for(torch.device("cpu"), torch.float32, 64, False)
+    return table.fused_matmul_bias(x, torch.ones(8, 64), None)
+
+x = torch.randn(2, 64)
+with torch.no_grad():
+    torch.testing.assert_close(torch.compile(call, backend="eager")(x), call(x))
+print(faster_chatglm_6b.status())
+"""
+
+
+def test_a_model_that_is_compiled_first_keeps_the_kernel_for_later_calls():
+    compiled_or_skip()
+    said = in_a_process(COMPILED_FIRST)
+    assert "C kernel (" in said and "is wrong on this machine" not in said
+
+
+def test_a_damaged_file_in_the_cache_is_compiled_again(tmp_path):
+    compiled_or_skip()
+    for _ in range(2):
+        said = in_a_process(CHOICE, XDG_CACHE_HOME=str(tmp_path))
+        assert said.count("C kernel (") == 4
+        (file,) = (tmp_path / "faster_chatglm_6b").iterdir()
+        file.write_bytes(b"nothing")
+
+
+def test_a_user_without_a_home_gets_the_reason(monkeypatch):
+    compiled_or_skip()
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(native.Path, "home", homeless)
+    assert native.load.__wrapped__() == "the C kernel could not be made: Could not determine home directory."

@@ -75,7 +75,7 @@ def fused_linear_with_groupwise_quantized_weight(
     """Compute the operator as ``ops.reference`` defines it, with a kernel of ``native`` or None."""
     from . import blocks, library, native
 
-    if not (_is_ordinary(x, w, w_scale) and w.dtype == torch.int8 and w_scale.dtype in _DTYPES):
+    if not (_is_ordinary(x, w, w_scale) and _fits(x, w, w_scale, num_bits, group_size)):
         return reference.fused_linear_with_groupwise_quantized_weight(
             x, w, w_scale, b=b, num_bits=num_bits, group_size=group_size, _add_to_output=_add_to_output, beta=beta
         )
@@ -103,7 +103,8 @@ def fused_matmul_bias(
     """Compute the operator as ``ops.reference`` defines it, with a kernel of ``native``."""
     from . import blocks, native
 
-    if not _is_ordinary(x, weight) or weight.dtype != x.dtype:
+    fits = weight.dtype == x.dtype and weight.dim() == 2 and weight.shape[1] == x.shape[-1]
+    if not fits or not _is_ordinary(x, weight):
         return reference.fused_matmul_bias(x, weight, bias, _add_to_output, beta)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if flat.shape[0] <= _MOST_FLOAT_ROWS:
@@ -123,7 +124,7 @@ def fused_multi_head_attention_inference_v2(
 
 def _is_ordinary(x: torch.Tensor, *others: torch.Tensor) -> bool:
     """Tell whether code that reads addresses may take these tensors: real ones, of this device, with content."""
-    if x.dtype not in _DTYPES or x.numel() == 0 or torch.compiler.is_compiling():
+    if x.dtype not in _DTYPES or x.numel() == 0 or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return (
         type(x) in _KINDS_OF_TENSOR
@@ -131,6 +132,23 @@ def _is_ordinary(x: torch.Tensor, *others: torch.Tensor) -> bool:
         and all(
             type(other) in _KINDS_OF_TENSOR and other.device.type == "cpu" and other.is_contiguous() for other in others
         )
+    )
+
+
+def _fits(x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group_size: int) -> bool:
+    """Tell whether dtypes and sizes are those of a product; the definition says what is wrong with others."""
+    columns = x.shape[-1]
+    group = columns if group_size < 0 else group_size
+    return (
+        w.dtype == torch.int8
+        and w_scale.dtype in _DTYPES
+        and bits in (4, 8)
+        and w.dim() == 2
+        and w.shape[1] * 8 == columns * bits
+        and group > 0
+        and columns % group == 0
+        and (bits == 8 or group % 2 == 0)
+        and w_scale.numel() == w.shape[0] * (columns // group)
     )
 
 

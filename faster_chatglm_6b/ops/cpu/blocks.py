@@ -45,7 +45,7 @@ def integer_product(
             # Integers up to 128 are exact in bfloat16, and scaling the sums afterwards rounds once less.
             weight = native.unpack(kernel, part, None, bits, group, x.new_empty(part.shape[0], columns))
         else:
-            weight = torch.empty(part.shape[0], columns)
+            weight = x.new_empty(part.shape[0], columns, dtype=torch.float32)
             weight = native.unpack(kernel, part, scale, bits, group, weight).to(dtype)
         torch.mm(x, weight.T, out=out[:, start : start + step])
     return out * w_scale.view(-1).float() if scales_sums else out

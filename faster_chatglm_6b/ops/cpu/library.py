@@ -59,15 +59,20 @@ def _packed(w: torch.Tensor, w_scale: torch.Tensor, group: int, columns: int) ->
     return found[1:]
 
 
-def _state(tensor: torch.Tensor) -> tuple[int, int]:
-    """Tell a tensor from what it was before its content changed."""
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+def _state(tensor: torch.Tensor) -> tuple[int, int, float]:
+    """Tell a tensor from what it was before its content changed.
+
+    Writes through ``tensor.data`` count no version, so a sample of the content is looked at too.
+    """
+    flat = tensor.detach().view(-1)
+    sample = flat[:: max(1, flat.shape[0] // 64)].double().sum().item()
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version, sample
 
 
 def _pack(w: torch.Tensor, w_scale: torch.Tensor, group: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((unpack_int4(w.detach()) + 8).int(), 2)
     # Each pair is a scale and what a digit of 8 means.
-    scales = torch.zeros(columns // _packed_group(group), w.shape[0], 2, dtype=torch.bfloat16)
+    scales = torch.zeros(columns // _packed_group(group), w.shape[0], 2, dtype=torch.bfloat16, device=w.device)
     if group == columns:
         scales[..., 0] = 1
     else:

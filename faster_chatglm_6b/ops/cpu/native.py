@@ -52,11 +52,11 @@ def load() -> Kernel | str:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "gcc", "cc", "clang"))), None)
     if compiler is None:
         return "the C kernel needs a C compiler and none is on the PATH; install gcc"
-    has_vnni = capability.startswith("AVX512") and {"avx512vl", "avx512_vnni"} <= _cpu_flags()
-    flags = (*_FLAGS, *_VNNI_FLAGS) if has_vnni else _FLAGS
     try:
-        library = _open(_compiled(compiler, flags))
-    except (OSError, subprocess.SubprocessError) as error:
+        has_vnni = capability.startswith("AVX512") and {"avx512vl", "avx512_vnni"} <= _cpu_flags()
+        library = _library(compiler, (*_FLAGS, *_VNNI_FLAGS) if has_vnni else _FLAGS)
+    # Path.home() has a RuntimeError for a user without one.
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         lines = str(getattr(error, "stderr", None) or error).strip().splitlines() or [type(error).__name__]
         return f"the C kernel could not be made: {lines[0][:200]}"
     kernel = Kernel(library, "AVX-512 VNNI" if has_vnni else "AVX2", Path(compiler).name)
@@ -84,7 +84,8 @@ def integer_product(
     """
     # Half precision is coarser than fixed point without the last digit.
     (rows, columns), precise, x = x.shape, x.dtype == torch.float32, x.float()
-    out = torch.empty(rows, w.shape[0])
+    # Not torch's defaults, which the user may set: the kernel writes float32 into this process' memory.
+    out = torch.empty(rows, w.shape[0], dtype=torch.float32, device="cpu")
     failed = kernel.library.integer_product(
         w.data_ptr(),
         w_scale.data_ptr(),
@@ -108,7 +109,8 @@ def integer_product(
 def float_product(kernel: Kernel, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """Return float32 [rows, out] of x [rows, in] and w [out, in] of a dtype in ``KINDS``, both contiguous."""
     (rows, columns), x = x.shape, x.float()
-    out = torch.empty(rows, w.shape[0])
+    # Not torch's defaults, which the user may set: the kernel writes float32 into this process' memory.
+    out = torch.empty(rows, w.shape[0], dtype=torch.float32, device="cpu")
     kernel.library.float_product(
         w.data_ptr(),
         KINDS[w.dtype],
@@ -164,25 +166,35 @@ def cache_folder() -> Path:
     return folder
 
 
-def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
-    """Return the compiled library's path. Its name tells source, compiler and flags apart; it appears as a whole."""
+def _library(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
+    """Load the compiled library. Its name tells source, compiler and flags apart."""
     parts = [SOURCE.read_text(encoding="utf-8"), compiler, *flags]
     path = cache_folder() / f"products-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
     if path.exists():
-        return path
+        try:
+            return _open(path)
+        except OSError:
+            # Damaged, or of a machine with other libraries that shares this folder.
+            path.unlink(missing_ok=True)
+    _compile(compiler, flags, path)
+    return _open(path)
+
+
+def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+    """Compile the library to ``path``, where it appears as a whole."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         compiled, linked = f"{folder}/products.o", f"{folder}/products.so"
         for command in ([*flags, "-c", str(SOURCE), "-o", compiled], ["-shared", compiled, "-o", linked, "-lm"]):
             subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=300)
         os.replace(linked, path)
-    return path
 
 
 def _open(path: Path) -> ctypes.CDLL:
     """Load the library after torch's OpenMP, whose threads it shares."""
     lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
-    loaded = {line.split(maxsplit=5)[-1] for line in lines if "gomp" in line or "libomp" in line or "iomp" in line}
-    for openmp in sorted(loaded) or ["libgomp.so.1"]:
+    files = {line.split(maxsplit=5)[-1] for line in lines}
+    loaded = sorted(file for file in files if Path(file).name.startswith(("libgomp", "libomp", "libiomp")))
+    for openmp in loaded or ["libgomp.so.1"]:
         ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(path))
     for name, arguments in _ARGUMENTS.items():
@@ -193,14 +205,15 @@ def _open(path: Path) -> ctypes.CDLL:
 
 def _trial(kernel: Kernel) -> str | None:
     """Compare small products with the definitions in float64; return what differs, or None."""
-    generator = torch.Generator().manual_seed(0)
-    make = functools.partial(torch.randn, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    make = functools.partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
     columns, out, rows = 512, 7, 7
     # Numbers that bfloat16 holds exactly.
     x = (make(rows, columns) + 1).bfloat16().float()
     checks: dict[str, tuple[Callable[[], torch.Tensor], torch.Tensor]] = {}
     for bits in (4, 8):
-        w = torch.randint(-128, 128, (out, columns * bits // 8), dtype=torch.int8, generator=generator)
+        size = out, columns * bits // 8
+        w = torch.randint(-128, 128, size, dtype=torch.int8, generator=generator, device="cpu")
         for group in (512, 128, 64):
             scale = make(out, columns // group).half()
             exact = reference.fused_linear_with_groupwise_quantized_weight(
