@@ -14,7 +14,7 @@ from loop_checks import Recorder, StopAtLength, expect, prompt
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import faster_chatglm_6b
-from faster_chatglm_6b.decoding import engine, loop
+from faster_chatglm_6b.decoding import engine, loop, session
 from faster_chatglm_6b.decoding.graphs import StepGraphs
 from faster_chatglm_6b.decoding.session import Session
 
@@ -164,15 +164,16 @@ def out_of_memory_for_rows_to_spare(model):
         made.append(rows)
         return out_of_memory() if rows == 4 else make(model, rows, capacity)
 
-    with mock.patch.object(engine, "Session", short), expect(captured=2):
-        for _ in range(2):
+    with mock.patch.object(session, "ROW_BUCKETS", (1, 2, 4)):
+        with mock.patch.object(engine, "Session", short), expect(captured=2):
+            for _ in range(2):
+                assert model.generate(ids.repeat(3, 1), **EXACT).tolist() == 3 * expected
+        # At first without the other sessions; the second call finds the session that there is.
+        assert made == [4, 4, 3] and list(loop.engine_of(model)._sessions) == [3]
+        with expect(captured=2):
+            assert model.generate(ids.repeat(4, 1), **EXACT).tolist() == 4 * expected
             assert model.generate(ids.repeat(3, 1), **EXACT).tolist() == 3 * expected
-    # At first without the other sessions; the second call finds the session that there is.
-    assert made == [4, 4, 3] and list(loop.engine_of(model)._sessions) == [3]
-    with expect(captured=2):
-        assert model.generate(ids.repeat(4, 1), **EXACT).tolist() == 4 * expected
-        assert model.generate(ids.repeat(3, 1), **EXACT).tolist() == 3 * expected
-    assert 4 in loop.engine_of(model)._sessions
+        assert 4 in loop.engine_of(model)._sessions
 
 
 def out_of_memory_in_the_prompt(model):

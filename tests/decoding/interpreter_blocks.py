@@ -1,7 +1,8 @@
 """Block shapes for Triton's interpreter.
 
 It runs program after program: a few large blocks take seconds, while a GPU's small ones take minutes. For the same
-reason prompts are not padded to the length of a graph there, but where a check asks for it by ``padded_prompts``.
+reason prompts are not padded to the length of a graph there, nor batches to the rows of one, but where a check asks for
+it (``padded_prompts``).
 """
 
 import contextlib
@@ -10,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from faster_chatglm_6b.decoding import session
 from faster_chatglm_6b.decoding.steps import prompt
 from faster_chatglm_6b.ops.triton import configs
 from faster_chatglm_6b.ops.triton.quantized import gemv as quantized_gemv
@@ -31,6 +33,7 @@ def use_large_blocks(gemv: tuple[int, int, int] = (256, 512, 4), keys: int = 256
     )
     quantized_gemv.BLOCK_N = 256
     prompt.LENGTHS = ()
+    session.ROW_BUCKETS = ()
 
 
 @contextlib.contextmanager
