@@ -21,17 +21,25 @@ def int32(*shape: int) -> torch.Tensor:
     return meta(torch.int32, *shape)
 
 
-# Sequences, splits and keys, for every configuration of attention.
-MANY_KEYS = ((2, 1, 2048), (2, 64, 2048), (2, 8, 256), (1, 2, 256), (8, 2, 512), (64, 1, 512))
+# Sequences, splits, keys, and whether the step is captured, for every configuration of attention.
+MANY_KEYS = (
+    (2, 1, 2048, False),
+    (2, 64, 2048, False),
+    (2, 8, 256, True),
+    (1, 2, 256, True),
+    (8, 2, 512, True),
+    (8, 2, 512, False),
+    (64, 1, 512, True),
+)
 
 
 def decode_attention_launch(
-    dtype: torch.dtype, batch: int, splits: int, keys: int, two: bool = True
+    dtype: torch.dtype, batch: int, splits: int, keys: int, captured: bool, two: bool = True
 ) -> Callable[[], object]:
     """Return decode attention of ``batch`` sequences, with positions of two parts or of one."""
     packed, counts = meta(dtype, batch, 3 * HIDDEN), 5 * [int32(batch)]
     cache, table = meta(dtype, batch, HEADS, CAPACITY, SIZE), meta(dtype, POSITIONS, SIZE // (4 if two else 2))
-    options = {"splits": splits, "max_length": keys, "stable_state": keys <= 256}
+    options = {"splits": splits, "max_length": keys, "stable_state": captured}
     options["workspace"] = kernels.Workspace("meta", batch)
     return lambda: kernels.decode_attention(packed, cache, cache, *counts, table, table, **options)
 
@@ -72,7 +80,7 @@ def operator_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
         rotary,
         *(lambda rows=rows: prompt_launches(dtype, batch, rows) for rows in (64, 512)),
         *(decode_attention_launch(dtype, *sizes) for sizes in MANY_KEYS),
-        decode_attention_launch(dtype, 2, 8, 2048, two=False),
+        decode_attention_launch(dtype, 2, 8, 2048, False, two=False),
         lambda: kernels.embedding(meta(torch.int64, batch), meta(dtype, VOCAB, HIDDEN)),
     ]
 

@@ -41,12 +41,12 @@ def test_compiles_within_the_limits(group, capability):
 
 @pytest.mark.parametrize("batch, keys, holds_back", [(1, 256, True), (2, 256, False), (1, 2048, False)])
 def test_attention_between_the_products_of_one_row_holds_the_next_kernel_back(batch, keys, holds_back):
-    (launch,) = ahead_of_time.record(90, launches.decode_attention_launch(torch.float16, batch, 2, keys))
+    (launch,) = ahead_of_time.record(90, launches.decode_attention_launch(torch.float16, batch, 2, keys, keys <= 256))
     ahead_of_time.check_start_of_the_next(launch, holds_back)
 
 
 def test_grids_of_the_most_and_longest_prompts():
-    batch, rows, dtype = 128, 2048, torch.float16
+    batch, rows, dtype = 256, 2048, torch.float16
     ids, vector = launches.meta(torch.int64, batch * rows), launches.meta(dtype, launches.HIDDEN)
     hidden, inner = (launches.meta(dtype, batch * rows, size) for size in (launches.HIDDEN, launches.INNER))
 

@@ -182,14 +182,17 @@ def layer_norm_gemv_config(tables: Family, n: int, k: int, element_size: int) ->
     return None if config is None or element_size != 2 else config
 
 
-def attention_config(tables: Family, pairs: int, max_length: int, element_size: int) -> Attention:
-    """Choose decode attention for ``pairs`` sequences times heads and up to ``max_length`` keys."""
+def attention_config(tables: Family, pairs: int, max_length: int, dtype: torch.dtype) -> Attention:
+    """Choose decode attention for ``pairs`` sequences times heads and up to ``max_length`` keys in ``dtype``."""
     many = [least for least in tables.attention_many if pairs >= least]
     if many:
         config = tables.attention_many[max(many)]
+        if dtype == torch.bfloat16:
+            # Its conversion takes registers, of which a block of more keys leaves too few.
+            config = replace(config, block_t=min(config.block_t, 32))
     else:
         config = tables.attention_short if pairs < 256 and max_length <= 256 else tables.attention
-    return replace(config, block_t=config.block_t * 2 // element_size)
+    return replace(config, block_t=config.block_t * 2 // dtype.itemsize)
 
 
 def prompt_attention_config(tables: Family, rows: int, element_size: int) -> PromptAttention:

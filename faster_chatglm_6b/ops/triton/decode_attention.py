@@ -251,7 +251,7 @@ def decode_attention(
     )
     require(key_cache.stride(3) == 1, "the caches must have a contiguous last axis")
     keys = max_length or capacity
-    config = attention_config(family(key_cache.device), batch * heads, keys, key_cache.element_size())
+    config = attention_config(family(key_cache.device), batch * heads, keys, key_cache.dtype)
     workspace = workspace or default_workspace(key_cache.device, batch)
     if splits is None:
         programs = multiprocessor_count(key_cache.device) * config.waves
