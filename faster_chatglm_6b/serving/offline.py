@@ -13,6 +13,7 @@ from .engine import Engine
 from .generation import Answer, Asked, Piece
 from .plain_rows import PlainRows, pages_for
 from .rows import RowRequest, Rows
+from .stop_strings import StopStrings
 
 # Prompts that are read ahead of the rows, so that a row which becomes free is taken at once.
 _AHEAD = 64
@@ -44,7 +45,7 @@ def answer_many(
     *,
     places: Iterable[int] | None = None,
     max_tokens: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     seed: int = 0,
     max_rows: int = 64,
     memory: float = 0.9,
@@ -60,14 +61,15 @@ def answer_many(
         prompts: texts of users, or conversations as ``apply_chat_template`` takes them.
         places: the index of each prompt, to go on with some of a list; 0, 1, 2 and so on if left out.
         max_tokens: most new tokens of an answer; None for as many as the model's length allows.
-        stop: strings that end an answer and are not in it.
+        stop: one string or several that end an answer and are not in it.
         max_rows, memory: most answers at once, and the share of free memory for their keys and values.
         rows: what computes them; the plain path if left out.
         sampling: ``temperature`` (0 takes the most likely token), ``top_p``, ``top_k``, ``repetition_penalty``,
             ``presence_penalty``, ``frequency_penalty``, ``min_tokens``; those left out have ``chat``'s values.
 
     Raises:
-        ValueError: prompts that are one text, or memory for less than one prompt; nothing has been computed.
+        ValueError: prompts that are one text, an empty stop string, or memory for less than one prompt; nothing has
+            been computed.
         TypeError: an argument that is not known.
     """
     if isinstance(prompts, (str, bytes, Mapping)):
@@ -76,6 +78,7 @@ def answer_many(
         )
     settings = {**sampling_defaults(model), **sampling}
     RowRequest((), 1, **settings)
+    stops = StopStrings(stop)
     rows = rows or PlainRows(model, max_rows, pages_for(model, max_rows, memory))
 
     def asked(index: int, prompt: str | Sequence[Mapping[str, Any]]) -> Asked:
@@ -89,7 +92,7 @@ def answer_many(
                 "shorten it."
             )
         most = room if max_tokens is None else min(max_tokens, room)
-        return Asked(RowRequest(tuple(ids), most, end_ids(model), seed=seed_of(seed, index), **settings), tuple(stop))
+        return Asked(RowRequest(tuple(ids), most, end_ids(model), seed=seed_of(seed, index), **settings), stops)
 
     return _Run(rows, tokenizer, asked).answers(
         zip(itertools.count() if places is None else places, prompts, strict=False)

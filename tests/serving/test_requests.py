@@ -42,10 +42,15 @@ def chat(http, **fields):
         ({"n": 1000}, "n", "128"),
         ({"stop": ""}, "stop", "empty"),
         ({"stop": ["a", ""]}, "stop", "empty"),
+        ({"stop": "x" * 257}, "stop", "256 characters"),
+        ({"stop": ["x"] * 17}, "stop", "at most 16"),
         ({"seed": 2**70}, "seed", ""),
         ({"logit_bias": {"hello": 1}}, "logit_bias", "ids of tokens"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "100"),
         ({"logit_bias": {"99999": 1}}, "logit_bias", "2047"),
+        ({"logit_bias": {"5": 1, "05": 1}}, "logit_bias", "leading zeros"),
+        ({"logit_bias": {str(index): 1 for index in range(301)}}, "logit_bias", "at most 300"),
+        ({"stop_token_ids": [5] * 65}, "stop_token_ids", "at most 64"),
         ({"stop_token_ids": [-1]}, "stop_token_ids", "2047"),
         ({"min_tokens": 5}, "min_tokens", "room for 1"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs"),
@@ -83,6 +88,11 @@ def test_fields_that_ask_for_nothing_are_taken(http):
     nothing = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "n": 1, "user": "me"}
     nothing |= {"logprobs": False, "stop": None, "seed": None, "temperature": None, "stream": None, "best_of": 1}
     assert chat(http, **nothing).status_code == 200
+
+
+def test_the_most_of_stops_and_biases_is_taken(http):
+    most = {"stop": ["\uff5e" * 256] * 16, "stop_token_ids": [7] * 64}
+    assert chat(http, **most, logit_bias={str(index): -1 for index in range(300)}).status_code == 200
 
 
 def test_unknown_fields_are_one_line_in_the_log(http, caplog):

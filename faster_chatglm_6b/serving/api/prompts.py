@@ -14,6 +14,7 @@ from ...templates.history import History
 from ..defaults import end_ids, sampling_defaults, seed_of
 from ..generation import Asked
 from ..rows import RowRequest
+from ..stop_strings import StopStrings
 from .errors import ApiError, unsupported
 from .protocol import Message, SamplingFields
 
@@ -164,7 +165,8 @@ class Prompts:
         )
         first = secrets.randbits(63) if body.seed is None else body.seed
         rows = (replace(row, seed=seed_of(first, number)) for number in range(body.n or 1))
-        return [Asked(one, body.stops, is_chat) for one in rows]
+        stop = StopStrings(body.stops)
+        return [Asked(one, stop, is_chat) for one in rows]
 
     def _value(self, body: SamplingFields, name: str) -> float:
         given = getattr(body, name)
