@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .defaults import end_ids, sampling_defaults, seed_of
-from .engine import Engine
+from .engine import Engine, EngineClosed, EngineFailed
 from .generation import Answer, Asked, Piece
 from .plain_rows import PlainRows, pages_for
 from .rows import RowRequest, Rows
@@ -55,7 +55,8 @@ def answer_many(
     """Yield an answer for each prompt, in the order in which they are finished.
 
     An answer depends on its prompt, its place and the seed, and not on what else runs. A prompt that cannot be answered
-    yields its error, and the others go on. Prompts are taken as they are needed, so there may be any number of them.
+    yields its error, and the others go on. Prompts are taken as they are needed, so there may be any number of them;
+    answers are yielded in between.
 
     Args:
         prompts: texts of users, or conversations as ``apply_chat_template`` takes them.
@@ -68,6 +69,7 @@ def answer_many(
             ``presence_penalty``, ``frequency_penalty``, ``min_tokens``; those left out have ``chat``'s values.
 
     Raises:
+        EngineFailed: while iterating, after all answers that were finished: nothing is said about the other prompts.
         ValueError: prompts that are one text, an empty stop string, or memory for less than one prompt; nothing has
             been computed.
         TypeError: an argument that is not known.
@@ -107,20 +109,33 @@ class _Run:
         self._calls: queue.SimpleQueue[tuple[Callable[..., object], tuple]] = queue.SimpleQueue()
         self._open: dict[Answer, Piece] = {}
         self._finished: list[Finished] = []
+        self._failure: Exception | None = None
 
     def answers(self, prompts: Iterator[tuple[int, Any]]) -> Iterator[Finished]:
         self._engine = Engine(self._rows)
         try:
             while True:
-                while len(self._open) < self._rows.rows + _AHEAD and (item := next(prompts, None)) is not None:
+                while self._wants_more() and (item := next(prompts, None)) is not None:
                     self._submit(*item)
+                    while not self._calls.empty():
+                        self._hear()
+                    yield from self._take_finished()
                 yield from self._take_finished()
                 if not self._open:
-                    return
-                callback, arguments = self._calls.get()
-                callback(*arguments)
+                    break
+                self._hear()
         finally:
             self._engine.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _wants_more(self) -> bool:
+        return self._failure is None and len(self._open) < self._rows.rows + _AHEAD
+
+    def _hear(self) -> None:
+        """Take what one step of the engine brought; wait for it if need be."""
+        callback, arguments = self._calls.get()
+        callback(*arguments)
 
     def _submit(self, index: int, prompt: Any) -> None:
         try:
@@ -130,7 +145,11 @@ class _Run:
             return
         answer = Answer(self, index, asked, self._tokenizer)
         self._open[answer] = Piece(index)
-        answer.job = self._engine.submit(asked.row, answer.receive, loop=self)
+        try:
+            answer.job = self._engine.submit(asked.row, answer.receive, loop=self)
+        except EngineClosed as error:  # it has failed just now; what it says of the others is still to be heard
+            del self._open[answer]
+            self._failure = error
 
     def _take_finished(self) -> list[Finished]:
         finished, self._finished = self._finished, []
@@ -149,6 +168,10 @@ class _Run:
     def add(self, answer: Answer, piece: Piece, error: Exception | None) -> None:
         whole = self._open[answer]
         whole.extend(piece)
-        if answer.end:
-            del self._open[answer]
+        if not answer.end:
+            return
+        del self._open[answer]
+        if isinstance(error, EngineFailed):
+            self._failure = error
+        else:
             self._finished.append(Finished(whole.index, whole.text, whole.count, answer.end, error))
