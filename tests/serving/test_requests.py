@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import httpx
 import pytest
@@ -135,7 +136,7 @@ def test_a_prompt_that_is_too_long_says_its_length_and_the_limit(http, chat_toke
 
 
 def test_prompts_of_a_megabyte_are_refused_quickly_and_the_server_goes_on(http):
-    for text in ("x" * 1_000_000, "你好" * 200_000, "a b " * 260_000, "\n" * 1_000_000):
+    for text in ("x" * 1_000_000, "你好" * 200_000, "a b " * 260_000, "\n" * 1_000_000, "\t" * 200_000):
         error = error_of(chat(http, messages=[{"role": "user", "content": text + "?"}]))
         assert "at most 2048" in error["message"]
         assert error_of(http.post("/", json={"prompt": text + "?"}))["code"] == "context_length_exceeded"
@@ -146,6 +147,16 @@ def test_blanks_are_counted_as_the_vocabulary_does(http):
     content = "a" + " " * 40_000 + "b"
     answer = chat(http, messages=[{"role": "user", "content": content}])
     assert answer.status_code == 200 and answer.json()["usage"]["prompt_tokens"] < 600
+
+
+def test_tabs_are_refused_before_they_are_tokenized(http, chat_tokenizer, monkeypatch):
+    monkeypatch.setattr(chat_tokenizer, "encode_text", lambda *given: pytest.fail("it was tokenized"))
+    error = error_of(http.post("/v1/completions", json={"prompt": " \t" * 100_000}))
+    assert int(re.search(r"at least (\d+) tokens", error["message"])[1]) >= 100_000
+
+
+def test_other_blanks_are_one(http):
+    assert chat(http, messages=[{"role": "user", "content": "a" + "\u3000" * 40_000 + "b"}]).status_code == 200
 
 
 def test_a_body_over_the_limit_is_refused_before_it_is_read(http):
