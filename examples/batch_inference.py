@@ -6,7 +6,8 @@ python examples/batch_inference.py prompts.jsonl answers.jsonl --model THUDM/cha
 A line of the input is {"prompt": "..."} or {"messages": [...]}, with more fields if you like. Each answer is a line of
 the output, in the order in which they are finished: the input's line number as "line" (from 0 on), "response",
 "finish_reason" and "tokens"; or "line" and "error" for a prompt that cannot be answered. Lines that the output has
-already are not asked again. An answer depends on its line and the seed, so the output is the same without interruption.
+already are not asked again; a prompt at which the model failed has no line, so the next run asks it again. An answer
+depends on its line and the seed, so the output is the same without interruption.
 """
 
 import argparse
@@ -92,20 +93,35 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"All {len(prompts)} lines have an answer in {arguments.output}.")
         return
     from faster_chatglm_6b.cli.checkpoint import load_asked
+    from faster_chatglm_6b.serving.engine import EngineFailed
 
     tokenizer, model = load_asked(arguments, default="THUDM/chatglm-6b")
+    failures: list[Exception] = []
     try:
+        found = answers(model, tokenizer, prompts, missing, arguments, failures)
         with arguments.output.open("a", encoding="utf-8") as file:
-            for line in tqdm(answers(model, tokenizer, prompts, missing, arguments), total=len(missing), unit="answer"):
+            for line in tqdm(found, total=len(missing), unit="answer"):
                 write(file, line)
+    except EngineFailed as error:
+        failures.append(error)
     except ValueError as error:  # too little memory, or no row
         raise CommandError(str(error)) from error
+    if failures:
+        left = len(missing) - len(finished_lines(arguments.output).intersection(missing))
+        raise CommandError(
+            f"The model failed, and {left} lines have no answer yet: {failures[0]}. Run the command again for them."
+        )
 
 
 def answers(
-    model: Any, tokenizer: Any, prompts: list[Any], missing: list[int], arguments: argparse.Namespace
+    model: Any,
+    tokenizer: Any,
+    prompts: list[Any],
+    missing: list[int],
+    arguments: argparse.Namespace,
+    failures: list[Exception],
 ) -> Iterator[dict[str, Any]]:
-    """Yield the lines of the output."""
+    """Yield the lines of the output; an error that is the model's, not the prompt's, is appended to ``failures``."""
     from faster_chatglm_6b.serving.offline import answer_many
 
     found = answer_many(
@@ -120,7 +136,9 @@ def answers(
         seed=arguments.seed,
     )
     for one in found:
-        if one.error is not None:
+        if one.error is not None and not isinstance(one.error, (TypeError, ValueError)):
+            failures.append(one.error)
+        elif one.error is not None:
             yield {"line": one.index, "error": str(one.error)}
         else:
             yield {"line": one.index, "response": one.text, "finish_reason": one.end, "tokens": one.tokens}

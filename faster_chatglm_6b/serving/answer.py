@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Sequence
 from typing import Any
 
 from ..conversation.detokenizer import IncrementalDetokenizer
 from ..templates.prompts import process_response
+from .stop_strings import StopSearch, StopStrings
 
 # ``process_response`` replaces this text, and makes these marks full-width before a Chinese character.
 _REPLACED = "[[训练时间]]"
@@ -24,7 +23,7 @@ class AnswerText:
         has_stopped: whether a stop string has come. Nothing may be pushed after it.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), is_chat: bool = True):
+    def __init__(self, tokenizer: Any, stop: StopStrings | None = None, is_chat: bool = True):
         """Begin an empty answer.
 
         Args:
@@ -34,9 +33,8 @@ class AnswerText:
             is_chat: clean the text up as ``chat`` does; otherwise it is what ``tokenizer.decode`` gives.
         """
         self._detokenizer = IncrementalDetokenizer(tokenizer)
-        self._stop = [unicodedata.normalize("NFKC", text) for text in stop]
+        self._search = StopSearch(stop or StopStrings())
         self._is_chat = is_chat
-        self._searched = 0  # characters before which no stop string begins
         self._begin = 0  # of the part that is still cleaned up, with a character before it
         self._given = ""  # of that part
         self.has_stopped = False
@@ -55,12 +53,12 @@ class AnswerText:
         return "" if self.has_stopped else self._advance(self._detokenizer.finish(), is_whole=True)
 
     def _advance(self, text: str, is_whole: bool) -> str:
-        place = self._find_stop(text)
+        place = self._search.push(text)
         if place is not None:
             self.has_stopped = is_whole = True
             text = text[:place]
         elif not is_whole:
-            text = text[: len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)]
+            text = text[: len(text) - self._search.held]
         part = text[self._begin :]
         shown, held = part, 0
         if self._is_chat:
@@ -73,12 +71,6 @@ class AnswerText:
             # What comes before such a character has no influence on what comes after it.
             self._begin, self._given = len(text) - 1, text[-1]
         return new
-
-    def _find_stop(self, text: str) -> int | None:
-        places = [place for stop in self._stop if (place := text.find(stop, self._searched)) >= 0]
-        if not places:
-            self._searched = max(len(text) - max(map(len, self._stop), default=0), self._searched)
-        return min(places, default=None)
 
 
 def _overlap(text: str, stop: str) -> int:

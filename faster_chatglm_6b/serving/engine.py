@@ -21,6 +21,10 @@ class EngineClosed(RuntimeError):
     """The engine was closed before the request had ended."""
 
 
+class EngineFailed(RuntimeError):
+    """The engine itself has failed, not the request; the cause says how. It serves no more requests."""
+
+
 @dataclass
 class News:
     """What one step brought for one request.
@@ -74,6 +78,7 @@ class Engine:
         self._closing = False
         self._at_row: dict[int, Job] = {}
         self._open: set[Job] = set()
+        self._news: dict[Job, News] = {}  # of this turn; whatever fails in it, they are handed out
         self.steps = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -154,16 +159,18 @@ class Engine:
             error: Exception = EngineClosed("The server is shutting down.")
         except Exception as failure:
             _log.exception("The engine has failed and serves no more requests.")
-            error = failure
+            error = EngineFailed(f"The engine has failed: {type(failure).__name__}: {failure}")
+            error.__cause__ = failure
         self._closing = True
-        with self._wake:
-            self._open.update(job for what, job in self._orders if what == "submit")
+        self._take_orders()
         for row in [*self._at_row]:
             try:
                 self._rows.stop(row)
             except Exception:
                 _log.exception("A row could not be stopped.")
-        self._hand_out({job: News(end="error", error=error) for job in self._open})
+        for job in self._open:
+            self._tell_end(job, "error", error)
+        self._hand_out()
 
     def _has_work(self) -> bool:
         with self._wake:
@@ -173,32 +180,36 @@ class Engine:
 
     def _turn(self) -> None:
         """Take orders, begin what fits, and step."""
-        news: dict[Job, News] = {}
-        with self._wake:
-            orders = [*self._orders]
-            self._orders.clear()
-        for what, job in orders:
-            (self._take if what == "submit" else self._abort)(job, news)
+        for what, job in self._take_orders():
+            (self._take if what == "submit" else self._abort)(job)
         new = self._admitted()
         if self._at_row:
             with self._rows.turn():
                 if new:
-                    self._read(self._start(new), news)
+                    self._read(self._start(new))
                 if self._at_row:
-                    self._read(self._step(), news)
+                    self._read(self._step())
             self.steps += 1
-        self._hand_out(news)
+        self._hand_out()
 
-    def _take(self, job: Job, news: dict[Job, News]) -> None:
+    def _take_orders(self) -> list[tuple[str, Job]]:
+        """Empty the queue. From here on its requests are open, so that a failure ends them too."""
+        with self._wake:
+            orders = [*self._orders]
+            self._orders.clear()
+            self._open.update(job for what, job in orders if what == "submit")
+        return orders
+
+    def _take(self, job: Job) -> None:
         try:
             self._scheduler.submit(job, len(job.request.ids), job.request.max_tokens)
-            self._open.add(job)
         except ValueError as error:
-            news[job] = News(end="error", error=error)
+            self._open.discard(job)
+            self._tell_end(job, "error", error)
 
-    def _abort(self, job: Job, news: dict[Job, News]) -> None:
+    def _abort(self, job: Job) -> None:
         if job in self._open:
-            self._end(job, news, "abort")
+            self._end(job, "abort")
 
     def _admitted(self) -> list[NewRow]:
         seats = self._scheduler.admit()
@@ -222,30 +233,34 @@ class Engine:
         except Exception as error:
             return [RowFailure(row, error) for row in self._at_row]
 
-    def _read(self, results: Iterable[RowToken | RowFailure], news: dict[Job, News]) -> None:
+    def _read(self, results: Iterable[RowToken | RowFailure]) -> None:
         for result in [*results]:
             job = self._at_row.get(result.row)
             if job is None:
                 continue
             if isinstance(result, RowFailure):
                 _log.error("A request has failed.", exc_info=result.error)
-                self._end(job, news, "error", result.error)
+                self._end(job, "error", result.error)
                 continue
-            news.setdefault(job, News()).tokens.append(result)
+            self._news.setdefault(job, News()).tokens.append(result)
             if result.end:
-                self._end(job, news, result.end)
+                self._end(job, result.end)
 
-    def _end(self, job: Job, news: dict[Job, News], end: str, error: Exception | None = None) -> None:
-        seat = self._scheduler.end(job)
+    def _end(self, job: Job, end: str, error: Exception | None = None) -> None:
+        self._tell_end(job, end, error)
         self._open.discard(job)
+        seat = self._scheduler.end(job)
         if seat is not None:
             del self._at_row[seat.row]
             self._rows.stop(seat.row)
-        one = news.setdefault(job, News())
+
+    def _tell_end(self, job: Job, end: str, error: Exception | None = None) -> None:
+        one = self._news.setdefault(job, News())
         one.end, one.error = end, error
 
-    def _hand_out(self, news: dict[Job, News]) -> None:
+    def _hand_out(self) -> None:
         """Wake each event loop once, with all that is new for it."""
+        news, self._news = self._news, {}
         loops: dict[Loop, list[tuple[Job, News]]] = {}
         now = time.monotonic()
         for job, one in news.items():

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from .answer import AnswerText
 from .engine import Engine, Job, News
 from .rows import RowRequest, RowToken
+from .stop_strings import StopStrings
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Asked:
     """
 
     row: RowRequest
-    stop: tuple[str, ...] = ()
+    stop: StopStrings = field(default_factory=StopStrings)
     is_chat: bool = True
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .defaults import end_ids, sampling_defaults, seed_of
-from .engine import Engine
+from .engine import Engine, EngineClosed, EngineFailed
 from .generation import Answer, Asked, Piece
 from .plain_rows import PlainRows, pages_for
 from .rows import RowRequest, Rows
+from .stop_strings import StopStrings
 
 # Prompts that are read ahead of the rows, so that a row which becomes free is taken at once.
 _AHEAD = 64
@@ -44,7 +45,7 @@ def answer_many(
     *,
     places: Iterable[int] | None = None,
     max_tokens: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     seed: int = 0,
     max_rows: int = 64,
     memory: float = 0.9,
@@ -54,20 +55,23 @@ def answer_many(
     """Yield an answer for each prompt, in the order in which they are finished.
 
     An answer depends on its prompt, its place and the seed, and not on what else runs. A prompt that cannot be answered
-    yields its error, and the others go on. Prompts are taken as they are needed, so there may be any number of them.
+    yields its error, and the others go on. Prompts are taken as they are needed, so there may be any number of them;
+    answers are yielded in between.
 
     Args:
         prompts: texts of users, or conversations as ``apply_chat_template`` takes them.
         places: the index of each prompt, to go on with some of a list; 0, 1, 2 and so on if left out.
         max_tokens: most new tokens of an answer; None for as many as the model's length allows.
-        stop: strings that end an answer and are not in it.
+        stop: one string or several that end an answer and are not in it.
         max_rows, memory: most answers at once, and the share of free memory for their keys and values.
         rows: what computes them; the plain path if left out.
         sampling: ``temperature`` (0 takes the most likely token), ``top_p``, ``top_k``, ``repetition_penalty``,
             ``presence_penalty``, ``frequency_penalty``, ``min_tokens``; those left out have ``chat``'s values.
 
     Raises:
-        ValueError: prompts that are one text, or memory for less than one prompt; nothing has been computed.
+        EngineFailed: while iterating, after all answers that were finished: nothing is said about the other prompts.
+        ValueError: prompts that are one text, an empty stop string, or memory for less than one prompt; nothing has
+            been computed.
         TypeError: an argument that is not known.
     """
     if isinstance(prompts, (str, bytes, Mapping)):
@@ -76,6 +80,7 @@ def answer_many(
         )
     settings = {**sampling_defaults(model), **sampling}
     RowRequest((), 1, **settings)
+    stops = StopStrings(stop)
     rows = rows or PlainRows(model, max_rows, pages_for(model, max_rows, memory))
 
     def asked(index: int, prompt: str | Sequence[Mapping[str, Any]]) -> Asked:
@@ -89,7 +94,7 @@ def answer_many(
                 "shorten it."
             )
         most = room if max_tokens is None else min(max_tokens, room)
-        return Asked(RowRequest(tuple(ids), most, end_ids(model), seed=seed_of(seed, index), **settings), tuple(stop))
+        return Asked(RowRequest(tuple(ids), most, end_ids(model), seed=seed_of(seed, index), **settings), stops)
 
     return _Run(rows, tokenizer, asked).answers(
         zip(itertools.count() if places is None else places, prompts, strict=False)
@@ -104,20 +109,33 @@ class _Run:
         self._calls: queue.SimpleQueue[tuple[Callable[..., object], tuple]] = queue.SimpleQueue()
         self._open: dict[Answer, Piece] = {}
         self._finished: list[Finished] = []
+        self._failure: Exception | None = None
 
     def answers(self, prompts: Iterator[tuple[int, Any]]) -> Iterator[Finished]:
         self._engine = Engine(self._rows)
         try:
             while True:
-                while len(self._open) < self._rows.rows + _AHEAD and (item := next(prompts, None)) is not None:
+                while self._wants_more() and (item := next(prompts, None)) is not None:
                     self._submit(*item)
+                    while not self._calls.empty():
+                        self._hear()
+                    yield from self._take_finished()
                 yield from self._take_finished()
                 if not self._open:
-                    return
-                callback, arguments = self._calls.get()
-                callback(*arguments)
+                    break
+                self._hear()
         finally:
             self._engine.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _wants_more(self) -> bool:
+        return self._failure is None and len(self._open) < self._rows.rows + _AHEAD
+
+    def _hear(self) -> None:
+        """Take what one step of the engine brought; wait for it if need be."""
+        callback, arguments = self._calls.get()
+        callback(*arguments)
 
     def _submit(self, index: int, prompt: Any) -> None:
         try:
@@ -127,7 +145,11 @@ class _Run:
             return
         answer = Answer(self, index, asked, self._tokenizer)
         self._open[answer] = Piece(index)
-        answer.job = self._engine.submit(asked.row, answer.receive, loop=self)
+        try:
+            answer.job = self._engine.submit(asked.row, answer.receive, loop=self)
+        except EngineClosed as error:  # it has failed just now; what it says of the others is still to be heard
+            del self._open[answer]
+            self._failure = error
 
     def _take_finished(self) -> list[Finished]:
         finished, self._finished = self._finished, []
@@ -146,6 +168,10 @@ class _Run:
     def add(self, answer: Answer, piece: Piece, error: Exception | None) -> None:
         whole = self._open[answer]
         whole.extend(piece)
-        if answer.end:
-            del self._open[answer]
+        if not answer.end:
+            return
+        del self._open[answer]
+        if isinstance(error, EngineFailed):
+            self._failure = error
+        else:
             self._finished.append(Finished(whole.index, whole.text, whole.count, answer.end, error))

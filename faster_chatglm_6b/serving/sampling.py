@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -47,8 +48,8 @@ def uniform(seed: int, index: int) -> float:
 
 
 def _bias(scores: torch.Tensor, request: RowRequest, answer: Sequence[int]) -> None:
-    for index, bias in request.logit_bias:
-        scores[index] += bias
+    if request.logit_bias:
+        scores.index_add_(0, *_bias_tensors(request.logit_bias, scores.device))
     if len(answer) < request.min_tokens and request.end_ids:
         scores[list(request.end_ids)] = torch.finfo(scores.dtype).min
     if request.repetition_penalty != 1:
@@ -60,6 +61,13 @@ def _bias(scores: torch.Tensor, request: RowRequest, answer: Sequence[int]) -> N
         ids = torch.tensor([*counts], device=scores.device)
         often = torch.tensor([*counts.values()], dtype=scores.dtype, device=scores.device)
         scores[ids] -= request.presence_penalty + request.frequency_penalty * often
+
+
+@lru_cache(maxsize=512)
+def _bias_tensors(biases: tuple[tuple[int, float], ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and what is added to their scores. They are kept: each token of a row asks for the same."""
+    ids, values = zip(*biases, strict=True)
+    return torch.tensor(ids, device=device), torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _draw(scores: torch.Tensor, request: RowRequest, number: float) -> int:

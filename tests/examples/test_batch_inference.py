@@ -1,5 +1,6 @@
 """examples/batch_inference.py: every line is answered once, also if it was interrupted in between."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -72,3 +73,25 @@ def test_files_that_cannot_be_used(batch, files, capsys):
     assert files[1].read_text() == "something else\n"
     files[0].unlink()
     assert run(batch, files) == 1 and "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_engine", [True, False])
+def test_a_model_that_fails_leaves_no_lines_and_the_next_run_asks_again(batch, files, is_engine, capsys, monkeypatch):
+    from faster_chatglm_6b.serving.plain_rows import PlainRows
+
+    @contextlib.contextmanager
+    def turn(rows):
+        yield
+        raise OSError("the device is gone")
+
+    def step(rows):
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PlainRows, *(("turn", turn) if is_engine else ("step", step)))
+        assert run(batch, files) == 1
+    said = capsys.readouterr().err
+    assert "the device is gone" in said and "4 lines have no answer yet" in said and "Traceback" not in said
+    assert sorted(lines(files[1])) == [3]  # the prompt that is too long
+    assert run(batch, files) == 0
+    assert sorted(lines(files[1])) == [0, 1, 2, 3, 4] and "2048" in lines(files[1])[3]["error"]

@@ -45,7 +45,7 @@ class ScriptedRows:
         self.faults: list[str] = []
         self.steps = 0
         self.started: list = []
-        self.raise_in_start = self.raise_in_step = None
+        self.raise_in_start = self.raise_in_step = self.raise_on_exit = None
 
     @property
     def occupied(self) -> int:
@@ -67,6 +67,8 @@ class ScriptedRows:
             yield
         finally:
             self._inside = False
+        if self.raise_on_exit is not None and (error := self.raise_on_exit()):
+            raise error
 
     def start(self, new):
         self._called()

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faster_chatglm_6b.serving.answer import AnswerText
+from faster_chatglm_6b.serving.stop_strings import StopSearch, StopStrings
 from faster_chatglm_6b.templates.prompts import process_response
 
 TEXTS = st.text(
@@ -16,7 +17,7 @@ IDS = st.lists(st.integers(0, 2047), max_size=30)
 
 
 def pieces(tokenizer, ids, stop=(), is_chat=True) -> list[str]:
-    text = AnswerText(tokenizer, stop, is_chat)
+    text = AnswerText(tokenizer, StopStrings(stop), is_chat)
     given = []
     for token in ids:
         given.append(text.push(token))
@@ -64,3 +65,41 @@ def test_a_character_waits_for_its_last_byte(chat_tokenizer):
     ids = chat_tokenizer.encode_text("a\U0001f600b")
     given = pieces(chat_tokenizer, ids)
     assert "".join(given) == "a\U0001f600b" and "\N{REPLACEMENT CHARACTER}" not in "".join(given)
+
+
+@given(st.text("abc", max_size=40), st.lists(st.text("abc", min_size=1, max_size=6), max_size=3), st.integers(1, 5))
+def test_the_search_finds_what_a_search_of_the_whole_text_does(text, stop, step):
+    search = StopSearch(StopStrings(stop))
+    for end in range(0, len(text) + step, step):
+        known = text[:end]
+        found = search.push(known)
+        assert found == min((place for one in stop if (place := known.find(one)) >= 0), default=None)
+        if found is not None:
+            return
+        beginnings = [length for one in stop for length in range(len(one)) if known.endswith(one[:length])]
+        assert search.held == max(beginnings, default=0)
+
+
+def test_a_long_stop_string_is_read_once_and_not_per_token():
+    class Counted(str):
+        """Counts the characters that are asked for."""
+
+        asked = 0
+
+        def __getitem__(self, key):
+            Counted.asked += 1
+            return str.__getitem__(self, key)
+
+    stop = StopStrings("a" * 5000 + "b")
+    stop.texts = tuple(map(Counted, stop.texts))
+    search = StopSearch(stop)
+    for length in range(1, 4001):
+        assert search.push("a" * length) is None and search.held == length
+    assert Counted.asked <= 3 * 4000
+    assert search.push("a" * 5001 + "b") == 1
+
+
+def test_an_empty_stop_string_is_refused_and_one_text_is_one_string():
+    with pytest.raises(ValueError, match="empty"):
+        StopStrings(["a", ""])
+    assert StopStrings("\uff25ND").texts == ("END",)

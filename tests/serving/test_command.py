@@ -132,9 +132,20 @@ def test_a_second_signal_ends_it_at_once(stream):
         lines, _ = stream(url)
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: any("Draining" in line for line in log))
+        wait_until(lambda: is_refused(url))
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 128 + signal.SIGTERM
     assert "data: [DONE]" not in lines
+
+
+def is_refused(url: str) -> bool:
+    """Tell whether a new connection is refused."""
+    host, port = url.removeprefix("http://").split(":")
+    try:
+        socket.create_connection((host, int(port)), 5).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def refused(words: list[str], capsys) -> str:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from property_profiles import examples
 from scripted_rows import ScriptedRows, scripted_answer
 
-from faster_chatglm_6b.serving.engine import Engine, EngineClosed
+from faster_chatglm_6b.serving.engine import Engine, EngineClosed, EngineFailed
 from faster_chatglm_6b.serving.rows import RowRequest
 
 
@@ -157,6 +157,69 @@ def test_a_step_that_raises_ends_what_runs_and_nothing_else():
         assert [caller.is_whole for caller in callers] == [False, False, True, True, True]
 
     run(test, rows)
+
+
+def run_to_failure(rows, requests, prepare=lambda engine: None):
+    """Submit requests to an engine that fails, all of them before its first turn; return them when all have ended."""
+
+    async def test():
+        engine = Engine(rows)
+        prepare(engine)
+        with engine._wake:
+            callers = [Caller(engine, request) for request in requests]
+        await asyncio.wait_for(asyncio.gather(*(caller.done.wait() for caller in callers)), 20)
+        assert all(len(caller.ends) == 1 for caller in callers)
+        assert not engine.is_alive and rows.faults == [] and rows.occupied == 0
+        with pytest.raises(EngineClosed):
+            engine.submit(RowRequest((1,), 1), lambda news: None)
+        return callers
+
+    return asyncio.run(test())
+
+
+@pytest.mark.parametrize("lag", [False, True])
+def test_an_answer_that_ended_in_a_turn_that_fails_is_handed_out(lag):
+    rows = ScriptedRows(2, 64, lag=lag)
+    rows.raise_on_exit = lambda: OSError("the lock is gone") if rows.steps == 4 else None
+    short, long, waiting = run_to_failure(
+        rows, [RowRequest((n,), most) for n, most in enumerate((4 if lag else 5, 50, 9))]
+    )
+    assert short.is_whole
+    assert long.ends == waiting.ends == ["error"] and long.tokens == scripted_answer(long.request)[: len(long.tokens)]
+    assert len(long.tokens) == len(short.tokens) and waiting.tokens == []
+    for caller in (long, waiting):
+        assert isinstance(caller.error, EngineFailed) and "the lock is gone" in str(caller.error)
+        assert isinstance(caller.error.__cause__, OSError)
+
+
+def test_orders_that_were_taken_when_it_failed_end_too():
+    def prepare(engine):
+        submit = engine._scheduler.submit
+
+        def fails(job, prompt, answer):
+            if job.request.seed == 13:
+                raise KeyError("a bug")
+            submit(job, prompt, answer)
+
+        engine._scheduler.submit = fails
+
+    callers = run_to_failure(
+        ScriptedRows(1, 64), [RowRequest((n,), 5, seed=13 if n == 1 else 0) for n in range(4)], prepare
+    )
+    assert all(caller.ends == ["error"] and isinstance(caller.error, EngineFailed) for caller in callers)
+
+
+def test_a_row_that_cannot_be_stopped_has_ended():
+    rows = ScriptedRows(2, 64)
+    stop = rows.stop
+
+    def fails(row):
+        stop(row)
+        raise OSError("no")
+
+    rows.stop = fails
+    short, long = run_to_failure(rows, [RowRequest((1,), 3), RowRequest((2,), 50)])
+    assert short.is_whole and long.ends == ["error"]
 
 
 def test_a_cancelled_row_is_free_within_four_steps():

@@ -1,11 +1,13 @@
 """Many prompts without a server."""
 
 import itertools
+import threading
 
 import pytest
 from scripted_rows import ScriptedRows, scripted_answer
 
-from faster_chatglm_6b.serving.offline import answer_many
+from faster_chatglm_6b.serving.engine import EngineFailed
+from faster_chatglm_6b.serving.offline import _Run, answer_many
 
 QUERIES = ["你好", "What is int8?", "1+2"]
 
@@ -47,6 +49,38 @@ def test_prompts_are_taken_as_they_are_needed(chat_model, chat_tokenizer):
     assert len(taken) < 100
     answers.close()
     assert rows.faults == []
+
+
+def test_endless_prompts_of_which_none_can_be_answered(chat_model, chat_tokenizer):
+    answers = answer_many(chat_model, chat_tokenizer, itertools.repeat(5), rows=ScriptedRows(2, 1024))
+    assert [next(answers).end for _ in range(200)] == ["error"] * 200
+    answers.close()
+
+
+def test_answers_come_while_prompts_are_read(chat_model, chat_tokenizer, monkeypatch):
+    is_ready = threading.Event()
+    call = _Run.call_soon_threadsafe
+    monkeypatch.setattr(_Run, "call_soon_threadsafe", lambda *arguments: call(*arguments) or is_ready.set())
+
+    def prompts():
+        yield "one"
+        assert is_ready.wait(20)
+        yield "two"
+        pytest.fail("a third prompt was asked for before the first answer was yielded")
+
+    answers = answer_many(chat_model, chat_tokenizer, prompts(), rows=ScriptedRows(2, 1024), max_tokens=1)
+    assert next(answers).index == 0
+    answers.close()
+
+
+def test_an_engine_that_fails_is_no_answer(chat_model, chat_tokenizer):
+    rows = ScriptedRows(4, 1024)
+    rows.raise_on_exit = lambda: OSError("the lock is gone") if rows.steps == 20 else None
+    finished = []
+    with pytest.raises(EngineFailed, match="the lock is gone"):
+        for one in answer_many(chat_model, chat_tokenizer, itertools.repeat("hi"), rows=rows, max_tokens=4):
+            finished.append(one)
+    assert {one.end for one in finished} == {"length"} and rows.occupied == 0
 
 
 def test_a_prompt_that_cannot_be_answered_is_an_answer_with_its_error(chat_model, chat_tokenizer):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import httpx
 import pytest
@@ -42,10 +43,15 @@ def chat(http, **fields):
         ({"n": 1000}, "n", "128"),
         ({"stop": ""}, "stop", "empty"),
         ({"stop": ["a", ""]}, "stop", "empty"),
+        ({"stop": "x" * 257}, "stop", "256 characters"),
+        ({"stop": ["x"] * 17}, "stop", "at most 16"),
         ({"seed": 2**70}, "seed", ""),
         ({"logit_bias": {"hello": 1}}, "logit_bias", "ids of tokens"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "100"),
         ({"logit_bias": {"99999": 1}}, "logit_bias", "2047"),
+        ({"logit_bias": {"5": 1, "05": 1}}, "logit_bias", "leading zeros"),
+        ({"logit_bias": {str(index): 1 for index in range(301)}}, "logit_bias", "at most 300"),
+        ({"stop_token_ids": [5] * 65}, "stop_token_ids", "at most 64"),
         ({"stop_token_ids": [-1]}, "stop_token_ids", "2047"),
         ({"min_tokens": 5}, "min_tokens", "room for 1"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs"),
@@ -83,6 +89,11 @@ def test_fields_that_ask_for_nothing_are_taken(http):
     nothing = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "n": 1, "user": "me"}
     nothing |= {"logprobs": False, "stop": None, "seed": None, "temperature": None, "stream": None, "best_of": 1}
     assert chat(http, **nothing).status_code == 200
+
+
+def test_the_most_of_stops_and_biases_is_taken(http):
+    most = {"stop": ["\uff5e" * 256] * 16, "stop_token_ids": [7] * 64}
+    assert chat(http, **most, logit_bias={str(index): -1 for index in range(300)}).status_code == 200
 
 
 def test_unknown_fields_are_one_line_in_the_log(http, caplog):
@@ -125,7 +136,7 @@ def test_a_prompt_that_is_too_long_says_its_length_and_the_limit(http, chat_toke
 
 
 def test_prompts_of_a_megabyte_are_refused_quickly_and_the_server_goes_on(http):
-    for text in ("x" * 1_000_000, "你好" * 200_000, "a b " * 260_000, "\n" * 1_000_000):
+    for text in ("x" * 1_000_000, "你好" * 200_000, "a b " * 260_000, "\n" * 1_000_000, "\t" * 200_000):
         error = error_of(chat(http, messages=[{"role": "user", "content": text + "?"}]))
         assert "at most 2048" in error["message"]
         assert error_of(http.post("/", json={"prompt": text + "?"}))["code"] == "context_length_exceeded"
@@ -136,6 +147,16 @@ def test_blanks_are_counted_as_the_vocabulary_does(http):
     content = "a" + " " * 40_000 + "b"
     answer = chat(http, messages=[{"role": "user", "content": content}])
     assert answer.status_code == 200 and answer.json()["usage"]["prompt_tokens"] < 600
+
+
+def test_tabs_are_refused_before_they_are_tokenized(http, chat_tokenizer, monkeypatch):
+    monkeypatch.setattr(chat_tokenizer, "encode_text", lambda *given: pytest.fail("it was tokenized"))
+    error = error_of(http.post("/v1/completions", json={"prompt": " \t" * 100_000}))
+    assert int(re.search(r"at least (\d+) tokens", error["message"])[1]) >= 100_000
+
+
+def test_other_blanks_are_one(http):
+    assert chat(http, messages=[{"role": "user", "content": "a" + "\u3000" * 40_000 + "b"}]).status_code == 200
 
 
 def test_a_body_over_the_limit_is_refused_before_it_is_read(http):

@@ -91,6 +91,17 @@ def test_bias_and_penalties_add_up():
     assert token(torch.tensor([0.0, 0.2, 0.1]), presence_penalty=2.0, frequency_penalty=2.0) == 1
 
 
+def test_the_tensors_of_a_bias_are_made_once_for_a_row(monkeypatch):
+    made = []
+    tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *given, **kinds: made.append(given) or tensor(*given, **kinds))
+    biases = tuple((index, index / 7) for index in range(SIZE))
+    logits = scores(4)
+    expected = int((logits + tensor([bias for _, bias in biases])).argmax())
+    assert [token(logits, [1] * length, logit_bias=biases) for length in range(20)] == [expected] * 20
+    assert len(made) == 2
+
+
 def test_no_end_before_the_minimum():
     logits = torch.tensor([0.0, 5.0, 1.0, 4.0])
     settings = {"end_ids": (1, 3), "min_tokens": 2}

@@ -46,6 +46,60 @@ def test_max_length_counts_the_prompt(http, chat_tokenizer):
     assert len(chat_tokenizer.encode_text(answer["response"])) <= 3
     refused = http.post("/", json={"prompt": query, "max_length": length})
     assert refused.status_code == 400 and str(length) in refused.json()["error"]["message"]
+    refused = http.post("/", json={"prompt": query, "max_length": 17}).json()["error"]
+    assert f"{length} tokens" in refused["message"] and "at most 17 of" in refused["message"]
+    assert refused["param"] == "max_length" and "2048" not in refused["message"]
+
+
+JSON_TYPE = {"content-type": "application/json"}
+ODD_MESSAGES = [
+    {"role": "system", "content": "Be kind.", "score": float("nan")},
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "My name ", "\ud800": 1}, {"type": "text", "text": "is Anna."}],
+    },
+    {"role": "assistant", "content": "Hello, Anna!", "name": "\udfff", "parts": [float("inf")]},
+]
+PLAIN_MESSAGES = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "My name is Anna."},
+    {"role": "assistant", "content": "Hello, Anna!"},
+]
+
+
+@pytest.mark.parametrize(
+    ("history", "plain"),
+    [(ODD_MESSAGES, PLAIN_MESSAGES), ([[], ["My name is Anna.", "Hello"]], [["My name is Anna.", "Hello"]])],
+)
+def test_a_history_comes_back_in_its_form_and_can_be_sent_again(http, history, plain):
+    query = "What is my name?"
+    body = {"prompt": query, "history": history, "temperature": 0}
+    answer = http.post("/", content=json.dumps(body), headers=JSON_TYPE).json()
+    said = answer["response"]
+    is_messages = isinstance(plain[0], dict)
+    last = (
+        [{"role": "user", "content": query}, {"role": "assistant", "content": said}] if is_messages else [[query, said]]
+    )
+    assert said and answer["history"] == [*plain, *last]
+    streamed = http.post("/stream", content=json.dumps(body), headers=JSON_TYPE).text.strip().split("\n\n")
+    event = json.loads(streamed[-1].removeprefix("data: "))
+    assert event["finished"] and event["history"] == answer["history"]
+    again = http.post("/", json={"prompt": "你好", "history": answer["history"], "temperature": 0})
+    assert again.status_code == 200 and len(again.json()["history"]) == len(answer["history"]) + len(last)
+
+
+@pytest.mark.parametrize("path", ["/", "/stream"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "\ud800"},
+        {"prompt": "hi", "history": [["\udc00", "a"]]},
+        {"prompt": "hi", "history": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\udc00"}]},
+    ],
+)
+def test_half_a_character_is_refused_in_one_sentence(http, path, fields):
+    refused = http.post(path, content=json.dumps(fields), headers=JSON_TYPE)
+    assert refused.status_code == 400 and "surrogate" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("history", [[["only one"]], [["a", "b"], ["c"]], ["text"], [[1, 2]]])

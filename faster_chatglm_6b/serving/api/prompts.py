@@ -14,12 +14,14 @@ from ...templates.history import History
 from ..defaults import end_ids, sampling_defaults, seed_of
 from ..generation import Asked
 from ..rows import RowRequest
+from ..stop_strings import StopStrings
 from .errors import ApiError, unsupported
 from .protocol import Message, SamplingFields
 
-# Pieces of ice_text.model have at most 16 characters; only runs of blanks are longer, and are counted as one.
+# Pieces of ice_text.model have at most 16 characters; only runs of blanks are longer, and are counted as one. Tabs,
+# line breaks and U+0085 are tokens, each of them.
 _CHARACTERS_PER_TOKEN = 16
-_BLANKS = re.compile(r"[ \t]{2,}")
+_BLANKS = re.compile(r"[^\S\t\n\x85]{2,}")
 
 
 class Prompts:
@@ -107,7 +109,8 @@ class Prompts:
         """Refuse by its characters a text that would take long to tokenize."""
         most = _CHARACTERS_PER_TOKEN * self.longest
         if len(text) > most:
-            at_least = len(_BLANKS.sub(" ", text)) // _CHARACTERS_PER_TOKEN
+            alone = text.count("\t") + text.count("\n")
+            at_least = alone + (len(_BLANKS.sub(" ", text)) - alone) // _CHARACTERS_PER_TOKEN
             if at_least > self.longest:
                 raise self._too_long(f"at least {at_least}")
 
@@ -122,15 +125,21 @@ class Prompts:
         """Return how many tokens an answer may have.
 
         Args:
-            limit: most tokens of prompt and answer, if fewer than the model's.
+            limit: the request's ``max_length``, most tokens of prompt and answer.
 
         Raises:
             ApiError: 400 if there is no room for any.
         """
-        room = min(self.longest, limit or self.longest) - len(ids)
-        if room < 1:
+        if len(ids) >= self.longest:
             raise self._too_long(str(len(ids)))
-        return room
+        if limit is not None and len(ids) >= limit:
+            raise ApiError(
+                f"The prompt has {len(ids)} tokens, but max_length asks for at most {limit} of prompt and answer "
+                "together; raise it or shorten the prompt.",
+                param="max_length",
+                code="context_length_exceeded",
+            )
+        return min(self.longest, limit or self.longest) - len(ids)
 
     def asked(self, body: SamplingFields, ids: tuple[int, ...], is_chat: bool) -> list[Asked]:
         """Return the answers that a request asks for with one prompt.
@@ -164,7 +173,8 @@ class Prompts:
         )
         first = secrets.randbits(63) if body.seed is None else body.seed
         rows = (replace(row, seed=seed_of(first, number)) for number in range(body.n or 1))
-        return [Asked(one, body.stops, is_chat) for one in rows]
+        stop = StopStrings(body.stops)
+        return [Asked(one, stop, is_chat) for one in rows]
 
     def _value(self, body: SamplingFields, name: str) -> float:
         given = getattr(body, name)

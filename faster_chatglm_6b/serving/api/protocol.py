@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -39,6 +40,10 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 # Taken without a word: they change nothing, or say what is done anyway.
 _HARMLESS = {"add_generation_prompt", "best_of"}
 MOST_CHOICES = 128
+# Each is looked at for every token, so that a request may not bring any number of them.
+_MOST_STOPS, _LONGEST_STOP = 16, 256
+_MOST_BIASES = 300
+_ID = re.compile("0|[1-9][0-9]{0,8}")
 
 
 class StreamOptions(BaseModel):
@@ -60,7 +65,7 @@ class SamplingFields(BaseModel):
     top_k: int | None = Field(None, ge=-1, description="0 and -1 stand for all tokens")
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[int] | None = Field(None, max_length=64)
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -74,18 +79,23 @@ class SamplingFields(BaseModel):
 
     @field_validator("stop")
     @classmethod
-    def _no_empty_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
+    def _short_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
         strings = [stop] if isinstance(stop, str) else stop or []
-        if "" in strings or len(strings) > 64:
-            raise ValueError("stop is a text or a list of at most 64 texts, none of which is empty.")
+        if len(strings) > _MOST_STOPS or not all(0 < len(text) <= _LONGEST_STOP for text in strings):
+            raise ValueError(
+                f"stop is a text or a list of at most {_MOST_STOPS} texts, none of which is empty or has more than "
+                f"{_LONGEST_STOP} characters."
+            )
         return stop
 
     @field_validator("logit_bias")
     @classmethod
     def _known_bias(cls, biases: dict[str, float] | None) -> dict[str, float] | None:
+        if len(biases or {}) > _MOST_BIASES:
+            raise ValueError(f"logit_bias has {len(biases)} entries, but at most {_MOST_BIASES} are taken.")
         for token, bias in (biases or {}).items():
-            if not (token.isascii() and token.isdigit() and len(token) < 10) or not -100 <= bias <= 100:
-                raise ValueError("logit_bias maps ids of tokens to numbers from -100 to 100.")
+            if not _ID.fullmatch(token) or not -100 <= bias <= 100:
+                raise ValueError("logit_bias maps ids of tokens, without leading zeros, to numbers from -100 to 100.")
         return biases
 
     @property

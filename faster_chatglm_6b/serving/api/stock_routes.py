@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from ...templates.history import History, read_messages
 from ..generation import Asked, Generation, Piece
 from ..rows import RowRequest
 from .protocol import StockRequest
@@ -25,9 +26,10 @@ def stock_routes(service: Service) -> APIRouter:
     async def whole(body: StockRequest, request: Request) -> Response:
         """Answer a turn."""
         generation, leave = await _generate(service, body, request)
+        earlier = _earlier(body)
 
         def write(pieces: list[Piece]) -> dict[str, Any]:
-            return _written(body, pieces[0].text)
+            return _written(body, earlier, pieces[0].text)
 
         return await service.whole(request, generation, leave, write)
 
@@ -62,17 +64,23 @@ async def _generate(service: Service, body: StockRequest, request: Request) -> t
 
 
 async def _events(body: StockRequest, generation: Generation) -> AsyncIterator[dict[str, Any]]:
-    response = ""
+    response, earlier = "", _earlier(body)
     async for piece in generation.pieces():
         response += piece.text
         if piece.text or piece.end:
-            yield {**_written(body, response), "delta": piece.text, "finished": bool(piece.end)}
+            yield {**_written(body, earlier, response), "delta": piece.text, "finished": bool(piece.end)}
 
 
-def _written(body: StockRequest, response: str) -> dict[str, Any]:
+def _earlier(body: StockRequest) -> History:
+    """Read the history, with nothing of it but texts and roles: what else a client puts there may be no JSON."""
+    history = History.of(body.history)
+    return History.of(read_messages(history.given) if history.is_messages else history.rounds)
+
+
+def _written(body: StockRequest, earlier: History, response: str) -> dict[str, Any]:
     return {
         "response": response,
-        "history": [*(body.history or []), [body.prompt, response]],
+        "history": earlier.with_round(body.prompt, response),
         "status": 200,
         "time": datetime.now().strftime("%Y-%m-%d %H:%M:%S"),
     }
