@@ -1,7 +1,5 @@
 """Define the network with and without its head, by the checkpoint's parameter names; every product is an operator."""
 
-import inspect
-
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -314,10 +312,6 @@ class ChatGLMWithHead(TrainingMixin, AdapterHost, ChatGLMPreTrainedModel):
             attentions=outputs.attentions,
         )
         return output if return_dict else output.to_tuple()
-
-
-# transformers reads this several times in every generate(), and Python would build it anew each time.
-ChatGLMWithHead.forward.__signature__ = inspect.signature(ChatGLMWithHead.forward)
 
 
 def _mask_of_prompt(layout: PromptLayout, length: int, needs_bias: bool) -> tuple[torch.Tensor | None, int | None]:

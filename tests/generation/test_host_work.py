@@ -11,7 +11,6 @@ from transformers.generation.utils import GenerationMixin
 
 from faster_chatglm_6b.generation.reading import keep_layout, layout_of, prompt_kept
 from faster_chatglm_6b.generation.settings import follow_settings
-from faster_chatglm_6b.network.model import ChatGLMWithHead
 from faster_chatglm_6b.network.prompt_layout import PromptLayout
 
 PLAIN = {"do_sample": False, "max_new_tokens": 1, "eos_token_id": None}
@@ -47,17 +46,6 @@ def same(one, other):
     fields = ("first_slot", "sop_slot", "mask_position", "has_gmask", "hidden_slots")
     pairs = [(getattr(one, name), getattr(other, name)) for name in fields]
     return all(a is b or torch.equal(a, b) for a, b in pairs)
-
-
-def test_the_kept_signature_of_forward_is_its_own():
-    forward = ChatGLMWithHead.forward
-    kept = forward.__signature__
-    assert signature(forward) is kept
-    try:
-        del forward.__signature__
-        assert signature(forward) == kept
-    finally:
-        forward.__signature__ = kept
 
 
 @pytest.mark.parametrize("pads", [0, 3])

@@ -60,9 +60,9 @@ LISTED = {
 }
 # This command needs a GPU and is listed by its beginning: the generated tables name the options of their records.
 BENCHMARK = "python examples/benchmark.py "
-# The tuners of the benchmark log also need a GPU.
+# The tuners of the benchmark log also need a GPU, and the comparison of cards two.
 ON_A_GPU = re.compile(
-    re.escape(BENCHMARK) + r"|python (-m examples\.measuring\.|examples/)tune_(quantized_)?kernels(\.py)?( |$)"
+    re.escape(BENCHMARK) + r"|python (-m examples\.measuring\.|examples/)(tune_(quantized_)?kernels|cards)(\.py)?( |$)"
 )
 # tests/serving/test_command.py runs these against a server.
 TO_A_SERVER = "curl -s http://127.0.0.1:8000/"
