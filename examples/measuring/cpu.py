@@ -189,7 +189,7 @@ def measure(model: nn.Module, layers: int, args: argparse.Namespace) -> dict[str
         torch.get_num_threads(),
         clock(),
         cpu_name(),
-        _kernel(),
+        _kernel(model.dtype),
         _peak_memory(),
         torch.__version__,
         datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
@@ -198,11 +198,11 @@ def measure(model: nn.Module, layers: int, args: argparse.Namespace) -> dict[str
     return dict(zip(KEYS, values, strict=True))
 
 
-def _kernel() -> str:
-    """Return what served the products of integer weights, with the reason."""
+def _kernel(dtype: torch.dtype) -> str:
+    """Return what served the products of integer weights with x in ``dtype``, with the reason."""
     import faster_chatglm_6b
 
-    (choices,) = faster_chatglm_6b.status().operators.values()
+    choices = faster_chatglm_6b.status().operators[f"cpu {str(dtype).removeprefix('torch.')}"]
     return "{} ({})".format(*choices["fused_linear_with_groupwise_quantized_weight"])
 
 

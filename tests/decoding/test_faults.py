@@ -123,8 +123,8 @@ class StandInSession:
 
     graphs = SimpleNamespace(capture_failed=False)
 
-    def __init__(self, model, batch, capacity):
-        self.capacity, self.bytes, self.launched = capacity, 0, 0
+    def __init__(self, model, rows, capacity):
+        self.rows, self.capacity, self.bytes, self.launched = rows, capacity, 0, 0
 
     def begin(self, model, request, seed):
         self.launched = 1

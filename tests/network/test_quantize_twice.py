@@ -210,7 +210,8 @@ def test_other_wrapped_modules_are_quantised_inside(model, tiny_model, target):
     else:
         setattr(layer, target, Wrapper(getattr(layer, target)))
     model.quantize(8)
-    assert torch.equal(logits(model), logits(copy.deepcopy(tiny_model).quantize(8)))
+    # A wrapped module's layers compute by definition, and not by the CPU's own kernel.
+    torch.testing.assert_close(logits(model), logits(copy.deepcopy(tiny_model).quantize(8)), rtol=0, atol=1e-3)
 
 
 def test_a_foreign_block_is_refused(model):

@@ -13,7 +13,8 @@ from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration
 IDS = torch.tensor([[20, 30, 40, 321, 324]])
 BATCH = torch.tensor([[3, 3, 20, 30, 40, 321, 324], [50, 60, 70, 80, 90, 321, 324]])
 GREEDY = {"do_sample": False, "max_new_tokens": 5}
-TOLERANCE = {"rtol": 0, "atol": 1e-5}
+# A wrapped layer computes by torch, another one by the CPU's own kernel, which adds in another order.
+TOLERANCE = {"rtol": 0, "atol": 1e-4}
 
 
 class CastOutputToFloat(nn.Sequential):
@@ -260,8 +261,8 @@ def test_pruned_and_parametrised_weights_count(tiny_model):
 
     parametrize.register_parametrization(parametrised.transformer.layers[0].attention.dense, "weight", Mask())
     with torch.no_grad():
-        assert torch.equal(model(IDS).logits, expected(IDS).logits)
-        assert torch.equal(parametrised(IDS).logits, expected(IDS).logits)
+        torch.testing.assert_close(model(IDS).logits, expected(IDS).logits, **TOLERANCE)
+        torch.testing.assert_close(parametrised(IDS).logits, expected(IDS).logits, **TOLERANCE)
         assert not torch.allclose(expected(IDS).logits, tiny_model(IDS).logits)
 
 
