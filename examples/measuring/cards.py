@@ -8,7 +8,6 @@ rounds alone and together alternate, and the medians of their tokens per second 
 """
 
 import argparse
-import contextlib
 import datetime
 import json
 import statistics
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 
 from .models import make_prompt, random_model, weights_of
+from .timing import append, known_records
 
 
 def model_on(index: int, bits: int) -> torch.nn.Module:
@@ -60,11 +60,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=1, help="prompts at once for each GPU (%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens of an answer (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds alone and together (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="append the record to FILE")
+    parser.add_argument("--json", metavar="FILE", help="append the record to FILE")
     args = parser.parse_args(argv)
     count = torch.cuda.device_count()
     if count < 2:
         raise SystemExit(f"This process sees {count} CUDA devices, but this measurement needs two or more.")
+    if args.json:
+        known_records(Path(args.json))
     models = [model_on(index, args.bits) for index in range(count)]
     ids = make_prompt(models[0], args.batch, 20)
     expected = [answer(model, ids, args.new_tokens) for model in models]
@@ -91,11 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         "date": datetime.date.today().isoformat(),
     }
     print(json.dumps(record))
-    if args.json:
-        records = []
-        with contextlib.suppress(FileNotFoundError):
-            records = json.loads(args.json.read_text(encoding="utf-8"))
-        args.json.write_text(json.dumps([*records, record], indent=1) + "\n", encoding="utf-8")
+    append(args.json, [record])
 
 
 if __name__ == "__main__":
