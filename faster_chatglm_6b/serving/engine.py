@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from .rows import NewRow, RowFailure, RowRequest, Rows, RowToken
+from .rows.interface import NewRow, RowFailure, RowRequest, Rows, RowToken
 from .scheduler import Scheduler
 
 _log = logging.getLogger("faster_chatglm_6b.serving")

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from .answer import AnswerText
 from .engine import Engine, Job, News
-from .rows import RowRequest, RowToken
+from .rows.interface import RowRequest, RowToken
 from .stop_strings import StopStrings
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from .defaults import end_ids, sampling_defaults, seed_of
 from .engine import Engine, EngineClosed, EngineFailed
 from .generation import Answer, Asked, Piece
-from .plain_rows import PlainRows, pages_for
-from .rows import RowRequest, Rows
+from .rows.plain import PlainRows, pages_for
+from .rows.interface import RowRequest, Rows
 from .stop_strings import StopStrings
 
 # Prompts that are read ahead of the rows, so that a row which becomes free is taken at once.

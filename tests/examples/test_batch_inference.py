@@ -77,7 +77,7 @@ def test_files_that_cannot_be_used(batch, files, capsys):
 
 @pytest.mark.parametrize("is_engine", [True, False])
 def test_a_model_that_fails_leaves_no_lines_and_the_next_run_asks_again(batch, files, is_engine, capsys, monkeypatch):
-    from faster_chatglm_6b.serving.plain_rows import PlainRows
+    from faster_chatglm_6b.serving.rows.plain import PlainRows
 
     @contextlib.contextmanager
     def turn(rows):

@@ -59,7 +59,7 @@ def wait_until(holds, seconds=20.0):
 def plain_app(chat_model, chat_tokenizer):
     """The application over the real model, with room for 16 rows."""
     from faster_chatglm_6b.serving.api.app import build_app
-    from faster_chatglm_6b.serving.plain_rows import PlainRows
+    from faster_chatglm_6b.serving.rows.plain import PlainRows
 
     return build_app(chat_model, chat_tokenizer, PlainRows(chat_model, 16, 1024), ["chatglm-6b", "THUDM/chatglm-6b"])
 

@@ -5,7 +5,7 @@ import hashlib
 import threading
 import time
 
-from faster_chatglm_6b.serving.rows import Logprobs, RowFailure, RowToken
+from faster_chatglm_6b.serving.rows.interface import Logprobs, RowFailure, RowToken
 
 
 def scripted_token(request, index: int, vocabulary: int = 1500) -> int:

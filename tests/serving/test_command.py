@@ -22,7 +22,7 @@ from conftest import wait_until
 
 from faster_chatglm_6b.cli import build_parser, checkpoint, main
 from faster_chatglm_6b.cli.serve import _names
-from faster_chatglm_6b.serving import plain_rows
+from faster_chatglm_6b.serving.rows import plain as plain_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1500, "ignore_eos": True, "stream": True}

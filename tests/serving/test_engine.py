@@ -11,7 +11,7 @@ from property_profiles import examples
 from scripted_rows import ScriptedRows, scripted_answer
 
 from faster_chatglm_6b.serving.engine import Engine, EngineClosed, EngineFailed
-from faster_chatglm_6b.serving.rows import RowRequest
+from faster_chatglm_6b.serving.rows.interface import RowRequest
 
 
 class Caller:

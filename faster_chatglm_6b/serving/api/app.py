@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from ... import __version__
 from ..engine import Engine
-from ..rows import Rows
+from ..rows.interface import Rows
 from .errors import add_handlers
 from .middleware import Middleware
 from .openai_routes import openai_routes

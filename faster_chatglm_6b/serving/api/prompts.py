@@ -13,7 +13,7 @@ from typing import Any
 from ...templates.history import History
 from ..defaults import end_ids, sampling_defaults, seed_of
 from ..generation import Asked
-from ..rows import RowRequest
+from ..rows.interface import RowRequest
 from ..stop_strings import StopStrings
 from .errors import ApiError, unsupported
 from .protocol import Message, SamplingFields

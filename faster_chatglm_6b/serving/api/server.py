@@ -14,7 +14,7 @@ from typing import Any
 
 import uvicorn
 
-from ..plain_rows import PlainRows, pages_for
+from ..rows.plain import PlainRows, pages_for
 from .app import build_app
 
 _log = logging.getLogger("faster_chatglm_6b.serving")

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from ...templates.history import History, read_messages
 from ..generation import Asked, Generation, Piece
-from ..rows import RowRequest
+from ..rows.interface import RowRequest
 from .protocol import StockRequest
 from .service import Service
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from ..generation import Generation, Piece
-from ..rows import RowToken
+from ..rows.interface import RowToken
 from .protocol import StreamOptions
 
 

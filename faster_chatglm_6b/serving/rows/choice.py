@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from .rows import Logprobs, RowRequest
+from .interface import Logprobs, RowRequest
 
 # Below it the most likely token is certain, and scores would leave the range of floats.
 _LOWEST_TEMPERATURE = 1e-5

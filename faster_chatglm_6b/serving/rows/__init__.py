@@ -1,0 +1,1 @@
+"""The rows of a running batch: what the engine asks of them, and the ways to compute them."""
