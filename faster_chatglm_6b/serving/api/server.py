@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
+from ..rows.interface import Rows
 from ..rows.plain import PlainRows, pages_for
 from .app import build_app
 
@@ -46,18 +48,31 @@ class Settings:
     log_level: str = "info"
 
 
+def set_up_log(level: str) -> None:
+    """Send the log to stderr; ``level`` is that of the settings."""
+    logging.basicConfig(
+        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+
+
+def application(model: Any, tokenizer: Any, settings: Settings) -> tuple[FastAPI, Rows]:
+    """Return the application, and the rows that compute for it.
+
+    Raises:
+        ValueError: the memory is too short for one prompt of the model's length.
+    """
+    rows = PlainRows(model, settings.rows, pages_for(model, settings.rows, settings.memory))
+    return build_app(model, tokenizer, rows, settings.names, settings.most_waiting, settings.keys), rows
+
+
 def serve(model: Any, tokenizer: Any, settings: Settings) -> int:
     """Serve until a signal ends it, and return the exit code: 0, or 1 if the port could not be had.
 
     Raises:
         ValueError: the memory is too short for one prompt of the model's length.
     """
-    logging.basicConfig(
-        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    pages = pages_for(model, settings.rows, settings.memory)
-    rows = PlainRows(model, settings.rows, pages)
-    app = build_app(model, tokenizer, rows, settings.names, settings.most_waiting, settings.keys)
+    set_up_log(settings.log_level)
+    app, rows = application(model, tokenizer, settings)
     config = uvicorn.Config(
         app,
         host=settings.host,
