@@ -26,6 +26,7 @@ def build_app(
     names: Sequence[str] = ("chatglm-6b",),
     most_waiting: int = 1024,
     keys: Sequence[str] = (),
+    names_requests: bool = True,
 ) -> FastAPI:
     """Return the application; its engine runs until the application's lifespan ends.
 
@@ -36,6 +37,7 @@ def build_app(
         names: by which clients may call the model.
         most_waiting: answers that may wait beyond the rows; others are turned away with 429.
         keys: API keys, one of which a client must send; none lets everybody in.
+        names_requests: write X-Request-Id into answers.
 
     Returns:
         the application, with the ``Service`` as ``app.state.service``.
@@ -53,5 +55,5 @@ def build_app(
     add_handlers(app)
     for routes in (openai_routes, stock_routes, operator_routes):
         app.include_router(routes(service))
-    app.add_middleware(Middleware, keys=keys)
+    app.add_middleware(Middleware, keys=keys, names_requests=names_requests)
     return app

@@ -35,6 +35,7 @@ class Settings:
         most_waiting: answers that may wait beyond the rows.
         shutdown_timeout: seconds that running answers get to finish after SIGTERM.
         log_level: "debug", "info", "warning" or "error".
+        names_requests: write X-Request-Id into answers; a proxy in front may do that itself.
     """
 
     host: str = "127.0.0.1"
@@ -46,6 +47,7 @@ class Settings:
     most_waiting: int = 1024
     shutdown_timeout: int = 30
     log_level: str = "info"
+    names_requests: bool = True
 
 
 def set_up_log(level: str) -> None:
@@ -62,7 +64,10 @@ def application(model: Any, tokenizer: Any, settings: Settings) -> tuple[FastAPI
         ValueError: the memory is too short for one prompt of the model's length.
     """
     rows = PlainRows(model, settings.rows, pages_for(model, settings.rows, settings.memory))
-    return build_app(model, tokenizer, rows, settings.names, settings.most_waiting, settings.keys), rows
+    app = build_app(
+        model, tokenizer, rows, settings.names, settings.most_waiting, settings.keys, settings.names_requests
+    )
+    return app, rows
 
 
 def serve(model: Any, tokenizer: Any, settings: Settings) -> int:
