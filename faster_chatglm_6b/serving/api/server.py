@@ -57,17 +57,20 @@ def set_up_log(level: str) -> None:
     )
 
 
-def application(model: Any, tokenizer: Any, settings: Settings) -> tuple[FastAPI, Rows]:
-    """Return the application, and the rows that compute for it.
+def rows_for(model: Any, settings: Settings) -> Rows:
+    """Return the rows of a server, with their pages.
 
     Raises:
         ValueError: the memory is too short for one prompt of the model's length.
     """
-    rows = PlainRows(model, settings.rows, pages_for(model, settings.rows, settings.memory))
-    app = build_app(
+    return PlainRows(model, settings.rows, pages_for(model, settings.rows, settings.memory))
+
+
+def application(model: Any, tokenizer: Any, settings: Settings, rows: Rows) -> FastAPI:
+    """Return the application over ``rows``."""
+    return build_app(
         model, tokenizer, rows, settings.names, settings.most_waiting, settings.keys, settings.names_requests
     )
-    return app, rows
 
 
 def serve(model: Any, tokenizer: Any, settings: Settings) -> int:
@@ -77,7 +80,8 @@ def serve(model: Any, tokenizer: Any, settings: Settings) -> int:
         ValueError: the memory is too short for one prompt of the model's length.
     """
     set_up_log(settings.log_level)
-    app, rows = application(model, tokenizer, settings)
+    rows = rows_for(model, settings)
+    app = application(model, tokenizer, settings, rows)
     config = uvicorn.Config(
         app,
         host=settings.host,
