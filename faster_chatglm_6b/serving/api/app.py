@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from ... import __version__
 from ..engine import Engine
 from ..rows.interface import Rows
-from .errors import add_handlers
+from .errors import DESCRIBED, add_handlers
 from .middleware import Middleware
 from .openai_routes import openai_routes
 from .operator_routes import operator_routes
@@ -50,7 +50,7 @@ def build_app(
         yield
         engine.close()
 
-    app = FastAPI(title="faster_chatglm_6b", version=__version__, lifespan=lifespan)
+    app = FastAPI(title="faster_chatglm_6b", version=__version__, lifespan=lifespan, responses=DESCRIBED)
     app.state.service = service
     add_handlers(app)
     for routes in (openai_routes, stock_routes, operator_routes):
