@@ -14,7 +14,7 @@ from typing import Any
 
 import uvicorn
 
-from ..rows.plain import PlainRows, pages_for
+from ..rows.making import make_rows
 from .app import build_app
 
 _log = logging.getLogger("faster_chatglm_6b.serving")
@@ -55,8 +55,7 @@ def serve(model: Any, tokenizer: Any, settings: Settings) -> int:
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    pages = pages_for(model, settings.rows, settings.memory)
-    rows = PlainRows(model, settings.rows, pages)
+    rows = make_rows(model, settings.rows, settings.memory)
     app = build_app(model, tokenizer, rows, settings.names, settings.most_waiting, settings.keys)
     config = uvicorn.Config(
         app,
