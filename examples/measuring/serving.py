@@ -115,10 +115,10 @@ class Bench:
         return record
 
     def rows(self, count: int) -> Any:
-        """Return the rows that a server would have, with memory for the longest requests of all kinds."""
-        from faster_chatglm_6b.serving.api.server import Settings, rows_for
+        """Return the rows that a server would have."""
+        from faster_chatglm_6b.serving.rows.making import make_rows
 
-        return rows_for(self.model, Settings(rows=count))
+        return make_rows(self.model, count, 0.9)
 
     def answers(self, rows: Any, prompts: Sequence[str], new_tokens: int) -> float:
         """Answer all prompts without HTTP, greedily, and return the seconds."""

@@ -11,8 +11,8 @@ from typing import Any
 from .defaults import end_ids, sampling_defaults, seed_of
 from .engine import Engine, EngineClosed, EngineFailed
 from .generation import Answer, Asked, Piece
-from .rows.plain import PlainRows, pages_for
 from .rows.interface import RowRequest, Rows
+from .rows.making import make_rows
 from .stop_strings import StopStrings
 
 # Prompts that are read ahead of the rows, so that a row which becomes free is taken at once.
@@ -83,7 +83,7 @@ def answer_many(
     settings = {**sampling_defaults(model), **sampling}
     RowRequest((), 1, **settings)
     stops, ends = StopStrings(stop), () if ignore_eos else end_ids(model)
-    rows = rows or PlainRows(model, max_rows, pages_for(model, max_rows, memory))
+    rows = rows or make_rows(model, max_rows, memory)
 
     def asked(index: int, prompt: str | Sequence[Mapping[str, Any]]) -> Asked:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

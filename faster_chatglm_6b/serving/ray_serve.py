@@ -15,8 +15,9 @@ from ray.serve.metrics import Gauge
 
 from ..checkpoint import by_name
 from ..recognition import HUB_ID
-from .api.server import Settings, application, rows_for, set_up_log
+from .api.server import Settings, application, set_up_log
 from .defaults import api_keys, served_names
+from .rows.making import make_rows
 
 # Requests to a replica beyond those that its door lets in: it turns them away itself, and answers /health meanwhile.
 _BESIDE = 64
@@ -154,6 +155,6 @@ def build(options: Options) -> serve.Application:
         set_up_log(settings.log_level)
         name = by_name.tiny_checkpoint() if options.tiny else options.model
         tokenizer, model = by_name.load(name, options.bits, by_name.device_of(options.device))
-        return application(model, tokenizer, settings, rows_for(model, settings))
+        return application(model, tokenizer, settings, make_rows(model, settings.rows, settings.memory))
 
     return serve.deployment(serve.ingress(app)(Replica), name="chatglm").options(**options.deployment()).bind()

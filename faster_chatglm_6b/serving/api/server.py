@@ -16,7 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from ..rows.interface import Rows
-from ..rows.plain import PlainRows, pages_for
+from ..rows.making import make_rows
 from .app import build_app
 
 _log = logging.getLogger("faster_chatglm_6b.serving")
@@ -57,15 +57,6 @@ def set_up_log(level: str) -> None:
     )
 
 
-def rows_for(model: Any, settings: Settings) -> Rows:
-    """Return the rows of a server, with their pages.
-
-    Raises:
-        ValueError: the memory is too short for one prompt of the model's length.
-    """
-    return PlainRows(model, settings.rows, pages_for(model, settings.rows, settings.memory))
-
-
 def application(model: Any, tokenizer: Any, settings: Settings, rows: Rows) -> FastAPI:
     """Return the application over ``rows``."""
     return build_app(
@@ -80,7 +71,7 @@ def serve(model: Any, tokenizer: Any, settings: Settings) -> int:
         ValueError: the memory is too short for one prompt of the model's length.
     """
     set_up_log(settings.log_level)
-    rows = rows_for(model, settings)
+    rows = make_rows(model, settings.rows, settings.memory)
     app = application(model, tokenizer, settings, rows)
     config = uvicorn.Config(
         app,
