@@ -1,9 +1,11 @@
-"""Prompts of an exact number of tokens, and a tokenizer for random weights, which choose ids without any text."""
+"""Prompts of an exact number of tokens, and random weights that answer in a tokenizer's characters."""
 
 import random
 import unicodedata
 from pathlib import Path
 from typing import Any
+
+import torch
 
 TINY = Path(__file__).resolve().parents[1] / "tiny_chatglm"
 # [gMASK] <sop>, which a prompt ends in.
@@ -13,8 +15,8 @@ _ENDS = 2
 def tokenizer_for(model: Any) -> Any:
     """Return the tiny checkpoint's tokenizer for a model of random weights, whose config takes its control tokens.
 
-    Every id that the tokenizer does not know, or that is no Chinese character, has the text of some Chinese character:
-    so each token of an answer has a text, and a tester hears of it at once.
+    The model's embeddings of all ids but the Chinese characters become so small that these are never the most likely:
+    so each token of a greedy answer has a text, and a tester hears of it at once.
     """
     from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 
@@ -22,8 +24,11 @@ def tokenizer_for(model: Any) -> Any:
     for name in ("bos", "eos", "mask", "gmask", "pad"):
         setattr(model.config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    plain = [index for index, _ in _characters(tokenizer)]
-    tokenizer.decodable_ids = lambda ids, **_: [plain[index % len(plain)] for index in ids]
+    weight = model.transformer.word_embeddings.weight
+    is_text = torch.zeros(len(weight), dtype=torch.bool)
+    is_text[[index for index, _ in _characters(tokenizer)]] = True
+    with torch.no_grad():
+        weight[~is_text.to(weight.device)] *= 0.01
     return tokenizer
 
 

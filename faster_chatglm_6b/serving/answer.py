@@ -75,6 +75,8 @@ class AnswerText:
 
 def _overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of ``text`` with which ``stop`` begins, without being all of it."""
+    if stop[0] not in text[1 - len(stop) :]:
+        return 0
     for length in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:length]):
             return length
