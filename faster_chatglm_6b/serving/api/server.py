@@ -18,6 +18,9 @@ from ..rows.making import make_rows
 from .app import build_app
 
 _log = logging.getLogger("faster_chatglm_6b.serving")
+# The engine's thread queues the next step while the GPU computes this one. Python's 5 ms, for which a busy event loop
+# may keep the interpreter, are as long as a step.
+_SWITCH_INTERVAL = 0.0005
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -55,6 +58,7 @@ def serve(model: Any, tokenizer: Any, settings: Settings) -> int:
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     rows = make_rows(model, settings.rows, settings.memory)
     app = build_app(model, tokenizer, rows, settings.names, settings.most_waiting, settings.keys)
     config = uvicorn.Config(
