@@ -64,7 +64,7 @@ def answer_many(
         max_tokens: most new tokens of an answer; None for as many as the model's length allows.
         stop: one string or several that end an answer and are not in it.
         max_rows, memory: most answers at once, and the share of free memory for their keys and values.
-        rows: what computes them; the plain path if left out.
+        rows: what computes them; those of ``make_rows`` if left out.
         sampling: ``temperature`` (0 takes the most likely token), ``top_p``, ``top_k``, ``repetition_penalty``,
             ``presence_penalty``, ``frequency_penalty``, ``min_tokens``; those left out have ``chat``'s values.
 
