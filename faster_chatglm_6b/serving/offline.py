@@ -45,6 +45,7 @@ def answer_many(
     *,
     places: Iterable[int] | None = None,
     max_tokens: int | None = None,
+    ignore_eos: bool = False,
     stop: str | Sequence[str] = (),
     seed: int = 0,
     max_rows: int = 64,
@@ -62,6 +63,7 @@ def answer_many(
         prompts: texts of users, or conversations as ``apply_chat_template`` takes them.
         places: the index of each prompt, to go on with some of a list; 0, 1, 2 and so on if left out.
         max_tokens: most new tokens of an answer; None for as many as the model's length allows.
+        ignore_eos: let an answer end at its most tokens or at a stop string alone.
         stop: one string or several that end an answer and are not in it.
         max_rows, memory: most answers at once, and the share of free memory for their keys and values.
         rows: what computes them; those of ``make_rows`` if left out.
@@ -80,7 +82,7 @@ def answer_many(
         )
     settings = {**sampling_defaults(model), **sampling}
     RowRequest((), 1, **settings)
-    stops = StopStrings(stop)
+    stops, ends = StopStrings(stop), () if ignore_eos else end_ids(model)
     rows = rows or make_rows(model, max_rows, memory)
 
     def asked(index: int, prompt: str | Sequence[Mapping[str, Any]]) -> Asked:
@@ -94,7 +96,7 @@ def answer_many(
                 "shorten it."
             )
         most = room if max_tokens is None else min(max_tokens, room)
-        return Asked(RowRequest(tuple(ids), most, end_ids(model), seed=seed_of(seed, index), **settings), stops)
+        return Asked(RowRequest(tuple(ids), most, ends, seed=seed_of(seed, index), **settings), stops)
 
     return _Run(rows, tokenizer, asked).answers(
         zip(itertools.count() if places is None else places, prompts, strict=False)
