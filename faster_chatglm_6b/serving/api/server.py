@@ -20,9 +20,6 @@ from ..rows.making import make_rows
 from .app import build_app
 
 _log = logging.getLogger("faster_chatglm_6b.serving")
-# The engine's thread queues the next step while the GPU computes this one. Python's 5 ms, for which a busy event loop
-# may keep the interpreter, are as long as a step.
-_SWITCH_INTERVAL = 0.0005
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -74,7 +71,6 @@ def serve(model: Any, tokenizer: Any, settings: Settings) -> int:
         ValueError: the memory is too short for one prompt of the model's length.
     """
     set_up_log(settings.log_level)
-    sys.setswitchinterval(_SWITCH_INTERVAL)
     rows = make_rows(model, settings.rows, settings.memory)
     app = application(model, tokenizer, settings, rows)
     config = uvicorn.Config(
