@@ -49,6 +49,18 @@ class IncrementalDetokenizer:
         """Take further ids and return the whole text so far, without an unfinished last character.
 
         Raises:
+            ValueError: as ``take``.
+        """
+        self.take(ids)
+        if self._has_added_tokens:
+            # Such tokens cut the text into parts that are decoded apart. They are rare: leave them to the tokenizer.
+            return self._tokenizer.decode(self._all_ids[: len(self._all_ids) - self._unfinished_ids()])
+        return self._text()
+
+    def take(self, ids: Iterable[int]) -> None:
+        """Take further ids, for ``settled`` and ``finish``.
+
+        Raises:
             ValueError: ChatGLM-6B has no such id. Nothing of that call is taken.
         """
         ids = [int(index) for index in ids]
@@ -60,12 +72,9 @@ class IncrementalDetokenizer:
         self._ids += [index - first for index in ids] if first else ids
         if ids and (max(ids) >= self._vocab_size or min(ids) < first):
             self._has_added_tokens = True
-        if self._has_added_tokens:
-            # Such tokens cut the text into parts that are decoded apart. They are rare: leave them to the tokenizer.
-            return self._tokenizer.decode(self._all_ids[: len(self._all_ids) - self._unfinished_ids()])
-        self._settle_ids()
-        self._settle_text()
-        return self._text()
+        if not self._has_added_tokens:
+            self._settle_ids()
+            self._settle_text()
 
     def settled(self) -> str:
         """Return the beginning of the text that no later id can change: what may be shown for good."""

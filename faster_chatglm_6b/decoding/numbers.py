@@ -13,6 +13,8 @@ from .request import MOST_END_TOKENS
 _ALIGNMENT = 16
 
 
+# These are one for all rows.
+_OF_ALL_ROWS = ("turn", "last_row", "pad_id")
 # A number for every row, of this many entries.
 Field = tuple[torch.dtype, int]
 
@@ -69,7 +71,7 @@ class RequestNumbers:
             for memory in (self._sent, self._there)
         )
         self._here = {name: tensor.numpy() for name, tensor in here.items()}
-        self._words = _words_of_a_row({name: fields[name] for name in fields if fields[name][1][0] == rows}, places)
+        self._words = _words_of_a_row({name: fields[name] for name in fields if name not in _OF_ALL_ROWS}, places)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[name]

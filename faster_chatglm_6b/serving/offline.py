@@ -66,7 +66,7 @@ def answer_many(
         ignore_eos: let an answer end at its most tokens or at a stop string alone.
         stop: one string or several that end an answer and are not in it.
         max_rows, memory: most answers at once, and the share of free memory for their keys and values.
-        rows: what computes them; the plain path if left out.
+        rows: what computes them; those of ``make_rows`` if left out.
         sampling: ``temperature`` (0 takes the most likely token), ``top_p``, ``top_k``, ``repetition_penalty``,
             ``presence_penalty``, ``frequency_penalty``, ``min_tokens``; those left out have ``chat``'s values.
 
@@ -109,7 +109,7 @@ class _Run:
     def __init__(self, rows: Rows, tokenizer: Any, asked: Callable[[int, Any], Asked]):
         self._rows, self._tokenizer, self._asked = rows, tokenizer, asked
         self._calls: queue.SimpleQueue[tuple[Callable[..., object], tuple]] = queue.SimpleQueue()
-        self._open: dict[Answer, Piece] = {}
+        self._open: dict[Answer, int] = {}
         self._finished: list[Finished] = []
         self._failure: Exception | None = None
 
@@ -146,7 +146,7 @@ class _Run:
             self._finished.append(Finished(index, "", 0, "error", error))
             return
         answer = Answer(self, index, asked, self._tokenizer)
-        self._open[answer] = Piece(index)
+        self._open[answer] = index
         try:
             answer.job = self._engine.submit(asked.row, answer.receive, loop=self)
         except EngineClosed as error:  # it has failed just now; what it says of the others is still to be heard
@@ -167,13 +167,16 @@ class _Run:
         if answer.job is not None:
             self._engine.cancel(answer.job)
 
-    def add(self, answer: Answer, piece: Piece, error: Exception | None) -> None:
-        whole = self._open[answer]
-        whole.extend(piece)
+    def add(self, answer: Answer, error: Exception | None) -> None:
         if not answer.end:
             return
-        del self._open[answer]
+        index = self._open.pop(answer)
         if isinstance(error, EngineFailed):
             self._failure = error
-        else:
-            self._finished.append(Finished(whole.index, whole.text, whole.count, answer.end, error))
+            return
+        end, whole = answer.end, Piece(index)
+        try:
+            whole = answer.take()
+        except ValueError as wrong:  # a token without text
+            end, error = "error", wrong
+        self._finished.append(Finished(index, whole.text, whole.count, end, error))

@@ -19,7 +19,7 @@ import torch
 from ...decoding.graphs import StepGraphs
 from ...decoding.loop import engine_of
 from ...decoding.numbers import RequestNumbers
-from ...decoding.refusal import check_model, check_sizes
+from ...decoding.refusal import CannotServe, check_model, check_sizes
 from ...decoding.request import SamplingPlan
 from ...decoding.sampler import Sampler
 from ...decoding.session import ROW_BUCKETS, key_bucket, rows_for
@@ -84,6 +84,8 @@ class CapturedRows:
     def __init__(self, model: Any, rows: int, pages: int | None = None):
         self._key = check_model(model)
         check_sizes(model)
+        if not model.config.position_encoding_2d:
+            raise CannotServe("position_encoding_2d is False")
         config, self.device = model.config, model.lm_head.weight.device
         self._model, self._lock = model, engine_of(model)
         self.rows, self.page_tokens = rows, PAGE_TOKENS
