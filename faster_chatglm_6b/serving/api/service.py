@@ -145,11 +145,11 @@ class Service:
         async def lines() -> AsyncIterator[str]:
             try:
                 async for event in events:
-                    yield _event(json.dumps(event, ensure_ascii=False))
+                    yield _event(_as_json(event))
             except Exception as error:
                 is_closed = isinstance(error, EngineClosed)
                 failure = ApiError(str(error), 503, code="shutting_down") if is_closed else engine_error(error)
-                yield _event(json.dumps(failure.body(), ensure_ascii=False))
+                yield _event(_as_json(failure.body()))
             if last is not None:
                 yield _event(last)
 
@@ -181,6 +181,10 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._on_close()
+
+
+# Made once: json.dumps makes an encoder for each event.
+_as_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def _event(data: str) -> str:

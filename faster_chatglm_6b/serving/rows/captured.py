@@ -35,7 +35,8 @@ from .row_numbers import INVALID, MOST_END_TOKENS, more_numbers, sampling_plan, 
 PAGE_TOKENS = 64
 # Prompts of up to so many tokens in all go through the model together; the scheduler admits no more at once.
 PROMPT_TOKENS = 2048
-# Steps that may be queued on the device before the host has read their tokens.
+# Steps that may be queued on the device before the host has read their tokens. More would make new rows wait longer:
+# the prompts of others stand between them and their first token.
 _LOOKAHEAD = 1
 _RING_ROWS = 4
 _MOST_GRAPHS = 64
