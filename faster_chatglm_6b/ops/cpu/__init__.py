@@ -1,4 +1,4 @@
-"""The operators on a CPU: an own C kernel for few rows, PyTorch's kernels where it is missing, blocks for many rows."""
+"""The operators on a CPU: own C kernels, PyTorch's kernels where they are missing, and weights unpacked in blocks."""
 
 import functools
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from .. import reference
 from ..availability import switch_refusal
 from ..table import Operators, reference_operators
 
-# Up to here a kernel of few rows is as fast as unpacking the weight and PyTorch's product of matrices.
-_MOST_INTEGER_ROWS = {torch.float32: 16, torch.float16: 32, torch.bfloat16: 32}
+# Up to here the kernel of few rows is as fast as that of many.
+_MOST_INTEGER_ROWS = {torch.float32: 8, torch.float16: 16, torch.bfloat16: 16}
 _MOST_FLOAT_ROWS = 8
 _MOST_LIBRARY_ROWS = 8
 _DTYPES = tuple(_MOST_INTEGER_ROWS)
@@ -44,7 +44,11 @@ def choose(dtype: torch.dtype) -> Operators:
     if isinstance(kernel, native.Kernel):
         reason = f"{kernel.instructions}, compiled by {kernel.compiler}"
         most = _MOST_INTEGER_ROWS[dtype]
-        choices[_QUANTIZED] = ("C kernel", f"{reason}; more than {most} rows and odd sizes are unpacked in blocks")
+        rest = "one of many rows; odd sizes are unpacked in blocks"
+        if blocks.compute_dtype(dtype) == torch.bfloat16:
+            # Such instructions multiply twice as many numbers.
+            rest = "bfloat16 products of unpacked blocks"
+        choices[_QUANTIZED] = ("C kernel", f"{reason}; from {most + 1} rows on {rest}")
         choices[_FLOATS] = ("C kernel", f"{reason}; PyTorch's product for more than {_MOST_FLOAT_ROWS} rows")
         functions[_FLOATS] = functools.partial(fused_matmul_bias, kernel)
     else:
@@ -85,6 +89,12 @@ def fused_linear_with_groupwise_quantized_weight(
     rows = flat.shape[0]
     if kernel is not None and rows <= _MOST_INTEGER_ROWS[x.dtype] and native.block_of(group, num_bits) is not None:
         out = native.integer_product(kernel, flat, w, scale, num_bits, group)
+    elif (
+        kernel is not None
+        and blocks.compute_dtype(x.dtype) == torch.float32
+        and native.block_of_many_rows(group) is not None
+    ):
+        out = native.many_rows_product(kernel, flat, w, scale, num_bits, group)
     elif kernel is None and rows <= _MOST_LIBRARY_ROWS and library.serves(flat, w, num_bits, group):
         out = library.product(flat, w, scale, num_bits, group)
     else:
