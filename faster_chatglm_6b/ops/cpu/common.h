@@ -16,6 +16,13 @@ ALWAYS float to_float(const void *p, long i, int kind) {
     return wide.value;
 }
 
+ALWAYS __m256 eight_floats(const void *p, long i, int kind) {
+    if (kind == FLOAT32) return _mm256_loadu_ps((const float *)p + i);
+    __m128i halves = _mm_loadu_si128((const __m128i *)((const uint16_t *)p + i));
+    if (kind == FLOAT16) return _mm256_cvtph_ps(halves);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
 ALWAYS float sum_of(__m256 v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));

@@ -17,20 +17,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from .. import reference
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("products.c", "many_rows.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("products.c", "many_rows.c", "between.c"))
 _HEADER = Path(__file__).with_name("common.h")
+KINDS_OF_TENSOR = (torch.Tensor, nn.Parameter)
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-mavx2", "-mfma", "-mf16c")
 _VNNI_FLAGS = ("-DVNNI", "-mavx512f", "-mavx512vl", "-mavx512vnni")
-_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 # The C files have the meaning of each argument.
 _ARGUMENTS = {
     "integer_product": [_POINTER, _POINTER, _INT, _POINTER, _POINTER, *[_LONG] * 5, _INT, _INT, _INT],
     "many_rows_product": [_POINTER, _POINTER, _INT, _POINTER, _POINTER, *[_LONG] * 5, _INT, _INT, _INT],
     "float_product": [_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT],
+    "finish": [_POINTER, _POINTER, _INT, _POINTER, _INT, _FLOAT, _POINTER, _INT, _LONG, _LONG, _INT],
+    "rotary": [_POINTER, _INT, *[_POINTER] * 4, *[_LONG] * 7, _INT],
+    "attention": [*[_POINTER] * 3, _INT, _POINTER, _INT, _POINTER, _POINTER, *[_LONG] * 5, _FLOAT, _INT],
     "unpack": [_POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _INT, _INT],
 }
 
@@ -64,6 +69,19 @@ def load() -> Kernel | str:
     kernel = Kernel(library, "AVX-512 VNNI" if has_vnni else "AVX2", Path(compiler).name)
     wrong = _trial(kernel)
     return kernel if wrong is None else f"the C kernel is wrong on this machine: {wrong}"
+
+
+def is_traced() -> bool:
+    """Tell whether a tracer watches, which sees nothing of what the kernel does."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def may_read(*tensors: torch.Tensor) -> bool:
+    """Tell whether code that reads addresses may take these: real tensors of this device that are contiguous."""
+    for tensor in tensors:
+        if type(tensor) not in KINDS_OF_TENSOR or not tensor.is_cpu or not tensor.is_contiguous():
+            return False
+    return True
 
 
 def block_of(columns: int, bits: int) -> int | None:
@@ -220,7 +238,7 @@ def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     for name, arguments in _ARGUMENTS.items():
         getattr(library, name).argtypes = arguments
-    library.float_product.restype = library.unpack.restype = None
+    library.float_product.restype = library.unpack.restype = library.finish.restype = None
     return library
 
 
@@ -248,7 +266,10 @@ def _trial(kernel: Kernel) -> str | None:
         w = make(out, columns + 3).to(dtype)
         wide = torch.cat((x, x[:, :3]), dim=1)
         checks[str(dtype)] = (functools.partial(float_product, kernel, wide, w), wide.double() @ w.double().T)
-    for name, (call, exact) in checks.items():
+    # Not at the top: it needs this module.
+    from .between import trials
+
+    for name, (call, exact) in {**checks, **trials(kernel, make)}.items():
         error = float((call().double() - exact).norm() / exact.norm())
         # A NaN is wrong too.
         if not error < 3e-4:

@@ -18,13 +18,6 @@
 #define TILE 4
 #define PASS 4
 
-ALWAYS __m256 eight_floats(const void *p, long i, int kind) {
-    if (kind == FLOAT32) return _mm256_loadu_ps((const float *)p + i);
-    __m128i halves = _mm_loadu_si128((const __m128i *)((const uint16_t *)p + i));
-    if (kind == FLOAT16) return _mm256_cvtph_ps(halves);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-}
-
 /* How many bytes ahead of a row of w to fetch: the same place of the next tile, if the rows are short. */
 ALWAYS long ahead(long row_bytes) { return row_bytes <= 4096 ? TILE * row_bytes : 768; }
 
