@@ -1,4 +1,4 @@
-"""The C kernel of many rows against the definitions in float64, called directly: any rows, columns, limits of integers."""
+"""The C kernel of many rows against the definitions in float64: any rows and columns, and integers at their limits."""
 
 import pytest
 import torch
