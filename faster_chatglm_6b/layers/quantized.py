@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops import Operators
+from ..ops import Operators, operators_chosen_for
 from ..ops.reference import fused_linear_with_groupwise_quantized_weight, unpack_int4
 from .linear import OperatorLinear
 
@@ -93,8 +93,10 @@ class QuantizedLinear(OperatorLinear):
         """Return x weight^T + bias + alpha * residual, residual [..., out] or None.
 
         Args:
-            ops: None computes by the operator's definition.
+            ops: None takes those of a model that ran on x's device and dtype before, as under an adapter of PEFT, which
+                calls its layer with x alone. Without one, and with autograd, the operator's definition computes.
         """
+        ops = operators_chosen_for(x) if ops is None else ops
         operator = fused_linear_with_groupwise_quantized_weight
         if ops is not None:
             operator = ops.fused_linear_with_groupwise_quantized_weight

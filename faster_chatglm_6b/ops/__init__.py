@@ -10,7 +10,7 @@ from . import cpu
 from .availability import kernels_refusal, switch_refusal
 from .table import OPERATOR_NAMES, Operators, reference_operators
 
-__all__ = ["OPERATOR_NAMES", "Operators", "operators_for", "reference_operators"]
+__all__ = ["OPERATOR_NAMES", "Operators", "operators_chosen_for", "operators_for", "reference_operators"]
 
 _DIFFERENTIABLE = reference_operators("autograd is on, and the fused kernels have no backward")
 _TRACED = reference_operators("torch.compile came before the first call")
@@ -36,6 +36,16 @@ def operators_for(device: torch.device, dtype: torch.dtype, head_size: int, diff
         name = device.type if device.index is None else f"{device.type}:{device.index}"
         report.record_operators(f"{name} {str(dtype).split('.')[-1]}", table.choices)
     return table
+
+
+def operators_chosen_for(x: torch.Tensor) -> Operators | None:
+    """Return the table that a model chose before for the device and dtype of x, for a layer that is called alone.
+
+    None if there is none, or if autograd is on.
+    """
+    if torch.is_grad_enabled():
+        return None
+    return next((table for key, table in _chosen.items() if key[:2] == (x.device, x.dtype)), None)
 
 
 def _choose(device: torch.device, dtype: torch.dtype, head_size: int) -> Operators:

@@ -15,6 +15,8 @@ peft = pytest.importorskip("peft", reason="adapters need peft: pip install peft"
 import torch.distributed.tensor  # noqa: E402, F401
 from transformers import AutoModel  # noqa: E402
 
+from faster_chatglm_6b import ops  # noqa: E402
+from faster_chatglm_6b.layers import quantized  # noqa: E402
 from faster_chatglm_6b.layers.quantized import QuantizedLinear  # noqa: E402
 from faster_chatglm_6b.modeling_chatglm import ChatGLMForConditionalGeneration  # noqa: E402
 
@@ -86,8 +88,30 @@ def test_unmerged_and_disabled(base, tiny_tokenizer):
     assert response == expected.chat(tiny_tokenizer, "你好", **settings)[0]
     assert list(model.stream_chat(tiny_tokenizer, "你好", **settings))[-1][0] == response
     with model.disable_adapter():
-        # PEFT calls the layers without the operators: a CPU's C kernel sums in another order.
         torch.testing.assert_close(logits(model), before, **TOLERANCE)
+
+
+@pytest.mark.parametrize("base", ["int8", "int4"], indirect=True)
+def test_layers_under_an_adapter_use_the_models_operators(base, monkeypatch):
+    """In inference alone: autograd cannot pass a kernel."""
+    model, called = adapted(base), []
+    logits(model)
+    operator = ops.operators_chosen_for
+
+    def spy(x):
+        called.append(operator(x))
+        return called[-1]
+
+    monkeypatch.setattr(quantized, "operators_chosen_for", spy)
+    logits(model)
+    # Four linear layers in each layer; an adapter's wrapper calls its layer with x alone.
+    assert len(called) == 4 * base.config.num_layers
+    assert set(map(id, called)) == {
+        id(ops.operators_for(torch.device("cpu"), torch.float32, base.config.head_size, False))
+    }
+    called.clear()
+    model(**EXAMPLE)
+    assert called and set(called) == {None}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

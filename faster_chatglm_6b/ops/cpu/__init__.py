@@ -1,4 +1,4 @@
-"""The operators on a CPU: an own C kernel for few rows, PyTorch's kernels where it is missing, blocks for many rows."""
+"""The operators on a CPU: own C kernels, PyTorch's kernels where they are missing, and weights unpacked in blocks."""
 
 import functools
 from collections.abc import Callable
@@ -6,21 +6,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from .. import reference
 from ..availability import switch_refusal
 from ..table import Operators, reference_operators
 
-# Up to here a kernel of few rows is as fast as unpacking the weight and PyTorch's product of matrices.
-_MOST_INTEGER_ROWS = {torch.float32: 16, torch.float16: 32, torch.bfloat16: 32}
+# Up to here the kernel of few rows is as fast as that of many.
+_MOST_INTEGER_ROWS = {torch.float32: 8, torch.float16: 16, torch.bfloat16: 16}
 _MOST_FLOAT_ROWS = 8
 _MOST_LIBRARY_ROWS = 8
 _DTYPES = tuple(_MOST_INTEGER_ROWS)
 _QUANTIZED = "fused_linear_with_groupwise_quantized_weight"
 _FLOATS = "fused_matmul_bias"
 _ATTENTION = "fused_multi_head_attention_inference_v2"
-_KINDS_OF_TENSOR = (torch.Tensor, nn.Parameter)
+_ROTARY = "fused_apply_rotary_emb"
+_GELU = "fast_gelu"
 
 
 def serves_half_precision() -> bool:
@@ -33,7 +33,7 @@ def serves_half_precision() -> bool:
 def choose(dtype: torch.dtype) -> Operators:
     """Return the table for models on a CPU in ``dtype``, with the reason for each choice."""
     # Not at the top: OneFlow's torch, under which nothing chooses them, lacks what they need.
-    from . import blocks, native
+    from . import between, blocks, native
 
     table = reference_operators("PyTorch's own kernels serve the CPU")
     if dtype not in _DTYPES:
@@ -44,19 +44,29 @@ def choose(dtype: torch.dtype) -> Operators:
     if isinstance(kernel, native.Kernel):
         reason = f"{kernel.instructions}, compiled by {kernel.compiler}"
         most = _MOST_INTEGER_ROWS[dtype]
-        choices[_QUANTIZED] = ("C kernel", f"{reason}; more than {most} rows and odd sizes are unpacked in blocks")
+        rest = "one of many rows; odd sizes are unpacked in blocks"
+        if blocks.compute_dtype(dtype) == torch.bfloat16:
+            # Such instructions multiply twice as many numbers.
+            rest = "bfloat16 products of unpacked blocks"
+        choices[_QUANTIZED] = ("C kernel", f"{reason}; from {most + 1} rows on {rest}")
         choices[_FLOATS] = ("C kernel", f"{reason}; PyTorch's product for more than {_MOST_FLOAT_ROWS} rows")
+        choices[_ATTENTION] = ("C kernel", f"{reason}; PyTorch's products for prompts")
+        choices[_ROTARY] = ("C kernel", reason)
         functions[_FLOATS] = functools.partial(fused_matmul_bias, kernel)
+        functions[_ROTARY] = functools.partial(between.fused_apply_rotary_emb, kernel)
     else:
         reason, kernel = kernel, None
         if dtype == torch.bfloat16 and hasattr(torch, "_weight_int8pack_mm"):
             choices[_QUANTIZED] = ("torch int4 and int8", f"{reason}; many rows and odd sizes are unpacked in blocks")
         else:
             choices[_QUANTIZED] = ("unpacked in blocks", f"{reason}; PyTorch's kernels are fast in bfloat16 alone")
+    functions[_ATTENTION] = functools.partial(between.fused_multi_head_attention_inference_v2, kernel)
     functions[_QUANTIZED] = functools.partial(fused_linear_with_groupwise_quantized_weight, kernel)
     if blocks.compute_dtype(dtype) != dtype:
-        functions[_ATTENTION] = fused_multi_head_attention_inference_v2
-        choices[_ATTENTION] = ("in float32", f"this CPU is slow in {str(dtype).removeprefix('torch.')}")
+        slow = ("in float32", f"this CPU is slow in {str(dtype).removeprefix('torch.')}")
+        functions[_GELU], choices[_GELU] = between.fast_gelu, slow
+        if kernel is None:
+            choices[_ATTENTION] = slow
     return replace(table, **functions, choices=table.choices | choices)
 
 
@@ -73,9 +83,9 @@ def fused_linear_with_groupwise_quantized_weight(
     beta: float = 1.0,
 ) -> torch.Tensor:
     """Compute the operator as ``ops.reference`` defines it, with a kernel of ``native`` or None."""
-    from . import blocks, library, native
+    from . import between, blocks, library, native
 
-    if not (_is_ordinary(x, w, w_scale) and _fits(x, w, w_scale, num_bits, group_size)):
+    if not (_may_take(x, w, w_scale) and _fits(x, w, w_scale, num_bits, group_size)):
         return reference.fused_linear_with_groupwise_quantized_weight(
             x, w, w_scale, b=b, num_bits=num_bits, group_size=group_size, _add_to_output=_add_to_output, beta=beta
         )
@@ -85,11 +95,17 @@ def fused_linear_with_groupwise_quantized_weight(
     rows = flat.shape[0]
     if kernel is not None and rows <= _MOST_INTEGER_ROWS[x.dtype] and native.block_of(group, num_bits) is not None:
         out = native.integer_product(kernel, flat, w, scale, num_bits, group)
+    elif (
+        kernel is not None
+        and blocks.compute_dtype(x.dtype) == torch.float32
+        and native.block_of_many_rows(group) is not None
+    ):
+        out = native.many_rows_product(kernel, flat, w, scale, num_bits, group)
     elif kernel is None and rows <= _MOST_LIBRARY_ROWS and library.serves(flat, w, num_bits, group):
         out = library.product(flat, w, scale, num_bits, group)
     else:
         out = blocks.integer_product(kernel, flat, w, scale, num_bits, group)
-    return _finish(out, x, b, _add_to_output, beta)
+    return between.finish(kernel, out, x, b, _add_to_output, beta)
 
 
 def fused_matmul_bias(
@@ -101,38 +117,25 @@ def fused_matmul_bias(
     beta: float = 1.0,
 ) -> torch.Tensor:
     """Compute the operator as ``ops.reference`` defines it, with a kernel of ``native``."""
-    from . import blocks, native
+    from . import between, blocks, native
 
     fits = weight.dtype == x.dtype and weight.dim() == 2 and weight.shape[1] == x.shape[-1]
-    if not fits or not _is_ordinary(x, weight):
+    if not fits or not _may_take(x, weight):
         return reference.fused_matmul_bias(x, weight, bias, _add_to_output, beta)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if flat.shape[0] <= _MOST_FLOAT_ROWS:
         out = native.float_product(kernel, flat, weight)
     else:
         out = blocks.float_product(flat, weight)
-    return _finish(out, x, bias, _add_to_output, beta)
+    return between.finish(kernel, out, x, bias, _add_to_output, beta)
 
 
-def fused_multi_head_attention_inference_v2(
-    *, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **rest: Any
-) -> torch.Tensor:
-    """Compute the operator as ``ops.reference`` defines it, in float32."""
-    query, key, value, dtype = query.float(), key.float(), value.float(), query.dtype
-    return reference.fused_multi_head_attention_inference_v2(query=query, key=key, value=value, **rest).to(dtype)
+def _may_take(x: torch.Tensor, *weights: torch.Tensor) -> bool:
+    """Tell whether a kernel may read these; x need not be contiguous."""
+    from . import native
 
-
-def _is_ordinary(x: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Tell whether code that reads addresses may take these tensors: real ones, of this device, with content."""
-    if x.dtype not in _DTYPES or x.numel() == 0 or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    return (
-        type(x) in _KINDS_OF_TENSOR
-        and x.device.type == "cpu"
-        and all(
-            type(other) in _KINDS_OF_TENSOR and other.device.type == "cpu" and other.is_contiguous() for other in others
-        )
-    )
+    is_real = type(x) in native.KINDS_OF_TENSOR and x.is_cpu and x.dtype in _DTYPES and x.numel() > 0
+    return is_real and native.may_read(*weights) and not native.is_traced()
 
 
 def _fits(x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group_size: int) -> bool:
@@ -150,15 +153,3 @@ def _fits(x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bits: int, gr
         and (bits == 8 or group % 2 == 0)
         and w_scale.numel() == w.shape[0] * (columns // group)
     )
-
-
-def _finish(
-    out: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, beta: float
-) -> torch.Tensor:
-    """Return the product [rows, out] in the shape and dtype of x, with bias and beta * residual added before it."""
-    out = out.view(*x.shape[:-1], out.shape[-1])
-    if bias is not None:
-        out += bias
-    if residual is not None:
-        out.add_(residual, alpha=beta)
-    return out.to(x.dtype)

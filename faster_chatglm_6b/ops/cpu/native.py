@@ -1,4 +1,4 @@
-"""Compile products.c at first use, keep it in the user's cache, check it against the definitions, and call it.
+"""Compile the C files at first use, keep it in the user's cache, check it against the definitions, and call it.
 
 It reads weights as the checkpoint stores them, so nothing is packed, copied or saved. Its threads are those of torch:
 the library is linked to no OpenMP, and takes the one that torch has loaded.
@@ -17,18 +17,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from .. import reference
 
-SOURCE = Path(__file__).with_name("products.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("products.c", "many_rows.c", "between.c"))
+_HEADER = Path(__file__).with_name("common.h")
+KINDS_OF_TENSOR = (torch.Tensor, nn.Parameter)
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-mavx2", "-mfma", "-mf16c")
 _VNNI_FLAGS = ("-DVNNI", "-mavx512f", "-mavx512vl", "-mavx512vnni")
-_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-# products.c has the meaning of each argument.
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+# The C files have the meaning of each argument.
 _ARGUMENTS = {
     "integer_product": [_POINTER, _POINTER, _INT, _POINTER, _POINTER, *[_LONG] * 5, _INT, _INT, _INT],
+    "many_rows_product": [_POINTER, _POINTER, _INT, _POINTER, _POINTER, *[_LONG] * 5, _INT, _INT, _INT],
     "float_product": [_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT],
+    "finish": [_POINTER, _POINTER, _INT, _POINTER, _INT, _FLOAT, _POINTER, _INT, _LONG, _LONG, _INT],
+    "rotary": [_POINTER, _INT, *[_POINTER] * 4, *[_LONG] * 7, _INT],
+    "attention": [*[_POINTER] * 3, _INT, _POINTER, _INT, _POINTER, _POINTER, *[_LONG] * 5, _FLOAT, _INT],
     "unpack": [_POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _INT, _INT],
 }
 
@@ -64,16 +71,34 @@ def load() -> Kernel | str:
     return kernel if wrong is None else f"the C kernel is wrong on this machine: {wrong}"
 
 
+def is_traced() -> bool:
+    """Tell whether a tracer watches, which sees nothing of what the kernel does."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def may_read(*tensors: torch.Tensor) -> bool:
+    """Tell whether code that reads addresses may take these: real tensors of this device that are contiguous."""
+    for tensor in tensors:
+        if type(tensor) not in KINDS_OF_TENSOR or not tensor.is_cpu or not tensor.is_contiguous():
+            return False
+    return True
+
+
 def block_of(columns: int, bits: int) -> int | None:
     """Return the block of columns that share a scale of x, for groups of ``columns``; None if no product serves it."""
     blocks = (256, 64) if bits == 4 else (256, 16)
     return next((block for block in blocks if columns % block == 0), None)
 
 
+def block_of_many_rows(columns: int) -> int | None:
+    """Return what ``block_of`` does, for ``many_rows_product``."""
+    return next((block for block in range(256, 0, -8) if columns % block == 0), None)
+
+
 def integer_product(
     kernel: Kernel, x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group: int
 ) -> torch.Tensor:
-    """Return float32 [rows, out] of x [rows, in] and an integer weight, all contiguous and on the CPU.
+    """Return float32 [rows, out] of a few rows of x [rows, in] and an integer weight, all contiguous and on the CPU.
 
     Args:
         x: a float dtype. w: int8 [out, in * bits / 8]. w_scale: [out, in / group], of a dtype in ``KINDS``.
@@ -82,11 +107,24 @@ def integer_product(
     Raises:
         MemoryError: there is no memory for x in fixed point.
     """
+    return _integer_product(kernel.library.integer_product, x, w, w_scale, bits, group, block_of(group, bits))
+
+
+def many_rows_product(
+    kernel: Kernel, x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group: int
+) -> torch.Tensor:
+    """Return what ``integer_product`` does, faster for many rows and for ``block_of_many_rows``."""
+    return _integer_product(kernel.library.many_rows_product, x, w, w_scale, bits, group, block_of_many_rows(group))
+
+
+def _integer_product(
+    function: Callable, x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group: int, block: int
+) -> torch.Tensor:
     # Half precision is coarser than fixed point without the last digit.
     (rows, columns), precise, x = x.shape, x.dtype == torch.float32, x.float()
     # Not torch's defaults, which the user may set: the kernel writes float32 into this process' memory.
     out = torch.empty(rows, w.shape[0], dtype=torch.float32, device="cpu")
-    failed = kernel.library.integer_product(
+    failed = function(
         w.data_ptr(),
         w_scale.data_ptr(),
         KINDS[w_scale.dtype],
@@ -96,7 +134,7 @@ def integer_product(
         w.shape[0],
         columns,
         group,
-        block_of(group, bits),
+        block,
         bits,
         precise,
         torch.get_num_threads(),
@@ -168,7 +206,7 @@ def cache_folder() -> Path:
 
 def _library(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     """Load the compiled library. Its name tells source, compiler and flags apart."""
-    parts = [SOURCE.read_text(encoding="utf-8"), compiler, *flags]
+    parts = [*(source.read_text(encoding="utf-8") for source in (*SOURCES, _HEADER)), compiler, *flags]
     path = cache_folder() / f"products-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
     if path.exists():
         try:
@@ -183,8 +221,9 @@ def _library(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
 def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
     """Compile the library to ``path``, where it appears as a whole."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        compiled, linked = f"{folder}/products.o", f"{folder}/products.so"
-        for command in ([*flags, "-c", str(SOURCE), "-o", compiled], ["-shared", compiled, "-o", linked, "-lm"]):
+        compiled, linked = [f"{folder}/{source.stem}.o" for source in SOURCES], f"{folder}/products.so"
+        commands = [[*flags, "-c", str(source), "-o", file] for source, file in zip(SOURCES, compiled, strict=True)]
+        for command in (*commands, ["-shared", *compiled, "-o", linked, "-lm"]):
             subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=300)
         os.replace(linked, path)
 
@@ -199,7 +238,7 @@ def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     for name, arguments in _ARGUMENTS.items():
         getattr(library, name).argtypes = arguments
-    library.float_product.restype = library.unpack.restype = None
+    library.float_product.restype = library.unpack.restype = library.finish.restype = None
     return library
 
 
@@ -220,13 +259,17 @@ def _trial(kernel: Kernel) -> str | None:
                 x.double(), w, scale.double(), num_bits=bits, group_size=group
             )
             for dtype in (torch.float32, torch.bfloat16):
-                call = functools.partial(integer_product, kernel, x.to(dtype), w, scale, bits, group)
-                checks[f"int{bits} in groups of {group}, {dtype}"] = (call, exact)
+                for product in (integer_product, many_rows_product):
+                    call = functools.partial(product, kernel, x.to(dtype), w, scale, bits, group)
+                    checks[f"{product.__name__}, int{bits} in groups of {group}, {dtype}"] = (call, exact)
     for dtype in KINDS:
         w = make(out, columns + 3).to(dtype)
         wide = torch.cat((x, x[:, :3]), dim=1)
         checks[str(dtype)] = (functools.partial(float_product, kernel, wide, w), wide.double() @ w.double().T)
-    for name, (call, exact) in checks.items():
+    # Not at the top: it needs this module.
+    from .between import trials
+
+    for name, (call, exact) in {**checks, **trials(kernel, make)}.items():
         error = float((call().double() - exact).norm() / exact.norm())
         # A NaN is wrong too.
         if not error < 3e-4:

@@ -7,51 +7,24 @@
  *
  * Vectors have 32 bytes. VNNI only replaces how int4 digits are multiplied; everything else is AVX2.
  */
-#include <immintrin.h>
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 
-#define ALWAYS static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 4")
+#include "common.h"
+
 /* Every row j of w and r of x in a tile. */
 #define EACH UNROLL for (int j = 0; j < tile; j++) UNROLL for (int r = 0; r < rows; r++)
 /* Rows of w in a tile, rows of x in a pass. */
 #define TILE 4
 #define PASS 4
 
-enum kind { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
-
-ALWAYS float to_float(const void *p, long i, int kind) {
-    if (kind == FLOAT32) return ((const float *)p)[i];
-    if (kind == FLOAT16) return _cvtsh_ss(((const uint16_t *)p)[i]);
-    union { uint32_t bits; float value; } wide = {(uint32_t)((const uint16_t *)p)[i] << 16};
-    return wide.value;
-}
-
-ALWAYS __m256 eight_floats(const void *p, long i, int kind) {
-    if (kind == FLOAT32) return _mm256_loadu_ps((const float *)p + i);
-    __m128i halves = _mm_loadu_si128((const __m128i *)((const uint16_t *)p + i));
-    if (kind == FLOAT16) return _mm256_cvtph_ps(halves);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-}
-
-ALWAYS float sum_of(__m256 v) {
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
-
 /* How many bytes ahead of a row of w to fetch: the same place of the next tile, if the rows are short. */
 ALWAYS long ahead(long row_bytes) { return row_bytes <= 4096 ? TILE * row_bytes : 768; }
 
 ALWAYS void fetch(const void *p, long distance) { _mm_prefetch((const char *)p + distance, _MM_HINT_T0); }
 
-ALWAYS __m256i load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
-
 /* ---- x as fixed point ---- */
 
-#define LARGEST 32000
 #define MOST_DIGITS 3
 
 /* Digits are signed, the most significant first: of 8 bits for int4 weights, of 16 for int8 ones.

@@ -1,0 +1,32 @@
+/* What the kernels share: kinds of floats, how to read one, sums of a vector, and x's largest number in fixed point. */
+#include <immintrin.h>
+#include <stdint.h>
+
+#define ALWAYS static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+/* Of 16 bits. */
+#define LARGEST 32000
+
+enum kind { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
+
+ALWAYS float to_float(const void *p, long i, int kind) {
+    if (kind == FLOAT32) return ((const float *)p)[i];
+    if (kind == FLOAT16) return _cvtsh_ss(((const uint16_t *)p)[i]);
+    union { uint32_t bits; float value; } wide = {(uint32_t)((const uint16_t *)p)[i] << 16};
+    return wide.value;
+}
+
+ALWAYS __m256 eight_floats(const void *p, long i, int kind) {
+    if (kind == FLOAT32) return _mm256_loadu_ps((const float *)p + i);
+    __m128i halves = _mm_loadu_si128((const __m128i *)((const uint16_t *)p + i));
+    if (kind == FLOAT16) return _mm256_cvtph_ps(halves);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+ALWAYS float sum_of(__m256 v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+ALWAYS __m256i load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
