@@ -25,7 +25,7 @@ from ..fused_apply_rotary_emb import load_angles, load_head, require_tables
 from ..workspace import Workspace, default_workspace
 
 # The tensor cores' tile has no fewer rows. More splits than these would take longer to put together.
-TILE_ROWS, MOST_SPLITS = 16, 16
+TILE_ROWS, MOST_SPLITS = 16, 8
 # Keys per block, in numbers of two bytes; programs per multiprocessor that splitting aims at.
 BLOCK_T, WAVES = 64, 2
 
@@ -199,7 +199,7 @@ def draft_attention(
         qkv: [B, R, 3 * H * K], per head [q k v], R from 1 to 16.
         key_cache, value_cache, length, first_key, position, sop_index, cos, sin: as of ``decode_attention``.
         finished: int32 [B]; a row where it is not 0 reads nothing of the cache and leaves it as it is.
-        splits: parts that the keys are cut into, 1 to 16, fixed when a graph is captured and right for every length;
+        splits: parts that the keys are cut into, 1 to 8, fixed when a graph is captured and right for every length;
             None chooses for ``max_length`` keys (default T).
         out: [B, R, H * K].
 
