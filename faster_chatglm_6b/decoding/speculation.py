@@ -76,9 +76,7 @@ class Speculation:
         self._always, self._pad = request.draft_always, request.pad_id
         self._answers: list[list[int]] = [[] for _ in range(batch)]
         self._ended, self._asks, self._read = [False] * batch, False, 0
-        self._numbers.set(
-            seen=length, draft_count=0, streak=0, need=FIRST_NEED, balance=FIRST_BALANCE, reported=0
-        )
+        self._numbers.set(seen=length, draft_count=0, streak=0, need=FIRST_NEED, balance=FIRST_BALANCE, reported=0)
         self._sampler.configure(request.plan)
         lanes = np.repeat(np.arange(self._state.tokens.shape[0]), self.rows)
         self._each.set(

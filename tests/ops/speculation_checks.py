@@ -1,4 +1,4 @@
-"""Checks of the kernels of speculation against float64 and plain Python, shared by the interpreter's and the GPU's tests.
+"""Checks of speculation's kernels against float64 and plain Python, shared by the interpreter's and the GPU's tests.
 
 Each takes a device, draws random inputs, fills what the kernel must write with NaN or a wrong number, and asserts.
 """
@@ -155,8 +155,8 @@ def check_propose(device: str, rows: int, length: int, tokens: int, spent: bool)
             account[row] = expected_account(account[row], matched, bool(drafted[row]), spent)
             streak, need, balance = account[row]
             assert [int(one[row]) for one in (drafts.streak, drafts.need, drafts.balance)] == account[row]
-            drafted[row] = [] if finished[row] else expected_draft(
-                text[row, : lengths[row]].tolist(), int(drafts.first[row]), k
+            drafted[row] = (
+                [] if finished[row] else expected_draft(text[row, : lengths[row]].tolist(), int(drafts.first[row]), k)
             )
             assert int(drafts.count[row]) == len(drafted[row])
             current = int(text[row, lengths[row] - 1])

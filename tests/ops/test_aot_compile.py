@@ -21,7 +21,6 @@ GROUPS = {
     "tensor cores fp16": lambda family: launches.dot_launches(family, torch.float16),
     "tensor cores bf16": lambda family: launches.dot_launches(family, torch.bfloat16),
     "speculation fp16": lambda family: launches.speculation_launches(torch.float16),
-    "speculation bf16": lambda family: launches.speculation_launches(torch.bfloat16),
     "speculation fp32": lambda family: launches.speculation_launches(torch.float32),
     "sampling fp16": lambda family: launches.sampling_launches(torch.float16, capacity=64),
     # Once is enough: the larger capacity takes the most shared memory, and a sort takes seconds to compile.

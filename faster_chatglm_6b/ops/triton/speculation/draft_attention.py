@@ -127,9 +127,7 @@ def draft_attention_kernel(
         if WIDTH < K:
             second_position = end + row - tl.load(sop_index + batch) + 1
             second_position = tl.minimum(tl.maximum(second_position, 0), positions - 1)
-        c, s = load_angles(
-            cos, sin, first_position[:, None], second_position[:, None], columns[None, :], inside, WIDTH
-        )
+        c, s = load_angles(cos, sin, first_position[:, None], second_position[:, None], columns[None, :], inside, WIDTH)
         source = qkv + index * 3
         q_own, q_partner = load_head(source, columns[None, :], inside, WIDTH)
         q = (q_own * c + q_partner * s).to(out.dtype.element_ty)

@@ -1,6 +1,5 @@
 """Draft the next ids of each row from what followed its last ids before, and report the turn to the host."""
 
-import torch
 import triton
 import triton.language as tl
 
@@ -19,7 +18,7 @@ LONGEST, SHORTEST = tl.constexpr(4), tl.constexpr(2)
 PLACES = tl.constexpr(1 << 26)
 HEAD, WANTS, FINISHED = tl.constexpr(REPORT_HEAD), tl.constexpr(WANTS_FLAG), tl.constexpr(FINISHED_FLAG)
 # What a row must have seen come true before it asks for steps of R positions, at first and after many losses; the
-# balance at which it starts, and at which all losses are forgotten; the price of a step. Balances are eighths of tokens.
+# balance at which it starts, and at which losses are forgotten; the price of a step. Balances are eighths of tokens.
 FIRST_NEED, LAST_NEED, LONGEST_STREAK = 3, 48, tl.constexpr(64)
 FIRST_BALANCE, BEST_BALANCE, PRICE = 8, tl.constexpr(32), tl.constexpr(3)
 LEAST, MOST = tl.constexpr(FIRST_NEED), tl.constexpr(LAST_NEED)
