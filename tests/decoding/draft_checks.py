@@ -52,9 +52,10 @@ class Babbler:
         return step.logits
 
     def run_prompt(self, step, model, ids, cache_length, most_keys):
-        decode, (batch, rows) = step._decode, ids.shape
-        first = cache_length - rows + 1
-        decode.logits[:batch].copy_(self.logits(decode, ids, first[:batch])[:, -1])
+        # A graph's prompts are padded on the right.
+        decode, last = step._decode, cache_length.long()[: len(ids), None, None]
+        logits = self.logits(decode, ids, torch.zeros_like(cache_length[: len(ids)]))
+        decode.logits[: len(ids)].copy_(logits.gather(1, last.expand(-1, 1, logits.shape[2]))[:, 0])
         return decode.logits
 
     @contextlib.contextmanager
@@ -203,6 +204,8 @@ def seeds_with_drafts(model, samplers=SAMPLERS[:1], kinds=(3,), new=10, lengths=
                 answered.append(answers(model, 0, **settings, **sampler, temperature=0.4))
                 told = torch.tensor(answered[-1], device=model.device)
                 for kind in kinds:
+                    # A graph would go on with the drafts that it was captured with.
+                    model.release_cache()
                     torch.manual_seed(seed)
                     with turns() as count, drafts_from(told):
                         assert answers(model, kind, **settings, **sampler, temperature=0.4) == answered[-1], sampler
@@ -327,6 +330,7 @@ def interrupted_drafts(model):
             stream.close()
             assert answers(model, 7, **settings) == expected
         for name in ("run", "read", "begin"):
+            model.release_cache()
             normal, calls = getattr(speculation.Speculation, name), []
 
             def interrupt(self, *arguments, normal=normal, calls=calls, last=1 if name == "begin" else 2):
