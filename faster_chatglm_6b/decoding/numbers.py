@@ -14,7 +14,7 @@ _ALIGNMENT = 16
 def _fields(rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     whole = "top_k ngram_size minimum finished ids_length cache_length step limit lane".split()
     whole += "first_key sop_index sop_slot position".split()
-    whole += "seen draft_count streak need balance".split()
+    whole += "seen draft_count streak need balance price".split()
     fields = {name: (torch.int32, (rows,)) for name in whole}
     fields |= {name: (torch.float32, (rows,)) for name in ("temperature", "top_p", "penalty")}
     fields |= {name: (torch.int64, (rows, MOST_END_TOKENS)) for name in ("minimum_eos", "eos_ids")}
@@ -35,8 +35,8 @@ class RequestNumbers:
             pad_id: int64 [1]. As in ``DecodeState``.
         first_key, sop_index, position: as in ``decode_attention``. sop_slot, and last_row: int32 [1], as in
             ``prompt_attention``.
-        seen, draft_count, streak, need, balance, and reported: int32 [1]. As in ``DraftState``, whose ``count`` and
-            ``turn`` are the second and the last.
+        seen, draft_count, streak, need, balance, price, and reported: int32 [1]. As in ``DraftState``, whose ``count``
+            and ``turn`` are the second and the last.
 
     Args:
         rows: B.

@@ -21,6 +21,10 @@ from .steps.draft import DraftStep
 # The numbers that are a part of the positions' state.
 _STATE_NUMBERS = "finished ids_length cache_length step limit eos_ids seed lane turn pad_id".split()
 
+# What a step of 1 + k positions costs beyond one of a single position, in eighths of that, by the bits of the weights:
+# the fewer bytes there are to read, the more the other positions weigh. By docs/speed.md, on an H200.
+_PRICES = {None: 2, 8: 3, 4: 7}
+
 
 class Speculation:
     """A session's steps of 1 + k positions, and the tokens that came of them.
@@ -48,6 +52,7 @@ class Speculation:
     ):
         batch, rows, device = step.batch, 1 + drafted, step.packed.device
         self.rows, self._state, self._numbers = rows, state, numbers
+        self._price = _PRICES.get(model.config.quantization_bit, _PRICES[None])
         self._step = DraftStep(model, step, rows, numbers)
         self._each = RequestNumbers(batch * rows, device)
         self._sampler = Sampler(batch * rows, step.vocab_size, device, self._each)
@@ -60,7 +65,7 @@ class Speculation:
                 steps=self._each["step"],
                 reports=ring.pin_memory() if device.type == "cuda" else ring,
                 turn=numbers["reported"],
-                **{name: numbers[name] for name in ("seen", "streak", "need", "balance")},
+                **{name: numbers[name] for name in ("seen", "streak", "need", "balance", "price")},
             )
             # The positions share no ids: none of their tokens is kept there.
             self._positions = kernels.DecodeState(
@@ -76,7 +81,9 @@ class Speculation:
         self._always, self._pad = request.draft_always, request.pad_id
         self._answers: list[list[int]] = [[] for _ in range(batch)]
         self._ended, self._asks, self._read = [False] * batch, False, 0
-        self._numbers.set(seen=length, draft_count=0, streak=0, need=FIRST_NEED, balance=FIRST_BALANCE, reported=0)
+        self._numbers.set(
+            seen=length, draft_count=0, streak=0, need=FIRST_NEED, balance=FIRST_BALANCE, price=self._price, reported=0
+        )
         self._sampler.configure(request.plan)
         lanes = np.repeat(np.arange(self._state.tokens.shape[0]), self.rows)
         self._each.set(

@@ -61,7 +61,7 @@ def speculation_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
         state = decode_state(batch)
         drafts = kernels.DraftState(
             tokens=meta(torch.int64, batch, rows),
-            **{name: int32(batch) for name in ("count", "seen", "first", "streak", "need", "balance")},
+            **{name: int32(batch) for name in ("count", "seen", "first", "streak", "need", "balance", "price")},
             steps=int32(batch * rows),
             reports=meta(torch.int64, 16, batch, 2 + rows),
             turn=int32(1),

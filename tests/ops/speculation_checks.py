@@ -14,9 +14,10 @@ from faster_chatglm_6b.ops.triton.speculation.propose import (
     FIRST_NEED,
     LAST_NEED,
     LONGEST_STREAK,
-    PRICE,
 )
 from faster_chatglm_6b.ops.triton.speculation.state import FINISHED, WANTS
+
+PRICE = 3
 
 
 def make_drafts(device: str, batch: int, rows: int, seen: int = 0, first: int = 0) -> kernels.DraftState:
@@ -31,6 +32,7 @@ def make_drafts(device: str, batch: int, rows: int, seen: int = 0, first: int = 
         streak=number(0),
         need=number(FIRST_NEED),
         balance=number(FIRST_BALANCE),
+        price=number(PRICE),
         steps=torch.full((batch * rows,), -9, dtype=torch.int32, device=device),
         reports=torch.full((3, batch, 2 + rows), -9, device=device),
         turn=number(0)[:1].clone(),
@@ -182,7 +184,7 @@ def expected_account(account: list[int], matched: int, had_draft: bool, spent: b
         return [max(streak - 1, 0), need, balance]
     streak = min(streak + matched, LONGEST_STREAK.value) if matched else streak // 2
     if spent:
-        balance = min(balance + 8 * matched - PRICE.value, BEST_BALANCE.value)
+        balance = min(balance + 8 * matched - PRICE, BEST_BALANCE.value)
         need = FIRST_NEED if balance == BEST_BALANCE.value else need
         if balance < 0:
             streak, need, balance = 0, min(2 * need, LAST_NEED), 0

@@ -18,9 +18,9 @@ LONGEST, SHORTEST = tl.constexpr(4), tl.constexpr(2)
 PLACES = tl.constexpr(1 << 26)
 HEAD, WANTS, FINISHED = tl.constexpr(REPORT_HEAD), tl.constexpr(WANTS_FLAG), tl.constexpr(FINISHED_FLAG)
 # What a row must have seen come true before it asks for steps of R positions, at first and after many losses; the
-# balance at which it starts, and at which losses are forgotten; the price of a step. Balances are eighths of tokens.
+# balance at which it starts, and at which losses are forgotten.
 FIRST_NEED, LAST_NEED, LONGEST_STREAK = 3, 48, tl.constexpr(64)
-FIRST_BALANCE, BEST_BALANCE, PRICE = 8, tl.constexpr(32), tl.constexpr(3)
+FIRST_BALANCE, BEST_BALANCE = 8, tl.constexpr(32)
 LEAST, MOST = tl.constexpr(FIRST_NEED), tl.constexpr(LAST_NEED)
 
 
@@ -77,7 +77,7 @@ def propose_kernel(
     else:
         streak = tl.where(matched > 0, tl.minimum(streak + matched, LONGEST_STREAK), streak // 2)
         if SPENT:
-            balance = tl.minimum(balance + 8 * matched - PRICE, BEST_BALANCE)
+            balance = tl.minimum(balance + 8 * matched - tl.load(drafts.price + row), BEST_BALANCE)
             need = tl.where(balance == BEST_BALANCE, LEAST, need)
             lost = balance < 0
             need = tl.where(lost, tl.minimum(2 * need, MOST), need)

@@ -20,6 +20,7 @@ class DraftArguments(NamedTuple):
     streak: torch.Tensor
     need: torch.Tensor
     balance: torch.Tensor
+    price: torch.Tensor
     steps: torch.Tensor
     reports: torch.Tensor
     turn: torch.Tensor
@@ -38,6 +39,7 @@ class DraftState:
         streak: int32 [B], how long drafts have come true: drafted ids that followed, halved by each that did not.
         need: int32 [B], the streak from which the row asks for steps of R positions.
         balance: int32 [B], eighths of tokens that such steps have brought beyond what they cost.
+        price: int32 [B], eighths of tokens that such a step costs beyond one of a single position.
         steps: int32 [B * R], the counter of each position's random numbers.
         reports: int64 [N, B, 2 + R], pinned host memory or device memory. Row turn % N tells of each turn how many
             tokens it brought, ``WANTS`` if the row asks for R positions + ``FINISHED`` if it has ended, and the tokens.
@@ -51,6 +53,7 @@ class DraftState:
     streak: torch.Tensor
     need: torch.Tensor
     balance: torch.Tensor
+    price: torch.Tensor
     steps: torch.Tensor
     reports: torch.Tensor
     turn: torch.Tensor
@@ -65,6 +68,7 @@ class DraftState:
             self.streak,
             self.need,
             self.balance,
+            self.price,
             self.steps,
             self.reports,
             self.turn,
