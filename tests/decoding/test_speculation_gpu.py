@@ -120,6 +120,14 @@ def test_quantised(name):
         draft_checks.same_with_drafts(model, (3, 7), input_ids=ids, max_new_tokens=16, **EXACT)
 
 
+@pytest.mark.parametrize("projection", [0, 1])
+def test_with_a_prefix(load_tuned, projection):
+    model = load_tuned(projection).cuda()
+    draft_checks.drafts_through_the_network(model, (6, 20), 30, (3, 7))
+    for seed in range(10):
+        draft_checks.same_with_drafts(model, (7,), input_ids=prompt(model, 3 + seed, seed), max_new_tokens=16, **EXACT)
+
+
 def test_growing_over_a_length_where_the_graph_changes(single):
     ids = prompt(single, session._SHORTEST_KEYS - 20)
     draft_checks.same_with_drafts(single, input_ids=ids, max_new_tokens=50, **EXACT)
