@@ -53,10 +53,6 @@ class StepGraphs:
             step()
             self.keep(key, step, counter)
 
-    def lacks(self, key: tuple) -> bool:
-        """Tell whether the step with this key would be captured when it runs."""
-        return self.captures and not self.capture_failed and key not in self._graphs
-
     def replay(self, key: tuple) -> bool:
         """Queue the step with this key if it was captured, and tell whether it was."""
         graph = self._graphs.get(key)

@@ -107,7 +107,7 @@ class Session:
         self._plan, self._launched = request.plan, 0
         self._batch = request.input_ids.shape[0]
         self._prompt_keys = self._prefix + request.input_ids.shape[1]
-        self._speculation = self._speculation_of(model, request)
+        self._speculation, self._last_keys = self._speculation_of(model, request), 0
         self._reset(request, seed)
         ids, has_graph = self.prompt.place(model, request.input_ids, request.layout)
         self.numbers.send()
@@ -175,10 +175,12 @@ class Session:
         run = functools.partial(self._run, model, most_keys)
         if speculation is not None:
             key = (*key, speculation.rows)
-            # Compiling and capturing takes long, so it is not left for the middle of an answer.
-            if speculation.asks or self.graphs.lacks((*key, "drafts")):
+            # Compiling and capturing takes long, so it is not left for later: a graph that may be new is used once.
+            # That happens in every answer, so that all of them round alike.
+            if speculation.asks or most_keys != self._last_keys:
                 key = (*key, "drafts")
                 run = functools.partial(speculation.run, model, self._plan, most_keys)
+            self._last_keys = most_keys
         self.graphs.run(key, run, self.state.step)
         self._mark()
 
