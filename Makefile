@@ -17,7 +17,8 @@ PYTHON310 ?= $(shell for python in python3.10 $(or $(PYENV_ROOT),$(HOME)/.pyenv)
 VENV_ONEFLOW ?= .venv-oneflow
 ONEFLOW_PY := $(VENV_ONEFLOW)/bin/python
 # The tests of the web demo and of clients run beside transformers 5: they and transformers 4 ask for different releases of huggingface_hub.
-EXTRAS := dev$(comma)pictures$(if $(filter 4.%,$(TRANSFORMERS)),,$(comma)web$(comma)clients)
+# Ray knows nothing of transformers, and once is enough.
+EXTRAS := dev$(comma)pictures$(if $(filter 4.%,$(TRANSFORMERS)),,$(comma)web$(comma)clients$(comma)ray)
 REQUIREMENT := transformers$(if $(filter newest,$(TRANSFORMERS)),,==$(TRANSFORMERS))
 READY := $(VENV)/.ready-$(TRANSFORMERS)
 READY_DEV := $(VENV)/.ready-dev-$(TRANSFORMERS)

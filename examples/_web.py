@@ -64,8 +64,12 @@ def answering(model, tokenizer):
     return answer
 
 
-def build(model, tokenizer) -> gr.Blocks:
-    """Build the page; the server keeps a State for each open tab, so histories never mix."""
+def build(model, tokenizer, at_once: int = 1) -> gr.Blocks:
+    """Build the page; the server keeps a State for each open tab, so histories never mix.
+
+    Args:
+        at_once: answers that the model makes at once; the others wait in the queue.
+    """
     longest = model.config.max_sequence_length
     with gr.Blocks(title="ChatGLM-6B", analytics_enabled=False, fill_height=True) as page:
         gr.Markdown("# ChatGLM-6B")
@@ -98,7 +102,7 @@ def build(model, tokenizer) -> gr.Blocks:
             outputs=[query, chat, history],
             show_progress_on=chat,
             trigger_mode="once",
-            concurrency_limit=1,  # the model makes one answer at a time; the others wait in the queue
+            concurrency_limit=at_once,
             api_visibility="private",
         )
         stop.click(None, cancels=sent)

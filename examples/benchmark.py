@@ -6,6 +6,7 @@
     python examples/benchmark.py --bits 4 --group-size 128 --head-bits 8 --batch 8 --sample
     python examples/benchmark.py --table --json FILE         # both backends, quantised or not; --quick for a short one
     python examples/benchmark.py --suite --json FILE         # contexts, batches, first tokens, memory and promises
+    python examples/benchmark.py --serve --json FILE         # the server under load; --tiny --quick without a GPU
     python examples/benchmark.py --model_name examples/tiny_chatglm --new_tokens 32     # without a GPU
     python examples/benchmark.py --random-weights --device cpu --bits 4 --layers 4      # a CPU, extrapolated to 28
 
@@ -86,7 +87,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     mode = work.add_mutually_exclusive_group()
     mode.add_argument("--sample", dest="mode", action="store_const", const="sample", help="as chat samples")
     mode.add_argument("--stream", dest="mode", action="store_const", const="stream", help="as stream_chat samples")
-    work.add_argument("--iters", type=count, help="measured iterations (20; 15 with --suite)")
+    work.add_argument("--iters", type=count, help="measured iterations (20; 15 with --suite, 5 with --serve)")
     work.add_argument("--warmup-iters", type=count, help="iterations before them (1; 2 with --suite)")
     whole = parser.add_argument_group("whole experiments")
     whole.add_argument("--table", action="store_true", help="both backends, quantisation off, 8 and 4, in 5 runs each")
@@ -98,7 +99,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=("all", "floats", "integers"),
         help="contexts, batches, first tokens, memory, first calls; a word: only those of such weights",
     )
-    whole.add_argument("--quick", action="store_true", help="--table or --suite with 3 iterations in 1 run")
+    whole.add_argument("--serve", action="store_true", help="the server: throughput, latencies, memory (servebench)")
+    whole.add_argument("--requests", type=count, help="with --serve: until memory is compared (2000; 100 with --quick)")
+    whole.add_argument("--quick", action="store_true", help="--table, --suite or --serve with few iterations")
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="append the records to FILE; with --table: write FILE anew")
     output.add_argument("--profile", action="store_true", help="print the kernels that the time goes to")
@@ -124,6 +127,10 @@ def contradiction(args: argparse.Namespace) -> str | None:
     if args.prompt_tokens is not None and args.prompt_tokens < 3:
         return f"--prompt-tokens {args.prompt_tokens} was given, but a prompt has at least 3 tokens."
     on_cpu = args.device == "cpu"
+    if args.serve and (wrong := contradiction_of_serve(args)):
+        return wrong
+    if args.requests and not args.serve:
+        return "--requests belongs to --serve; give it too."
     if not on_cpu and (args.layers or args.dtype):
         return f"{'--layers' if args.layers else '--dtype'} belongs to --device cpu; give it too."
     if on_cpu and (args.model_name or args.table or args.suite or args.profile):
@@ -132,8 +139,8 @@ def contradiction(args: argparse.Namespace) -> str | None:
         return f"--layers {args.layers} was given, but the time of a layer needs 2 to 28 of them."
     if args.table and args.suite:
         return "--table was given with --suite; run one after the other."
-    if args.quick and not (args.table or args.suite):
-        return "--quick shortens --table and --suite; give one of them, or fewer --iters."
+    if args.quick and not (args.table or args.suite or args.serve):
+        return "--quick shortens --table, --suite and --serve; give one of them, or fewer --iters."
     if args.runs is not None and not args.table:
         return "--runs belongs to --table; give it too, or more --iters."
     decided = {"--backend": args.backend, "--fast": args.fast, "--bits": args.bits, "--quant": args.quant}
@@ -146,6 +153,20 @@ def contradiction(args: argparse.Namespace) -> str | None:
         return "--suite measures float16, int8 and int4 weights; leave the options of quantisation out."
     if (args.group_size or args.head_bits) and not (args.table or args.quant or args.bits in (8, 4)):
         return "--group-size and --head-bits need --bits 8 or --bits 4."
+    return None
+
+
+def contradiction_of_serve(args: argparse.Namespace) -> str | None:
+    """Return one sentence on options that do not go with --serve, or None."""
+    no_use = {
+        "--table": args.table, "--suite": args.suite, "--profile": args.profile, "--prompt": args.prompt,
+        "--backend torch": args.backend == "torch" or args.fast is False,
+        "--sample and --stream": args.mode != "greedy",
+        "--batch": args.batch != 1, "--layers": args.layers, "--dtype": args.dtype, "--device": args.device,
+    }  # fmt: skip
+    given = [name for name, value in no_use.items() if value]
+    if given:
+        return f"--serve measures the server as it is started, on the GPU if there is one; leave {given[0]} out."
     return None
 
 
@@ -162,10 +183,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.bits = args.bits or (8 if args.quant else 16)
     args.runs = args.runs or (1 if args.quick else 5)
     args.dtype = args.dtype or "float16"
-    args.iters = args.iters or (5 if args.device == "cpu" else 3 if args.quick else 15 if args.suite else 20)
+    args.iters = args.iters or (
+        5 if args.device == "cpu" or args.serve else 3 if args.quick else 15 if args.suite else 20
+    )
     args.warmup_iters = args.warmup_iters or (2 if args.suite and not args.quick else 1)
-    if args.prompt_tokens is None and (args.suite or not args.model_name):
-        args.prompt_tokens = 20
+    if args.prompt_tokens is None and (args.serve or args.suite or not args.model_name):
+        args.prompt_tokens = 128 if args.serve else 20
     return args
 
 
@@ -236,7 +259,11 @@ def main(args: argparse.Namespace) -> None:
     if args.backend == "torch":
         # Read when the first model runs.
         os.environ["FASTER_CHATGLM_6B_KERNELS"] = "off"
-    if args.device == "cpu":
+    if args.serve:
+        from measuring import serving
+
+        serving.run(args)
+    elif args.device == "cpu":
         from measuring import cpu
 
         cpu.run(args)

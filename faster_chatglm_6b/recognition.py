@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from .disk.json_files import MOST_BYTES, check_readable
 
+HUB_ID = "THUDM/chatglm-6b"
 # Class name in the checkpoint's auto_map -> module and class of ours.
 LOCAL_CLASSES = {
     "ChatGLMConfig": "configuration_chatglm",

@@ -4,7 +4,7 @@ import argparse
 import math
 from typing import Any, NoReturn
 
-HUB_ID = "THUDM/chatglm-6b"
+from ..recognition import HUB_ID
 
 
 class CommandParser(argparse.ArgumentParser):

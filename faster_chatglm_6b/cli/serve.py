@@ -2,9 +2,8 @@
 
 import argparse
 import importlib.util
-import os
-from pathlib import Path
 
+from ..serving.defaults import api_keys, served_names
 from .checkpoint import load_asked
 from .errors import CommandError
 from .options import HUB_ID
@@ -24,8 +23,7 @@ def run(arguments: argparse.Namespace) -> None:
     names = tuple(arguments.served_model_name or _names(arguments))
     if not all(name.strip() for name in names):
         raise CommandError("--served-model-name is empty: give a name.", code=2)
-    keys = arguments.api_key or os.environ.get("FASTER_CHATGLM_6B_API_KEY", "").split(",")
-    if arguments.api_key and not all(key.strip() for key in keys):
+    if not all(key.strip() for key in arguments.api_key or ()):
         raise CommandError("--api-key is empty: give a key, or leave it out to ask for none.", code=2)
     tokenizer, model = load_asked(arguments, default=HUB_ID)
     from ..serving.api.server import Settings, serve
@@ -34,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
         host=arguments.host,
         port=arguments.port,
         names=names,
-        keys=tuple(key.strip() for key in keys if key.strip()),
+        keys=api_keys(arguments.api_key),
         rows=arguments.max_rows,
         memory=arguments.memory,
         most_waiting=arguments.max_waiting,
@@ -49,9 +47,5 @@ def run(arguments: argparse.Namespace) -> None:
         raise CommandError(f"The server could not be started on {arguments.host}:{arguments.port}.", code)
 
 
-def _names(arguments: argparse.Namespace) -> list[str]:
-    """Return the checkpoint's short name and the one that it was asked for by."""
-    given = arguments.word or arguments.model or HUB_ID
-    if arguments.tiny:
-        return ["tiny_chatglm"]
-    return list(dict.fromkeys((Path(given).name or given, given)))
+def _names(arguments: argparse.Namespace) -> tuple[str, ...]:
+    return served_names(None if arguments.tiny else arguments.word or arguments.model or HUB_ID)

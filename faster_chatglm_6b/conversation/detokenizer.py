@@ -31,6 +31,10 @@ class IncrementalDetokenizer:
         self._cleans_up = tokenizer.clean_up_tokenization_spaces
         self._model = tokenizer.sp_tokenizer.model
         self._byte_of_id = tokenizer.sp_tokenizer.byte_of_id
+        # Texts of single ids are kept for all answers: sentencepiece takes long for one.
+        self._text_of_id = tokenizer.sp_tokenizer.text_of_id
+        # Asked once: the tokenizer looks it up anew each time.
+        self._pad_id, self._vocab_size = tokenizer.pad_token_id, tokenizer.vocab_size
         # Decoded before other ids, then cut off: so sentencepiece does not take those for a text's start.
         self._anchor = self._model.PieceToId(LINE_BREAK_PIECE)
         self._all_ids: list[int] = []
@@ -45,20 +49,32 @@ class IncrementalDetokenizer:
         """Take further ids and return the whole text so far, without an unfinished last character.
 
         Raises:
-            ValueError: ChatGLM-6B has no such id. Nothing of that call is taken.
+            ValueError: as ``take``.
         """
-        ids = self._tokenizer.decodable_ids([int(index) for index in ids])
-        self._all_ids += ids
-        first = self._tokenizer.num_image_tokens
-        self._ids += [index - first for index in ids] if first else ids
-        if ids and (max(ids) >= self._tokenizer.vocab_size or min(ids) < first):
-            self._has_added_tokens = True
+        self.take(ids)
         if self._has_added_tokens:
             # Such tokens cut the text into parts that are decoded apart. They are rare: leave them to the tokenizer.
             return self._tokenizer.decode(self._all_ids[: len(self._all_ids) - self._unfinished_ids()])
-        self._settle_ids()
-        self._settle_text()
         return self._text()
+
+    def take(self, ids: Iterable[int]) -> None:
+        """Take further ids, for ``settled`` and ``finish``.
+
+        Raises:
+            ValueError: ChatGLM-6B has no such id. Nothing of that call is taken.
+        """
+        ids = [int(index) for index in ids]
+        first = self._tokenizer.num_image_tokens
+        is_plain = ids and min(ids) >= first and max(ids) < self._vocab_size
+        if not is_plain or self._pad_id in ids:
+            ids = self._tokenizer.decodable_ids(ids)
+        self._all_ids += ids
+        self._ids += [index - first for index in ids] if first else ids
+        if ids and (max(ids) >= self._vocab_size or min(ids) < first):
+            self._has_added_tokens = True
+        if not self._has_added_tokens:
+            self._settle_ids()
+            self._settle_text()
 
     def settled(self) -> str:
         """Return the beginning of the text that no later id can change: what may be shown for good."""
@@ -99,7 +115,14 @@ class IncrementalDetokenizer:
             return ""
         if not self._has_text:
             return self._model.DecodeIds(ids)
-        return self._model.DecodeIds([self._anchor, *ids])[len(LINE_BREAK_PIECE) :]
+        known = [self._text_of_id.get(index) for index in ids]
+        if None not in known:
+            return "".join(known)
+        text = self._model.DecodeIds([self._anchor, *ids])[len(LINE_BREAK_PIECE) :]
+        # Bytes make characters together; any other id has its own text.
+        if len(ids) == 1 and ids[0] not in self._byte_of_id:
+            self._text_of_id[ids[0]] = text
+        return text
 
     def _unfinished_ids(self) -> int:
         """Count the ids at the end that are the first bytes of a character whose other bytes may still come."""

@@ -21,14 +21,15 @@ _idle_streams: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(
 
 
 class StepGraphs:
-    """Captured graphs, one for each kind of step. The least recently used one is dropped first.
+    """Captured graphs, up to ``most``, one for each kind of step. The least recently used one is dropped first.
 
     Attributes:
         captures: whether steps are captured at all; in Triton's interpreter they are not.
         capture_failed: whether memory was too short for a capture. Later steps then run eagerly, which is only slower.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, most: int = _MOST_GRAPHS):
+        self._most = most
         self.captures, self.capture_failed = device.type == "cuda", False
         self._graphs: OrderedDict[tuple, torch.cuda.CUDAGraph] = OrderedDict()
         if self.captures:
@@ -73,7 +74,7 @@ class StepGraphs:
                 raise
             self.capture_failed = True
             _log.warning("Too little GPU memory to capture a step; this answer's tokens take longer.")
-        if len(self._graphs) > _MOST_GRAPHS:
+        if len(self._graphs) > self._most:
             self._graphs.popitem(last=False)
 
     def _capture(self, step: Callable[[], object], counter: torch.Tensor) -> torch.cuda.CUDAGraph:

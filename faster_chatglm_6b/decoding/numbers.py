@@ -1,8 +1,10 @@
 """Keep the small numbers of a request in one piece of device memory, so that a single copy sends them all."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from .request import MOST_END_TOKENS
@@ -11,13 +13,19 @@ from .request import MOST_END_TOKENS
 _ALIGNMENT = 16
 
 
-def _fields(rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+# These are one for all rows.
+_OF_ALL_ROWS = ("turn", "last_row", "reported", "pad_id")
+# A number for every row, of this many entries.
+Field = tuple[torch.dtype, int]
+
+
+def _fields(rows: int, end_tokens: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     whole = "top_k ngram_size minimum finished ids_length cache_length step limit lane".split()
     whole += "first_key sop_index sop_slot position".split()
     whole += "seen draft_count streak need balance price".split()
     fields = {name: (torch.int32, (rows,)) for name in whole}
     fields |= {name: (torch.float32, (rows,)) for name in ("temperature", "top_p", "penalty")}
-    fields |= {name: (torch.int64, (rows, MOST_END_TOKENS)) for name in ("minimum_eos", "eos_ids")}
+    fields |= {name: (torch.int64, (rows, end_tokens)) for name in ("minimum_eos", "eos_ids")}
     fields |= {name: (torch.int32, (1,)) for name in ("turn", "last_row", "reported")}
     return fields | {"seed": (torch.int64, (rows,)), "pad_id": (torch.int64, (1,))}
 
@@ -40,10 +48,20 @@ class RequestNumbers:
 
     Args:
         rows: B.
+        more: further numbers, each a dtype of four or eight bytes and its entries N: a tensor [B, N], or [B] if N is 1.
+        end_tokens: E.
     """
 
-    def __init__(self, rows: int, device: torch.device):
-        fields, places, size = _fields(rows), {}, 0
+    def __init__(
+        self,
+        rows: int,
+        device: torch.device,
+        more: Mapping[str, Field] | None = None,
+        end_tokens: int = MOST_END_TOKENS,
+    ):
+        fields, places, size = _fields(rows, end_tokens), {}, 0
+        for name, (dtype, entries) in (more or {}).items():
+            fields[name] = (dtype, (rows, entries) if entries > 1 else (rows,))
         for name, (dtype, shape) in fields.items():
             taken = math.prod(shape) * dtype.itemsize
             places[name] = slice(size, size + taken)
@@ -56,6 +74,7 @@ class RequestNumbers:
             for memory in (self._sent, self._there)
         )
         self._here = {name: tensor.numpy() for name, tensor in here.items()}
+        self._words = _words_of_a_row({name: fields[name] for name in fields if name not in _OF_ALL_ROWS}, places)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[name]
@@ -66,12 +85,44 @@ class RequestNumbers:
             count = len(value) if hasattr(value, "__len__") else None
             self._here[name][:count] = value
 
-    def set_ids(self, name: str, ids: tuple[int, ...]) -> None:
-        """Write up to ``MOST_END_TOKENS`` ids for every row on the host, and -1 for those that are missing."""
-        self._here[name][:] = -1
-        self._here[name][:, : len(ids)] = ids
+    def set_row(self, row: int, **values: Any) -> None:
+        """Write numbers of one row on the host: one, or the first of its entries."""
+        for name, value in values.items():
+            here = self._here[name]
+            if here.ndim == 1:
+                here[row] = value
+            else:
+                here[row, : len(value)] = value
+
+    def set_ids(self, name: str, ids: tuple[int, ...], row: int | slice = slice(None)) -> None:
+        """Write up to E ids for a row, or for every row, on the host, and -1 for those that are missing."""
+        self._here[name][row] = -1
+        self._here[name][row, ..., : len(ids)] = ids
 
     def send(self) -> None:
         """Queue the copy to the device. It does not wait: the bytes lie in pinned memory of their own until then."""
         sent = self._sent.pin_memory() if self._there.is_cuda else self._sent
         self._there.copy_(sent, non_blocking=True)
+
+    def send_rows(self, rows: Sequence[int]) -> None:
+        """Queue the copy of the numbers of some rows; kernels may be changing those of others."""
+        first, step = self._words
+        words = torch.from_numpy((first + step * np.asarray(rows)[:, None]).ravel())
+        values = self._sent.view(torch.int32)[words]
+        if self._there.is_cuda:
+            words, values = words.pin_memory(), values.pin_memory()
+        there = self._there.view(torch.int32)
+        words, values = (tensor.to(there.device, non_blocking=True) for tensor in (words, values))
+        there.index_copy_(0, words, values)
+
+
+def _words_of_a_row(
+    fields: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], places: Mapping[str, slice]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the four-byte words that hold the numbers of row 0, and how far those of the next row lie behind."""
+    first, step = [], []
+    for name, (dtype, shape) in fields.items():
+        words = math.prod(shape[1:]) * dtype.itemsize // 4
+        first.append(places[name].start // 4 + np.arange(words))
+        step.append(np.full(words, words))
+    return np.concatenate(first), np.concatenate(step)

@@ -34,6 +34,8 @@ class SamplingPlan:
         top_k: most candidates.
         top_p: probability that the candidates reach together.
         penalised_from: first slot per row that the penalty counts, int64 [B]; None for all.
+        has_bias: whether rows add numbers to the scores of some ids.
+        has_counts: whether rows subtract from the scores of tokens in their answers (OpenAI's penalties).
     """
 
     kernel: str = "greedy"
@@ -48,18 +50,21 @@ class SamplingPlan:
     top_k: int | None = None
     top_p: float | None = None
     penalised_from: torch.Tensor | None = None
+    has_bias: bool = False
+    has_counts: bool = False
 
     @property
     def graph_key(self) -> tuple:
         """The part that a captured graph depends on."""
         processors = (self.penalty is not None, self.ngram_size is not None, self.minimum is not None)
+        processors += (self.has_bias, self.has_counts)
         warpers = (self.top_k is not None, self.top_p is not None) if self.kernel == "full" else ()
         return self.kernel, self.capacity, self.invalid_rule, self.invalid_token, processors, warpers
 
     @property
     def has_processors(self) -> bool:
         """Whether the scores differ from the logits before the sampler."""
-        return self.penalty is not None or self.ngram_size is not None or self.minimum is not None
+        return any(self.graph_key[4])
 
 
 def check_speculate(speculate: object) -> None:

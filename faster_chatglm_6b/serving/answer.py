@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..conversation.detokenizer import IncrementalDetokenizer
@@ -39,13 +40,13 @@ class AnswerText:
         self._given = ""  # of that part
         self.has_stopped = False
 
-    def push(self, token: int) -> str:
-        """Take the next token and return the text that is certain now and was not before.
+    def push(self, tokens: Sequence[int]) -> str:
+        """Take the next tokens and return the text that is certain now and was not before.
 
         Raises:
             ValueError: the vocabulary has no such token.
         """
-        self._detokenizer.push([token])
+        self._detokenizer.take(tokens)
         return self._advance(self._detokenizer.settled(), is_whole=False)
 
     def finish(self) -> str:
@@ -75,6 +76,8 @@ class AnswerText:
 
 def _overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of ``text`` with which ``stop`` begins, without being all of it."""
+    if stop[0] not in text[1 - len(stop) :]:
+        return 0
     for length in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:length]):
             return length

@@ -1,7 +1,10 @@
-"""What a request leaves out, from ``chat`` and from the checkpoint."""
+"""What a request leaves out, from ``chat`` and from the checkpoint; what a server's options leave out."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 # ``chat``'s own; the checkpoint's generation_config.json may have others for the last two.
@@ -27,3 +30,20 @@ def end_ids(model: Any) -> tuple[int, ...]:
 def seed_of(seed: int, number: int) -> int:
     """Return the seed of an answer's number; the first has the seed itself, so that their number changes nothing."""
     return (seed + number * _STRIDE) % 2**64
+
+
+def served_names(checkpoint: str | None) -> tuple[str, ...]:
+    """Return by which names clients may call a model: its short one and the one that it was asked for by.
+
+    Args:
+        checkpoint: hub id or directory; None is the tiny one.
+    """
+    if checkpoint is None:
+        return ("tiny_chatglm",)
+    return tuple(dict.fromkeys((Path(checkpoint).name or checkpoint, checkpoint)))
+
+
+def api_keys(given: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the keys of which clients must send one: those that are given, else the environment's; none is no key."""
+    keys = given or os.environ.get("FASTER_CHATGLM_6B_API_KEY", "").split(",")
+    return tuple(key.strip() for key in keys if key.strip())

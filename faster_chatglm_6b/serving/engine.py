@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -15,6 +16,9 @@ from .rows.interface import NewRow, RowFailure, RowRequest, Rows, RowToken
 from .scheduler import Scheduler
 
 _log = logging.getLogger("faster_chatglm_6b.serving")
+# The engine's thread queues the next step while the GPU computes this one. Python's own 5 ms, for which a busy event
+# loop may keep the interpreter, are as long as a step.
+_SWITCH_INTERVAL = 0.0005
 
 
 class EngineClosed(RuntimeError):
@@ -153,6 +157,7 @@ class Engine:
             self._wake.notify()
 
     def _run(self) -> None:
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL))
         try:
             while self._has_work():
                 self._turn()

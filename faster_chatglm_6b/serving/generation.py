@@ -63,8 +63,8 @@ class Owner(Protocol):
     def stop(self, answer: Answer) -> None:
         """End the answer's row, which computes more than is needed."""
 
-    def add(self, answer: Answer, piece: Piece, error: Exception | None) -> None:
-        """Take what is new."""
+    def add(self, answer: Answer, error: Exception | None) -> None:
+        """Hear that an answer has something new, which ``answer.take`` returns."""
 
 
 class Answer:
@@ -79,6 +79,11 @@ class Answer:
     def __init__(self, generation: Owner, index: int, asked: Asked, tokenizer: Any):
         self.generation, self._index = generation, index
         self._text = AnswerText(tokenizer, asked.stop, asked.is_chat)
+        # Text is made when somebody takes it, of several tokens at once under load; a stop string must be seen at once.
+        self._is_searched = bool(asked.stop.texts)
+        self._unwritten: list[RowToken] = []
+        self._piece = Piece(index)
+        self._taken = 0
         self.asked = asked
         self.job: Job | None = None
         self.tokens = 0
@@ -89,36 +94,52 @@ class Answer:
         """Take what a step brought. It runs in the event loop, whether the user reads or not."""
         if self.end:
             return  # what the row gave until its end was noticed
-        piece = Piece(self._index)
-        try:
-            for token in news.tokens:
-                self._take(token, piece)
-                if self._text.has_stopped:
-                    piece.end = "stop"
-                    break
-            else:
-                piece.end = news.end
-            if piece.end in ("stop", "length"):
-                piece.text += self._text.finish()
-                if self._text.has_stopped:
-                    piece.end = "stop"
-        except ValueError as error:  # a token without text
-            news, piece.end = News(end="error", error=error, at=news.at), "error"
-        if piece.count:
-            self.generation.on_tokens(news.at - self.last_at if self.last_at else None, self, piece.count)
+        self._unwritten += news.tokens
+        end, error, count = news.end, news.error, len(news.tokens)
+        if self._is_searched:
+            try:
+                self._write(end)
+            except ValueError as wrong:
+                end, error = "error", wrong
+            count = self._piece.count - (self.tokens - self._taken)
+            if self._text.has_stopped:
+                end = "stop"
+        self.tokens += count
+        if count:
+            self.generation.on_tokens(news.at - self.last_at if self.last_at else None, self, count)
             self.first_at = self.first_at or news.at
             self.last_at = news.at
-        self.end = piece.end
-        if piece.end and not news.end or piece.end == "error":
+        self.end = end
+        if end and end != news.end:
             self.generation.stop(self)
-        self.generation.add(self, piece, news.error)
+        self.generation.add(self, error)
 
-    def _take(self, token: RowToken, piece: Piece) -> None:
-        piece.count += 1
-        self.tokens += 1
-        if token.end != "stop":
-            piece.tokens.append(token)
-            piece.text += self._text.push(token.token)
+    def take(self) -> Piece:
+        """Return what is new since the last call.
+
+        Raises:
+            ValueError: the vocabulary has no such token.
+        """
+        if not self._is_searched:
+            self._write(self.end)
+        piece, self._piece = self._piece, Piece(self._index)
+        self._taken += piece.count
+        piece.end = self.end
+        return piece
+
+    def _write(self, end: str) -> None:
+        """Turn new tokens into text, up to a stop string."""
+        tokens, self._unwritten = self._unwritten, []
+        piece = self._piece
+        for part in [[token] for token in tokens] if self._is_searched else [tokens]:
+            shown = [token for token in part if token.end != "stop"]
+            piece.count += len(part)
+            piece.tokens += shown
+            piece.text += self._text.push([token.token for token in shown])
+            if self._text.has_stopped:
+                return
+        if end in ("stop", "length"):
+            piece.text += self._text.finish()
 
 
 class Generation:
@@ -145,7 +166,7 @@ class Generation:
             EngineClosed: the engine takes no more requests.
         """
         self._engine, self.on_tokens, self._on_end = engine, on_tokens, on_end
-        self._pending: list[Piece] = []
+        self._fresh: dict[Answer, None] = {}
         self._error: Exception | None = None
         self._changed = asyncio.Event()
         self.arrived = time.monotonic() if arrived is None else arrived
@@ -159,9 +180,9 @@ class Generation:
             self.cancel()
             raise
 
-    def add(self, answer: Answer, piece: Piece, error: Exception | None) -> None:
-        """Take a piece of one of the answers."""
-        self._pending.append(piece)
+    def add(self, answer: Answer, error: Exception | None) -> None:
+        """Hear that one of the answers has something new."""
+        self._fresh[answer] = None
         self._error = self._error or error
         if answer.end:
             self._close(answer)
@@ -185,23 +206,25 @@ class Generation:
             self._close(answer)
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Yield pieces until all answers have ended. What came while nobody asked is joined, by answer.
+        """Yield pieces until all answers have ended. What came of an answer while nobody asked is one piece.
 
         Raises:
             Exception: the one with which the engine ended an answer. The others are cancelled.
         """
-        while self._open or self._pending:
+        while self._open or self._fresh:
             await self._changed.wait()
             self._changed.clear()
-            pending, self._pending = self._pending, []
+            fresh, self._fresh = self._fresh, {}
             if self._error is not None:
                 self.cancel()
                 raise self._error
-            joined: dict[int, Piece] = {}
-            for piece in pending:
-                joined.setdefault(piece.index, Piece(piece.index)).extend(piece)
-            for one in joined.values():
-                yield one
+            for answer in fresh:
+                try:
+                    piece = answer.take()
+                except ValueError:  # a token without text
+                    self.cancel()
+                    raise
+                yield piece
 
     async def whole(self) -> list[Piece]:
         """Return each answer in one piece, in their order.

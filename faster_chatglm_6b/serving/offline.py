@@ -11,8 +11,8 @@ from typing import Any
 from .defaults import end_ids, sampling_defaults, seed_of
 from .engine import Engine, EngineClosed, EngineFailed
 from .generation import Answer, Asked, Piece
-from .rows.plain import PlainRows, pages_for
 from .rows.interface import RowRequest, Rows
+from .rows.making import make_rows
 from .stop_strings import StopStrings
 
 # Prompts that are read ahead of the rows, so that a row which becomes free is taken at once.
@@ -45,6 +45,7 @@ def answer_many(
     *,
     places: Iterable[int] | None = None,
     max_tokens: int | None = None,
+    ignore_eos: bool = False,
     stop: str | Sequence[str] = (),
     seed: int = 0,
     max_rows: int = 64,
@@ -62,9 +63,10 @@ def answer_many(
         prompts: texts of users, or conversations as ``apply_chat_template`` takes them.
         places: the index of each prompt, to go on with some of a list; 0, 1, 2 and so on if left out.
         max_tokens: most new tokens of an answer; None for as many as the model's length allows.
+        ignore_eos: let an answer end at its most tokens or at a stop string alone.
         stop: one string or several that end an answer and are not in it.
         max_rows, memory: most answers at once, and the share of free memory for their keys and values.
-        rows: what computes them; the plain path if left out.
+        rows: what computes them; those of ``make_rows`` if left out.
         sampling: ``temperature`` (0 takes the most likely token), ``top_p``, ``top_k``, ``repetition_penalty``,
             ``presence_penalty``, ``frequency_penalty``, ``min_tokens``; those left out have ``chat``'s values.
 
@@ -80,8 +82,8 @@ def answer_many(
         )
     settings = {**sampling_defaults(model), **sampling}
     RowRequest((), 1, **settings)
-    stops = StopStrings(stop)
-    rows = rows or PlainRows(model, max_rows, pages_for(model, max_rows, memory))
+    stops, ends = StopStrings(stop), () if ignore_eos else end_ids(model)
+    rows = rows or make_rows(model, max_rows, memory)
 
     def asked(index: int, prompt: str | Sequence[Mapping[str, Any]]) -> Asked:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -94,7 +96,7 @@ def answer_many(
                 "shorten it."
             )
         most = room if max_tokens is None else min(max_tokens, room)
-        return Asked(RowRequest(tuple(ids), most, end_ids(model), seed=seed_of(seed, index), **settings), stops)
+        return Asked(RowRequest(tuple(ids), most, ends, seed=seed_of(seed, index), **settings), stops)
 
     return _Run(rows, tokenizer, asked).answers(
         zip(itertools.count() if places is None else places, prompts, strict=False)
@@ -107,7 +109,7 @@ class _Run:
     def __init__(self, rows: Rows, tokenizer: Any, asked: Callable[[int, Any], Asked]):
         self._rows, self._tokenizer, self._asked = rows, tokenizer, asked
         self._calls: queue.SimpleQueue[tuple[Callable[..., object], tuple]] = queue.SimpleQueue()
-        self._open: dict[Answer, Piece] = {}
+        self._open: dict[Answer, int] = {}
         self._finished: list[Finished] = []
         self._failure: Exception | None = None
 
@@ -144,7 +146,7 @@ class _Run:
             self._finished.append(Finished(index, "", 0, "error", error))
             return
         answer = Answer(self, index, asked, self._tokenizer)
-        self._open[answer] = Piece(index)
+        self._open[answer] = index
         try:
             answer.job = self._engine.submit(asked.row, answer.receive, loop=self)
         except EngineClosed as error:  # it has failed just now; what it says of the others is still to be heard
@@ -165,13 +167,16 @@ class _Run:
         if answer.job is not None:
             self._engine.cancel(answer.job)
 
-    def add(self, answer: Answer, piece: Piece, error: Exception | None) -> None:
-        whole = self._open[answer]
-        whole.extend(piece)
+    def add(self, answer: Answer, error: Exception | None) -> None:
         if not answer.end:
             return
-        del self._open[answer]
+        index = self._open.pop(answer)
         if isinstance(error, EngineFailed):
             self._failure = error
-        else:
-            self._finished.append(Finished(whole.index, whole.text, whole.count, answer.end, error))
+            return
+        end, whole = answer.end, Piece(index)
+        try:
+            whole = answer.take()
+        except ValueError as wrong:  # a token without text
+            end, error = "error", wrong
+        self._finished.append(Finished(index, whole.text, whole.count, end, error))

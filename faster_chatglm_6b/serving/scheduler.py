@@ -4,6 +4,7 @@ It knows neither a model nor a clock. Keys and values lie in pages of a fixed nu
 when a row is free and enough pages for its prompt and its longest answer are, so nothing that runs is ever preempted.
 """
 
+import heapq
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ class Seat:
 
     Attributes:
         key: names the request.
-        row: its place in the batch, from 0 on.
+        row: its place in the batch, from 0 on; the lowest one that was free.
         pages: its pages, in the order in which its tokens fill them.
     """
 
@@ -56,7 +57,8 @@ class Scheduler:
                 f"{rows}, {pages}, {page_tokens} and {prompt_tokens}."
             )
         self.rows, self.pages, self.page_tokens, self.prompt_tokens = rows, pages, page_tokens, prompt_tokens
-        self._free_rows = list(range(rows - 1, -1, -1))
+        # A heap: a step computes the rows up to the last one that runs, so the lowest free one is taken.
+        self._free_rows = list(range(rows))
         self._free_pages = list(range(pages - 1, -1, -1))
         self._queue: deque[Hashable] = deque()
         self._waiting: dict[Hashable, _Waiting] = {}
@@ -115,7 +117,7 @@ class Scheduler:
             key = self._queue.popleft()
             del self._waiting[key]
             pages = tuple(self._free_pages.pop() for _ in range(asked.pages))
-            seats.append(Seat(key, self._free_rows.pop(), pages))
+            seats.append(Seat(key, heapq.heappop(self._free_rows), pages))
             self._running[key] = seats[-1]
         return seats
 
@@ -133,6 +135,6 @@ class Scheduler:
             del self._waiting[key]
             self._queue.remove(key)
             return None
-        self._free_rows.append(seat.row)
+        heapq.heappush(self._free_rows, seat.row)
         self._free_pages.extend(reversed(seat.pages))
         return seat

@@ -6,6 +6,7 @@ import re
 _MARKS = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 _AFTER_CHINESE = [(re.compile(rf"(?<=[\u4e00-\u9fff]){re.escape(half)}"), full) for half, full in _MARKS.items()]
 _BEFORE_CHINESE = [(re.compile(rf"{re.escape(half)}(?=[\u4e00-\u9fff])"), full) for half, full in _MARKS.items()]
+_ANY_MARK = re.compile(f"[{''.join(_MARKS)}]")
 _TRAINING_TIME, _YEAR = "[[训练时间]]", "2023年"
 
 
@@ -25,6 +26,8 @@ def build_prompt(query: str, history: list[tuple[str, str]]) -> str:
 def process_response(response: str) -> str:
     """Clean up decoded text: strip it, fill in the training date, make marks beside Chinese characters full-width."""
     response = response.strip().replace(_TRAINING_TIME, _YEAR)
+    if not _ANY_MARK.search(response):
+        return response
     for (after, full), (before, _) in zip(_AFTER_CHINESE, _BEFORE_CHINESE, strict=True):
         response = before.sub(full, after.sub(full, response))
     return response

@@ -144,6 +144,8 @@ class IceTextTokenizer:
             raise self.wrong_vocabulary(model_file, missing)
         self.pieces: list[str] = self.model.IdToPiece(list(range(self.num_text_tokens)))
         # Of the model's own ids, which know no images.
+        # Filled by detokenizers.
+        self.text_of_id: dict[int, str] = {}
         self.byte_of_id: dict[int, int] = {self.model.PieceToId(f"<0x{byte:02X}>"): byte for byte in range(256)}
 
     def wrong_vocabulary(self, model_file: str | Path, missing: Sequence[str]) -> VocabularyError:

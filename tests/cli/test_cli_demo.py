@@ -14,7 +14,8 @@ import pytest
 import torch
 from babbler import make_babbler
 
-from faster_chatglm_6b.cli import chat, checkpoint, main
+from faster_chatglm_6b.checkpoint import by_name
+from faster_chatglm_6b.cli import chat, main
 from faster_chatglm_6b.tokenization_chatglm import ChatGLMTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -268,7 +269,7 @@ def test_closed_streams(monkeypatch, capsys):
 
 
 def test_ctrl_c_while_loading_is_one_word(monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "_load", lambda *arguments: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(by_name, "load", lambda *arguments: signal.raise_signal(signal.SIGINT))
     assert main(["chat", "--tiny", "--device", "cpu"]) == 130
     assert capsys.readouterr() == ("", "Interrupted.\n")
 

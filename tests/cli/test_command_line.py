@@ -12,8 +12,8 @@ import remote_code
 import torch
 
 import faster_chatglm_6b
-from faster_chatglm_6b.cli import build_parser, checkpoint, main, options
-from faster_chatglm_6b.cli.errors import CommandError
+from faster_chatglm_6b.checkpoint import by_name
+from faster_chatglm_6b.cli import build_parser, main, options
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny_chatglm"
@@ -105,7 +105,7 @@ def test_the_version(capsys):
     ids=lambda value: repr(value)[:60],
 )
 def test_what_cannot_work_is_one_sentence_and_exit_code_2(words, said, capsys, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_load", lambda *arguments: pytest.fail("loaded before the options were checked"))
+    monkeypatch.setattr(by_name, "load", lambda *arguments: pytest.fail("loaded before the options were checked"))
     code, line = refused(words, capsys)
     assert code == 2 and said in line
 
@@ -156,7 +156,7 @@ def test_memory_that_ends_while_loading_is_one_sentence(capsys, monkeypatch):
     def load(*arguments):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(checkpoint, "_load", load)
+    monkeypatch.setattr(by_name, "load", load)
     assert refused(["chat", "--tiny", "--device", "cpu"], capsys) == (1, "CUDA out of memory.")
 
 
@@ -194,16 +194,16 @@ def test_the_settings_of_sampling():
 
 
 def test_the_tiny_checkpoint_is_found_where_it_is_packaged_and_in_a_clone(monkeypatch, tmp_path):
-    assert checkpoint.tiny_checkpoint() == TINY
+    assert by_name.tiny_checkpoint() == TINY
     packaged = tmp_path / "tiny_chatglm"
     packaged.mkdir()
-    monkeypatch.setattr(checkpoint, "_TINY", (packaged, TINY))
-    assert checkpoint.tiny_checkpoint() == TINY
+    monkeypatch.setattr(by_name, "TINY", (packaged, TINY))
+    assert by_name.tiny_checkpoint() == TINY
     (packaged / "config.json").write_text("{}")
-    assert checkpoint.tiny_checkpoint() == packaged
-    monkeypatch.setattr(checkpoint, "_TINY", (tmp_path / "a", tmp_path / "b"))
-    with pytest.raises(CommandError, match="install the package again"):
-        checkpoint.tiny_checkpoint()
+    assert by_name.tiny_checkpoint() == packaged
+    monkeypatch.setattr(by_name, "TINY", (tmp_path / "a", tmp_path / "b"))
+    with pytest.raises(FileNotFoundError, match="install the package again"):
+        by_name.tiny_checkpoint()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a file on a full disk")

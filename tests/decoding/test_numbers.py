@@ -55,3 +55,21 @@ def test_fewer_ids_leave_none_of_the_request_before():
     assert numbers["eos_ids"].tolist() == 2 * [[9] + [-1] * (MOST_END_TOKENS - 1)]
     with pytest.raises(ValueError):
         numbers.set_ids("eos_ids", tuple(range(MOST_END_TOKENS + 1)))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_numbers_of_some_rows_leave_those_of_others_and_of_all_rows(batch):
+    numbers = RequestNumbers(batch, CPU, {"pages": (torch.int32, 5), "bias": (torch.float32, 1)}, end_tokens=7)
+    numbers.set(step=1, turn=0, pad_id=3, pages=-1)
+    numbers.send()
+    for name in ("step", "turn", "pages", "seed"):
+        # As kernels and other requests change them.
+        numbers[name].add_(10)
+    row = batch - 1
+    numbers.set_row(row, step=4, pages=[8, 9], seed=-5, bias=0.25)
+    numbers.set_ids("eos_ids", (6, 7), row)
+    numbers.send_rows([row])
+    assert numbers["step"].tolist() == [*[11] * row, 4] and numbers["seed"].tolist() == [*[10] * row, -5]
+    assert numbers["pages"].tolist() == [*[[9] * 5] * row, [8, 9, -1, -1, -1]]
+    assert numbers["bias"][row] == 0.25 and numbers["eos_ids"][row].tolist() == [6, 7, *[-1] * 5]
+    assert numbers["turn"].tolist() == [10] and numbers["pad_id"].tolist() == [3]

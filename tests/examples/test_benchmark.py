@@ -156,7 +156,7 @@ REFUSED = {
     ("--dtype", "float32"): "--dtype belongs to --device cpu; give it too.",
     ("--device", "cpu", "--tiny"): "--device cpu measures random weights; leave --model_name, --table, --suite and",
     ("--device", "cpu", "--layers", "1"): "--layers 1 was given, but the time of a layer needs 2 to 28 of them.",
-    ("--quick",): "--quick shortens --table and --suite; give one of them, or fewer --iters.",
+    ("--quick",): "--quick shortens --table, --suite and --serve; give one of them, or fewer --iters.",
 }
 
 

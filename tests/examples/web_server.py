@@ -29,18 +29,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(folder: Path, *arguments: str) -> Iterator[str]:
+def serving(folder: Path, *arguments: str, device: str | None = "cpu") -> Iterator[str]:
     """Start the demo and yield its address once it answers."""
     port = free_port()
-    command = [
-        sys.executable,
-        DEMO,
-        "--port",
-        str(port),
-        "--device",
-        "cpu",
-        *arguments,
-    ]
+    where = () if device is None else ("--device", device)
+    command = [sys.executable, DEMO, "--port", str(port), *where, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {"HF_HOME": str(folder), "GRADIO_TEMP_DIR": str(folder), "NO_PROXY": "127.0.0.1"}
     with (folder / "log").open("w") as log:

@@ -65,7 +65,7 @@ def _describe(kernel: JITFunction, arguments: tuple, keywords: dict) -> Launch:
 
     def kind(value: object, path: tuple[int, ...], parameter: KernelParam) -> str | tuple:
         specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or (specialised and isinstance(value, int) and value == 1):
+        if parameter.is_constexpr or value is None or (specialised and isinstance(value, int) and value == 1):
             constants.append((path, value))
             return "constexpr"
         if isinstance(value, torch.Tensor):

@@ -34,12 +34,15 @@ MANY_KEYS = (
 
 
 def decode_attention_launch(
-    dtype: torch.dtype, batch: int, splits: int, keys: int, captured: bool, two: bool = True
+    dtype: torch.dtype, batch: int, splits: int, keys: int, captured: bool, two: bool = True, page: int = 0
 ) -> Callable[[], object]:
-    """Return decode attention of ``batch`` sequences, with positions of two parts or of one."""
+    """Return decode attention of ``batch`` sequences, with positions of two parts or of one, and with pages or none."""
     packed, counts = meta(dtype, batch, 3 * HIDDEN), 5 * [int32(batch)]
     cache, table = meta(dtype, batch, HEADS, CAPACITY, SIZE), meta(dtype, POSITIONS, SIZE // (4 if two else 2))
     options = {"splits": splits, "max_length": keys, "stable_state": captured}
+    if page:
+        options["padded"] = batch == 8
+        cache, options["block_table"] = meta(dtype, 999, HEADS, page, SIZE), int32(batch, CAPACITY // page)
     options["workspace"] = kernels.Workspace("meta", batch)
     return lambda: kernels.decode_attention(packed, cache, cache, *counts, table, table, **options)
 
@@ -98,6 +101,17 @@ def decode_state(batch: int) -> kernels.DecodeState:
     )
 
 
+def packed_launches(dtype: torch.dtype, rows: int, page: int) -> None:
+    """Launch what rotates and attends in packed prompts of up to ``rows`` tokens."""
+    pages, table = meta(dtype, 999, HEADS, page, SIZE), meta(dtype, POSITIONS, SIZE // 4)
+    block_table, places = int32(64, CAPACITY // page), [int32(64), int32(64)]
+    packed = meta(dtype, rows, 3 * HIDDEN)
+    query = kernels.packed_rotary_concat(
+        packed, pages, pages, block_table, int32(rows), int32(rows), *places, table, table, prefix=128
+    )
+    kernels.packed_prompt_attention(query, pages, pages, block_table, int32(32, 4), *places, longest=rows, prefix=128)
+
+
 def operator_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
     """Return the operators other than matrix products, in the shapes of a decode step."""
     batch = 2
@@ -125,6 +139,8 @@ def operator_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
         *(lambda rows=rows: prompt_launches(dtype, batch, rows) for rows in (64, 512)),
         *(decode_attention_launch(dtype, *sizes) for sizes in MANY_KEYS),
         decode_attention_launch(dtype, 2, 8, 2048, False, two=False),
+        *(decode_attention_launch(dtype, *sizes, page=64) for sizes in MANY_KEYS),
+        *(lambda rows=rows: packed_launches(dtype, rows, 64) for rows in (64, 512)),
         lambda: kernels.embedding(meta(torch.int64, batch), meta(dtype, VOCAB, HIDDEN)),
     ]
 

@@ -30,14 +30,29 @@ TESTED = {
     "python -m faster_chatglm_6b": "tests/switch/test_switch.py::test_module_prints_the_report",
     "python -m faster_chatglm_6b serve --tiny": "tests/serving/test_command.py::served",
     "python examples/batch_inference.py prompts.jsonl answers.jsonl --tiny": "tests/examples/test_batch_inference.py",
+    "python examples/web_demo.py --api http://127.0.0.1:8000": "tests/examples/test_web_api.py",
+    "python -m examples.measuring.sizing": "tests/repository/test_deployment.py::test_the_sizing_table_is_computed",
     "python examples/transformers_serve.py": "tests/conversation/test_chat_clients.py::test_transformers_serve",
 }
 IN_CI = ("make demo", "make test", "make test-oneflow", "make lint")
+_SERVE_RUN = "serve run faster_chatglm_6b.serving.ray_serve:build"
+_OF_RAY = "tests/serving/test_ray_serve.py builds the same application and reads the file"
+_OF_FILES = "tests/repository/test_deployment.py reads the file"
 # No test executes these commands; each names the reason, and what is checked instead.
 LISTED = {
     "python3 -m pip install -e .": "a network; the Makefile installs so, in CI",
     'python3 -m pip install -e ".[serve]"': "a network; the extras' names are checked here",
     "faster-chatglm-6b serve THUDM/chatglm-6b --bits 4": "the 6B weights; serve --tiny is tested",
+    'python3 -m pip install -e ".[ray]"': "a network; the extras' names are checked here",
+    "python3 -m pip install servebench": "a network; it is one of the extra dev",
+    f"{_SERVE_RUN} tiny=true min_replicas=2": f"it does not end; {_OF_RAY}",
+    f"{_SERVE_RUN} model=THUDM/chatglm-6b bits=4 min_replicas=4": f"GPUs; {_OF_RAY}",
+    "ray start --head": "it changes the machine",
+    "ray start --address HEAD:6379": "a second machine",
+    "serve deploy examples/serve_ray.yaml": f"a cluster; {_OF_RAY}",
+    "docker build -t faster-chatglm-6b -f examples/deployment/Dockerfile .": f"a network; {_OF_FILES}",
+    "docker run --gpus all -p 8000:8000 -v models:/models -e FASTER_CHATGLM_6B_API_KEY faster-chatglm-6b "
+    "THUDM/chatglm-6b --bits 4": f"a GPU; {_OF_FILES}",
     "make serve": "it does not end; its target is checked here",
     'python3 -m pip install -e ".[cli,web]"': "a network; the extras' names are checked here",
     "python3 -m pip install git+ADDRESS_OF_THIS_REPOSITORY": "a network, and the address of a repository",

@@ -20,7 +20,7 @@ def pieces(tokenizer, ids, stop=(), is_chat=True) -> list[str]:
     text = AnswerText(tokenizer, StopStrings(stop), is_chat)
     given = []
     for token in ids:
-        given.append(text.push(token))
+        given.append(text.push([token]))
         if text.has_stopped:
             return given
     return [*given, text.finish()]

@@ -20,7 +20,8 @@ import openai
 import pytest
 from conftest import wait_until
 
-from faster_chatglm_6b.cli import build_parser, checkpoint, main
+from faster_chatglm_6b.checkpoint import by_name
+from faster_chatglm_6b.cli import build_parser, main
 from faster_chatglm_6b.cli.serve import _names
 from faster_chatglm_6b.serving.rows import plain as plain_rows
 
@@ -179,7 +180,7 @@ def test_a_missing_library_is_one_sentence(missing, capsys, monkeypatch):
     ],
 )
 def test_options_that_cannot_work_are_one_sentence(words, said, capsys, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_load", lambda *arguments: pytest.fail("loaded before the options were checked"))
+    monkeypatch.setattr(by_name, "load", lambda *arguments: pytest.fail("loaded before the options were checked"))
     assert said in refused(words, capsys)
 
 
@@ -200,8 +201,8 @@ def test_names_for_clients():
     def names(*words):
         return _names(build_parser().parse_args(["serve", *words]))
 
-    assert names() == names("THUDM/chatglm-6b") == ["chatglm-6b", "THUDM/chatglm-6b"]
-    assert names("--tiny") == ["tiny_chatglm"] and names("/models/mine/") == ["mine", "/models/mine/"]
+    assert names() == names("THUDM/chatglm-6b") == ("chatglm-6b", "THUDM/chatglm-6b")
+    assert names("--tiny") == ("tiny_chatglm",) and names("/models/mine/") == ("mine", "/models/mine/")
 
 
 def test_keys_of_the_environment(monkeypatch):

@@ -7,8 +7,8 @@ import torch
 
 from faster_chatglm_6b.decoding.loop import engine_of
 from faster_chatglm_6b.serving.rows import plain as plain_rows
-from faster_chatglm_6b.serving.rows.plain import PlainRows, pages_for
 from faster_chatglm_6b.serving.rows.interface import NewRow, RowFailure, RowRequest
+from faster_chatglm_6b.serving.rows.plain import PlainRows, pages_for
 
 QUERIES = ["你好", "What is int8?", "What is the capital of France?", "1+2", "Tell me a joke", "Who are you?"]
 

@@ -14,8 +14,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from faster_chatglm_6b.serving.rows.interface import RowRequest
 from faster_chatglm_6b.serving.rows.choice import choose, uniform
+from faster_chatglm_6b.serving.rows.interface import RowRequest
 
 SIZE = 40
 

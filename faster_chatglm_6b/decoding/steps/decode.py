@@ -1,5 +1,6 @@
 """Run one token of every sequence through the whole network, on preallocated buffers."""
 
+import copy
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from ...network.blocks import RESIDUAL_ALPHA
 from ...network.prompt_layout import PromptLayout
 from ...ops import triton as kernels
 from ..numbers import RequestNumbers
-from .kv_cache import KVCache
+from .kv_cache import KVCache, PagedKVCache
 from .products import normed_product, product
 
 
@@ -22,16 +23,19 @@ class DecodeStep:
         model: a ``ChatGLMForConditionalGeneration`` that ``refusal.check_model`` accepts.
         batch: B.
         capacity: most tokens per sequence.
-        numbers: of the request.
+        numbers: of the request, or of the rows.
+        cache: of ``capacity`` tokens per sequence; a contiguous one is made if it is left out.
     """
 
-    def __init__(self, model: Any, batch: int, capacity: int, numbers: RequestNumbers):
+    def __init__(
+        self, model: Any, batch: int, capacity: int, numbers: RequestNumbers, cache: PagedKVCache | None = None
+    ):
         config, weight = model.config, model.transformer.word_embeddings.weight
         device, dtype, hidden = weight.device, weight.dtype, config.hidden_size
         heads, head_size = config.num_attention_heads, config.head_size
         self._numbers = numbers
         self.batch, self.capacity, self.vocab_size = batch, capacity, model.lm_head.weight.shape[0]
-        self.cache = KVCache(config.num_layers, batch, heads, capacity, head_size, dtype, device)
+        self.cache = cache or KVCache(config.num_layers, batch, heads, capacity, head_size, dtype, device)
         with torch.inference_mode(False):
             # Held here, because the model replaces its table when a longer one is needed.
             self.cos, self.sin = model.transformer.rotary.get(capacity + 2, device, dtype)
@@ -40,6 +44,14 @@ class DecodeStep:
             self._hidden, self.normed, self.packed, self._context, self._inner, self.logits = (
                 torch.empty(batch, width, dtype=dtype, device=device) for width in widths
             )
+
+    def narrowed(self, batch: int) -> "DecodeStep":
+        """Return a step of the first ``batch`` rows, on the same memory."""
+        step = copy.copy(self)
+        step.batch = batch
+        for name in ("_hidden", "normed", "packed", "_context", "_inner", "logits"):
+            setattr(step, name, getattr(self, name)[:batch])
+        return step
 
     def place(self, layout: PromptLayout, prefix_length: int = 0) -> None:
         """Set where prompts of this layout lie, after a P-Tuning prefix of ``prefix_length`` keys."""
@@ -88,6 +100,8 @@ class DecodeStep:
             numbers["sop_index"],
             self.cos,
             self.sin,
+            block_table=self.cache.block_table,
+            padded=self.cache.is_padded,
             max_length=most_keys,
             stable_state=stable_state,
             workspace=workspace,

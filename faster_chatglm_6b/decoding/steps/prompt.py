@@ -1,9 +1,11 @@
 """Run a batch of prompts through the whole network and fill the cache, up to the logits of their last rows."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from ...configuration_chatglm import ChatGLMConfig
 from ...layers.quantized import QuantizedLinear
 from ...network.blocks import RESIDUAL_ALPHA
 from ...network.prompt_layout import PromptLayout
@@ -42,11 +44,9 @@ class PromptStep:
     def __init__(self, model: Any, decode: DecodeStep, numbers: RequestNumbers):
         config, device = model.config, decode.packed.device
         self._decode, self._numbers = decode, numbers
-        self._prefix, self._inner = config.pre_seq_len or 0, config.inner_hidden_size
-        self._hidden, self._wide = config.hidden_size, max(config.inner_hidden_size, 3 * config.hidden_size)
+        self._prefix, self._config = config.pre_seq_len or 0, config
         self._captured: tuple[torch.Tensor, ...] | None = None
-        is_integer = any(type(module) is QuantizedLinear for module in model.modules())
-        self._most_rows = min(MOST_CAPTURED_ROWS, MOST_INTEGER_ROWS) if is_integer else MOST_CAPTURED_ROWS
+        self._most_rows = most_captured_rows(model)
         with torch.inference_mode(False):
             self._ids = torch.zeros(MOST_CAPTURED_ROWS, dtype=torch.int64, device=device)
 
@@ -87,56 +87,86 @@ class PromptStep:
         """
         (batch, rows), decode, network = ids.shape, self._decode, model.transformer
         hidden, normed, wide = self._buffers(batch * rows)
-        size, workspace = self._hidden, decode.workspace
+        size, workspace = hidden.shape[1], decode.workspace
         packed = wide[: batch * rows * 3 * size].view(batch, rows, 3 * size)
-        # The projection is no longer needed once the queries are rotated.
         query, context = hidden.view(batch, rows, size), wide[: batch * rows * size].view(batch, rows, size)
-        inner = wide[: batch * rows * self._inner].view(batch * rows, -1)
         place, last_row = (self._numbers["first_key"], self._numbers["sop_slot"]), self._numbers["last_row"]
-        kernels.embedding(ids.reshape(-1), network.word_embeddings.weight, out=hidden)
-        for index, layer in enumerate(network.layers):
-            attention, mlp = layer.attention, layer.mlp
-            cache = [tensor[:batch] for tensor in decode.cache.layer(index)]
-            # The residual of the layer before is added here.
-            _normalise(layer.input_layernorm, hidden, normed if index else None, normed)
-            product(attention.query_key_value, normed, packed.view(batch * rows, 3 * size), workspace)
-            kernels.rotary_concat_past_key_value(
-                packed,
-                *cache,
-                *place,
-                self._numbers["position"],
-                last_row,
-                decode.cos,
-                decode.sin,
-                prefix=self._prefix,
-                out=query,
-            )
-            if index == len(network.layers) - 1:
-                break
+
+        def append(layer: int) -> None:
+            cache = [tensor[:batch] for tensor in decode.cache.layer(layer)]
+            tables = self._numbers["position"], last_row, decode.cos, decode.sin
+            kernels.rotary_concat_past_key_value(packed, *cache, *place, *tables, prefix=self._prefix, out=query)
+
+        def attend(layer: int) -> None:
+            cache = [tensor[:batch] for tensor in decode.cache.layer(layer)]
             kernels.prompt_attention(query, *cache, *place, last_row, prefix=self._prefix, out=context)
-            product(attention.dense, context.view(batch * rows, size), hidden, workspace)
-            _normalise(layer.post_attention_layernorm, hidden, normed, normed)
-            product(mlp.dense_h_to_4h, normed, inner, workspace, gelu=True)
-            product(mlp.dense_4h_to_h, inner, hidden, workspace)
+
+        kernels.embedding(ids.reshape(-1), network.word_embeddings.weight, out=hidden)
+        run_layers(network.layers, (hidden, normed, wide), workspace, append, attend)
         for source, target in ((packed, decode.packed), (normed.view(batch, rows, size), decode.normed)):
             torch.index_select(source, 1, last_row, out=target[:batch, None])
-        decode.finish_layer(index, layer, cache_length, most_keys)
+        decode.finish_layer(len(network.layers) - 1, network.layers[-1], cache_length, most_keys)
         return decode.finish(model)
 
     def _buffers(self, rows: int) -> tuple[torch.Tensor, ...]:
         """Return memory for ``rows`` rows in all: two buffers [rows, hidden], and one for the wider products."""
         if rows > MOST_CAPTURED_ROWS:
-            return self._allocate(rows)
+            return row_buffers(self._config, rows, self._decode.packed)
         if self._captured is None:
-            self._captured = self._allocate(MOST_CAPTURED_ROWS)
+            self._captured = row_buffers(self._config, MOST_CAPTURED_ROWS, self._decode.packed)
         hidden, normed, wide = self._captured
         return hidden[:rows], normed[:rows], wide
 
-    def _allocate(self, rows: int) -> tuple[torch.Tensor, ...]:
-        like = self._decode.packed
-        with torch.inference_mode(False):
-            shapes = (rows, self._hidden), (rows, self._hidden), (rows * self._wide,)
-            return tuple(torch.empty(shape, dtype=like.dtype, device=like.device) for shape in shapes)
+
+def row_buffers(config: ChatGLMConfig, rows: int, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return memory for ``run_layers``: two buffers [rows, hidden], and one for the wider products of all rows."""
+    wide = max(config.inner_hidden_size, 3 * config.hidden_size)
+    with torch.inference_mode(False):
+        shapes = (rows, config.hidden_size), (rows, config.hidden_size), (rows * wide,)
+        return tuple(torch.empty(shape, dtype=like.dtype, device=like.device) for shape in shapes)
+
+
+def most_captured_rows(model: Any) -> int:
+    """Return the most rows of prompts for which a graph is worth its memory; see ``MOST_INTEGER_ROWS``."""
+    is_integer = any(type(module) is QuantizedLinear for module in model.modules())
+    return min(MOST_CAPTURED_ROWS, MOST_INTEGER_ROWS) if is_integer else MOST_CAPTURED_ROWS
+
+
+def run_layers(
+    layers: Sequence[Any],
+    buffers: tuple[torch.Tensor, ...],
+    workspace: Any,
+    append: Callable[[int], None],
+    attend: Callable[[int], None],
+) -> None:
+    """Run the rows of prompts through all layers, up to the keys and values of the last one.
+
+    Args:
+        buffers: from ``row_buffers``. The first one holds the embedded rows [M, hidden]. In a layer the projection
+            [M, 3 * hidden] stands at the start of the third one and the rotated queries [M, hidden] in the first, then
+            the attention's result [M, hidden] at the start of the third one. At the end the projection of the last
+            layer and, in the second one, its normalised input are there.
+        append: rotates queries and keys of a layer's projection, and writes keys and values to the cache.
+        attend: attends from the queries of a layer.
+    """
+    hidden, normed, wide = buffers
+    rows, size = hidden.shape
+    packed, context = wide[: rows * 3 * size].view(rows, 3 * size), wide[: rows * size].view(rows, size)
+    for index, layer in enumerate(layers):
+        attention, mlp = layer.attention, layer.mlp
+        # The residual of the layer before is added here.
+        _normalise(layer.input_layernorm, hidden, normed if index else None, normed)
+        product(attention.query_key_value, normed, packed, workspace)
+        append(index)
+        if index == len(layers) - 1:
+            return
+        attend(index)
+        # The projection is no longer needed once the queries are rotated.
+        product(attention.dense, context, hidden, workspace)
+        _normalise(layer.post_attention_layernorm, hidden, normed, normed)
+        inner = wide[: rows * mlp.dense_h_to_4h.out_features].view(rows, -1)
+        product(mlp.dense_h_to_4h, normed, inner, workspace, gelu=True)
+        product(mlp.dense_4h_to_h, inner, hidden, workspace)
 
 
 def _normalise(norm: Any, x: torch.Tensor, residual: torch.Tensor | None, out: torch.Tensor) -> None:

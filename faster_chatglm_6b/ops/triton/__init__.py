@@ -10,6 +10,8 @@ from .fast_gelu import fast_gelu
 from .fused_apply_rotary_emb import fused_apply_rotary_emb
 from .fused_fast_gelu_mul import fused_fast_gelu_mul
 from .linear.fused_matmul_bias import fused_matmul_bias, layer_norm_matmul_bias
+from .packed.prompt_attention import packed_prompt_attention, packed_prompt_block
+from .packed.rotary_concat import packed_rotary_concat
 from .prompt_attention import prompt_attention
 from .quantized.fused_linear_with_groupwise_quantized_weight import (
     fused_linear_with_groupwise_quantized_weight,
@@ -18,6 +20,7 @@ from .quantized.fused_linear_with_groupwise_quantized_weight import (
 from .rotary_concat_past_key_value import rotary_concat_past_key_value
 from .sampling.full import full_sample
 from .sampling.greedy import greedy_sample
+from .sampling.penalties import logit_bias, token_count_penalty
 from .sampling.processors import copy_scores, min_length, no_repeat_ngram, repetition_penalty
 from .sampling.state import DecodeState
 from .sampling.top_k import top_k_sample
@@ -46,12 +49,17 @@ __all__ = [
     "greedy_sample",
     "layer_norm_matmul_bias",
     "layer_norm_quantized_linear",
+    "logit_bias",
     "min_length",
     "no_repeat_ngram",
+    "packed_prompt_attention",
+    "packed_prompt_block",
+    "packed_rotary_concat",
     "prompt_attention",
     "propose",
     "repetition_penalty",
     "rotary_concat_past_key_value",
     "skip_layer_norm",
+    "token_count_penalty",
     "top_k_sample",
 ]

@@ -169,6 +169,15 @@ def require_equal_caches(key_cache: torch.Tensor, value_cache: torch.Tensor) -> 
     )
 
 
+def require_pages(block_table: torch.Tensor, page: int, batch: int = 0) -> None:
+    """Raise ValueError unless a block table is a contiguous [B or more, pages] of pages of a power of two of slots."""
+    require(
+        block_table.ndim == 2 and block_table.is_contiguous() and block_table.shape[0] >= batch,
+        f"block_table is {tuple(block_table.shape)}; pass a contiguous one of {batch} or more rows",
+    )
+    require(page >= 16 and page & (page - 1) == 0, f"a page has {page} slots; it must be a power of two, at least 16")
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ValueError with ``message`` unless ``condition``."""
     if not condition:

@@ -12,7 +12,7 @@ BLOCK = 1024
 
 @triton.jit
 def embedding_kernel(
-    tokens,  # int64 [B]
+    tokens,  # int64 or int32 [B]
     weight,  # [V, D]
     out,  # [B, D]
     size,  # D
@@ -22,7 +22,7 @@ def embedding_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     wait_for_predecessor(PDL)
-    token = tl.load(tokens + row)
+    token = tl.maximum(tl.load(tokens + row).to(tl.int64), 0)
     value = tl.load(weight + token * size + columns, mask=columns < size)
     tl.store(out + row * size + columns, value, mask=columns < size)
 
@@ -31,7 +31,9 @@ def embedding(tokens: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | No
     """Look up ``weight[tokens]``.
 
     Args:
-        tokens: int64 [B], each in [0, V); not checked. weight: [V, D]. out: [B, D].
+        tokens: int64 or int32 [B], each below V, which is not checked; negative ones count as 0.
+        weight: [V, D].
+        out: [B, D].
     """
     size = weight.shape[1]
     out = weight.new_empty(tokens.shape[0], size) if out is None else out

@@ -14,12 +14,12 @@ from .configs import family, prompt_attention_config, uses_pdl
 
 
 @triton.jit
-def load_tile(source, start, slots, columns, stop, stride_t, K: tl.constexpr, MASKED: tl.constexpr):
-    """Load the rows [start, start + BLOCK_T) of keys or values, those from ``stop`` on as 0 if MASKED."""
+def load_tile(source, start, slots, columns, lowest, stop, stride_t, K: tl.constexpr, MASKED: tl.constexpr):
+    """Load the rows [start, start + BLOCK_T) of keys or values; if MASKED, those outside of [lowest, stop) as 0."""
     slot = (start + slots)[:, None]
     pointers = source + slot.to(tl.int64) * stride_t + columns[None, :]
     if MASKED:
-        tile = tl.load(pointers, mask=(slot < stop) & (columns < K)[None, :], other=0.0)
+        tile = tl.load(pointers, mask=(slot >= lowest) & (slot < stop) & (columns < K)[None, :], other=0.0)
     elif columns.shape[0] == K:
         tile = tl.load(pointers)
     else:
@@ -29,18 +29,20 @@ def load_tile(source, start, slots, columns, stop, stride_t, K: tl.constexpr, MA
 
 @triton.jit
 def attend(
-    highest, total, acc, q, keys, values, start, stop, context, last_key, slots, columns, stride_t, scale,
+    highest, total, acc, q, keys, values, start, lowest, stop, context, last_key, slots, columns, stride_t, scale,
     K: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the tile of keys from ``start`` on to the running softmax, whose exponents are powers of two.
 
-    MASKED: a row sees the keys below ``context``, those up to its ``last_key``, and none from ``stop`` on.
+    MASKED: a row sees the keys below ``context``, those up to its ``last_key``, and none below ``lowest`` or from
+    ``stop`` on.
     """
-    k = load_tile(keys, start, slots, columns, stop, stride_t, K, MASKED)
+    k = load_tile(keys, start, slots, columns, lowest, stop, stride_t, K, MASKED)
     score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if MASKED:
         key = (start + slots)[None, :]
-        score = tl.where(((key < context) | (key <= last_key[:, None])) & (key < stop), score, float("-inf"))
+        seen = ((key < context) | (key <= last_key[:, None])) & (key >= lowest) & (key < stop)
+        score = tl.where(seen, score, float("-inf"))
     new_highest = tl.maximum(highest, tl.max(score, 1))
     if MASKED:
         # A row that has seen no key yet: minus infinity minus itself is no number.
@@ -49,7 +51,7 @@ def attend(
         base = new_highest
     weight = tl.exp2(score - base[:, None])
     decay = tl.exp2(highest - base)
-    v = load_tile(values, start, slots, columns, stop, stride_t, K, MASKED)
+    v = load_tile(values, start, slots, columns, lowest, stop, stride_t, K, MASKED)
     acc = tl.dot(weight.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
     return new_highest, total * decay + tl.sum(weight, 1), acc
 
@@ -103,13 +105,13 @@ def prompt_attention_kernel(
         whole = first + tl.maximum(tl.minimum(context, stop) - first, 0) // BLOCK_T * BLOCK_T
         for start in range(first, whole, BLOCK_T):
             highest, total, acc = attend(
-                highest, total, acc, q, keys, values, start, stop, context, prefix + row, slots, columns, stride_t,
-                scale, K, PRECISION, False,
+                highest, total, acc, q, keys, values, start, first, stop, context, prefix + row, slots, columns,
+                stride_t, scale, K, PRECISION, False,
             )  # fmt: skip
         for start in range(whole, stop, BLOCK_T):
             highest, total, acc = attend(
-                highest, total, acc, q, keys, values, start, stop, context, prefix + row, slots, columns, stride_t,
-                scale, K, PRECISION, True,
+                highest, total, acc, q, keys, values, start, first, stop, context, prefix + row, slots, columns,
+                stride_t, scale, K, PRECISION, True,
             )  # fmt: skip
         tl.store(out + place, acc / total[:, None], mask=inside)
 

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from ... import __version__
 from ..engine import Engine
 from ..rows.interface import Rows
-from .errors import add_handlers
+from .errors import DESCRIBED, add_handlers
 from .middleware import Middleware
 from .openai_routes import openai_routes
 from .operator_routes import operator_routes
@@ -26,6 +26,7 @@ def build_app(
     names: Sequence[str] = ("chatglm-6b",),
     most_waiting: int = 1024,
     keys: Sequence[str] = (),
+    names_requests: bool = True,
 ) -> FastAPI:
     """Return the application; its engine runs until the application's lifespan ends.
 
@@ -36,6 +37,7 @@ def build_app(
         names: by which clients may call the model.
         most_waiting: answers that may wait beyond the rows; others are turned away with 429.
         keys: API keys, one of which a client must send; none lets everybody in.
+        names_requests: write X-Request-Id into answers.
 
     Returns:
         the application, with the ``Service`` as ``app.state.service``.
@@ -48,10 +50,10 @@ def build_app(
         yield
         engine.close()
 
-    app = FastAPI(title="faster_chatglm_6b", version=__version__, lifespan=lifespan)
+    app = FastAPI(title="faster_chatglm_6b", version=__version__, lifespan=lifespan, responses=DESCRIBED)
     app.state.service = service
     add_handlers(app)
     for routes in (openai_routes, stock_routes, operator_routes):
         app.include_router(routes(service))
-    app.add_middleware(Middleware, keys=keys)
+    app.add_middleware(Middleware, keys=keys, names_requests=names_requests)
     return app

@@ -23,8 +23,8 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 class Middleware:
     """Plain ASGI: a response passes through as it comes, and a client's leaving reaches the routes."""
 
-    def __init__(self, app: Any, keys: Sequence[str] = ()):
-        self._app, self._keys = app, [key.encode() for key in keys]
+    def __init__(self, app: Any, keys: Sequence[str] = (), names_requests: bool = True):
+        self._app, self._keys, self._names_requests = app, [key.encode() for key in keys], names_requests
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Handle one connection of any type."""
@@ -42,11 +42,13 @@ class Middleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            if message["type"] == "http.response.start" and self._names_requests:
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
             await send(message)
 
         try:
-            refusal = self._refusal(scope["path"], headers)
+            # Below a prefix, the path has it and the root path says so.
+            refusal = self._refusal(scope["path"].removeprefix(scope.get("root_path", "")), headers)
             if refusal is not None:
                 await refusal.response()(scope, receive, send_with_id)
             else:

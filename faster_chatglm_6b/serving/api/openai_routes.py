@@ -9,8 +9,10 @@ from fastapi import APIRouter, Request, Response
 
 from .errors import ApiError
 from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from .service import Service
+from .service import EVENTS, Service
 from .writing import TokenNames, Writer
+
+_EITHER: dict[int | str, dict[str, Any]] = {200: {**EVENTS, "description": "JSON, or a stream of events."}}
 
 
 def openai_routes(service: Service) -> APIRouter:
@@ -18,12 +20,12 @@ def openai_routes(service: Service) -> APIRouter:
     router = APIRouter()
     names = TokenNames(service.tokenizer)
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=_EITHER)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         return await _answer(service, names, body, request, is_chat=True)
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=_EITHER)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue plain prompts."""
         return await _answer(service, names, body, request, is_chat=False)

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from ... import __version__
+from .errors import ApiError
 from .service import Service
 
 
@@ -13,17 +14,19 @@ def operator_routes(service: Service) -> APIRouter:
     """Return the routes that operators and load balancers look at; they need no key."""
     router = APIRouter()
 
-    @router.get("/health")
+    @router.get("/health", response_class=Response)
     async def health() -> Response:
         """Return 200 if requests are taken, 503 if not."""
-        return Response(status_code=200 if service.engine.is_alive and not service.door.is_draining else 503)
+        if service.door.is_draining or not service.engine.is_alive:
+            raise ApiError("The server takes no requests: it is shutting down, or its engine has failed.", 503)
+        return Response()
 
     @router.get("/version")
     async def version() -> dict[str, str]:
         """Return this package's version."""
         return {"version": __version__}
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """Return the numbers in Prometheus' text format."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)

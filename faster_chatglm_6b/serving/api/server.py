@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
-from ..rows.plain import PlainRows, pages_for
+from ..rows.interface import Rows
+from ..rows.making import make_rows
 from .app import build_app
 
 _log = logging.getLogger("faster_chatglm_6b.serving")
@@ -33,6 +35,7 @@ class Settings:
         most_waiting: answers that may wait beyond the rows.
         shutdown_timeout: seconds that running answers get to finish after SIGTERM.
         log_level: "debug", "info", "warning" or "error".
+        names_requests: write X-Request-Id into answers; a proxy in front may do that itself.
     """
 
     host: str = "127.0.0.1"
@@ -44,6 +47,21 @@ class Settings:
     most_waiting: int = 1024
     shutdown_timeout: int = 30
     log_level: str = "info"
+    names_requests: bool = True
+
+
+def set_up_log(level: str) -> None:
+    """Send the log to stderr; ``level`` is that of the settings."""
+    logging.basicConfig(
+        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+
+
+def application(model: Any, tokenizer: Any, settings: Settings, rows: Rows) -> FastAPI:
+    """Return the application over ``rows``."""
+    return build_app(
+        model, tokenizer, rows, settings.names, settings.most_waiting, settings.keys, settings.names_requests
+    )
 
 
 def serve(model: Any, tokenizer: Any, settings: Settings) -> int:
@@ -52,12 +70,9 @@ def serve(model: Any, tokenizer: Any, settings: Settings) -> int:
     Raises:
         ValueError: the memory is too short for one prompt of the model's length.
     """
-    logging.basicConfig(
-        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    pages = pages_for(model, settings.rows, settings.memory)
-    rows = PlainRows(model, settings.rows, pages)
-    app = build_app(model, tokenizer, rows, settings.names, settings.most_waiting, settings.keys)
+    set_up_log(settings.log_level)
+    rows = make_rows(model, settings.rows, settings.memory)
+    app = application(model, tokenizer, settings, rows)
     config = uvicorn.Config(
         app,
         host=settings.host,

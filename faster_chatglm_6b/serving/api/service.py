@@ -21,6 +21,8 @@ from .prompts import Prompts
 _log = logging.getLogger("faster_chatglm_6b.serving")
 # nginx's status for a client that has gone; only the log sees it.
 _CLIENT_GONE = 499
+# How /openapi.json describes a stream.
+EVENTS: dict[str, Any] = {"content": {"text/event-stream": {}}, "description": "A stream of events."}
 
 
 class Door:

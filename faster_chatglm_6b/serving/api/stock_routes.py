@@ -13,7 +13,7 @@ from ...templates.history import History, read_messages
 from ..generation import Asked, Generation, Piece
 from ..rows.interface import RowRequest
 from .protocol import StockRequest
-from .service import Service
+from .service import EVENTS, Service
 
 _MAX_LENGTH = 2048
 
@@ -33,7 +33,7 @@ def stock_routes(service: Service) -> APIRouter:
 
         return await service.whole(request, generation, leave, write)
 
-    @router.post("/stream")
+    @router.post("/stream", response_class=Response, responses={200: EVENTS})
     async def stream(body: StockRequest, request: Request) -> Response:
         """Answer a turn by server-sent events, each with the response so far."""
         generation, leave = await _generate(service, body, request)

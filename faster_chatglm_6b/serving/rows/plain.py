@@ -18,8 +18,8 @@ from ...decoding.memory import cache_bytes, free_bytes, shown, workspace_bytes
 from ...layers.placement import input_device
 from ...network.prompt_layout import PromptLayout
 from ...ops.caches import CACHE_NAME, DynamicCache
-from .interface import NewRow, RowFailure, RowRequest, RowToken
 from .choice import choose
+from .interface import NewRow, RowFailure, RowRequest, RowToken
 
 PAGE_TOKENS = 64
 # Long enough that a thread which waits for the model wakes up and takes it.
