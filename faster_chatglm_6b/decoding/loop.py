@@ -10,7 +10,6 @@ import torch
 from .engine import DecodeEngine
 from .refusal import check_model, too_little_for_the_loop
 from .request import Request
-from .session import LOOKAHEAD
 from .shortage import is_out_of_memory, reclaim
 
 
@@ -87,7 +86,7 @@ class CapturedRun:
         try:
             if index == 0:
                 session.begin(self._model, request, request.seed())
-            while session.launched < min(index + 1 + LOOKAHEAD, self._limit):
+            while session.lacks(index, self._limit):
                 session.advance(self._model)
         except BaseException as error:
             # Whatever ended the step half way, even an interrupt: no request may continue from there.

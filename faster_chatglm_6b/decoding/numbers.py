@@ -14,7 +14,7 @@ _ALIGNMENT = 16
 
 
 # These are one for all rows.
-_OF_ALL_ROWS = ("turn", "last_row", "pad_id")
+_OF_ALL_ROWS = ("turn", "last_row", "reported", "pad_id")
 # A number for every row, of this many entries.
 Field = tuple[torch.dtype, int]
 
@@ -22,10 +22,11 @@ Field = tuple[torch.dtype, int]
 def _fields(rows: int, end_tokens: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     whole = "top_k ngram_size minimum finished ids_length cache_length step limit lane".split()
     whole += "first_key sop_index sop_slot position".split()
+    whole += "seen draft_count streak need balance price".split()
     fields = {name: (torch.int32, (rows,)) for name in whole}
     fields |= {name: (torch.float32, (rows,)) for name in ("temperature", "top_p", "penalty")}
     fields |= {name: (torch.int64, (rows, end_tokens)) for name in ("minimum_eos", "eos_ids")}
-    fields |= {name: (torch.int32, (1,)) for name in ("turn", "last_row")}
+    fields |= {name: (torch.int32, (1,)) for name in ("turn", "last_row", "reported")}
     return fields | {"seed": (torch.int64, (rows,)), "pad_id": (torch.int64, (1,))}
 
 
@@ -42,6 +43,8 @@ class RequestNumbers:
             pad_id: int64 [1]. As in ``DecodeState``.
         first_key, sop_index, position: as in ``decode_attention``. sop_slot, and last_row: int32 [1], as in
             ``prompt_attention``.
+        seen, draft_count, streak, need, balance, price, and reported: int32 [1]. As in ``DraftState``, whose ``count``
+            and ``turn`` are the second and the last.
 
     Args:
         rows: B.

@@ -8,6 +8,10 @@ import torch
 from ..network.prompt_layout import PromptLayout
 
 MOST_END_TOKENS = 16
+# What ``speculate`` may be, and what it is if nobody says: ids of a draft at every step, or "auto", where they pay.
+SPECULATE, SPECULATE_DEFAULT = (0, 3, 7, "auto"), 0
+# The longest draft for up to so many sequences; more rows than these in all take longer than reading the weights.
+_MOST_DRAFTED = {4: 7, 16: 3}
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,28 @@ class SamplingPlan:
         return any(self.graph_key[4])
 
 
+def check_speculate(speculate: object) -> None:
+    """Raise ValueError unless ``speculate`` is None or one of ``SPECULATE``."""
+    if speculate is None or (isinstance(speculate, (int, str)) and speculate in SPECULATE):
+        return
+    raise ValueError(
+        f"speculate is {speculate!r}, but a step drafts 0, 3 or 7 ids; pass one of those, or 'auto' to draft where it "
+        "pays."
+    )
+
+
+def drafts_for(speculate: int | str | None, batch: int, plan: SamplingPlan) -> tuple[int, bool]:
+    """Return ``draft_tokens`` and ``draft_always`` of a request of ``batch`` sequences that asks for ``speculate``.
+
+    Processors look at the ids before each token, which a draft does not have yet, so such requests get no drafts.
+    """
+    speculate = SPECULATE_DEFAULT if speculate is None else speculate
+    most = next((drafted for rows, drafted in _MOST_DRAFTED.items() if batch <= rows), 0)
+    if plan.has_processors:
+        most = 0
+    return (most, False) if speculate == "auto" else (min(speculate, most), True)
+
+
 @dataclass(frozen=True)
 class Request:
     """A request that the captured loop can serve.
@@ -79,6 +105,8 @@ class Request:
             and None, they return the rows that end, bool [B].
         do_sample: whether tokens are drawn at random.
         generator: source of the seed, or None for torch's default generator.
+        draft_tokens: ids of a draft, from ``drafts_for``; 0 for none.
+        draft_always: whether every step verifies a draft, instead of those only where drafts have come true.
     """
 
     input_ids: torch.Tensor
@@ -91,6 +119,8 @@ class Request:
     host_criteria: Callable[[torch.Tensor, None], torch.Tensor] | None
     do_sample: bool
     generator: torch.Generator | None
+    draft_tokens: int = 0
+    draft_always: bool = False
 
     def history(self) -> torch.Tensor:
         """Return the ids that the processors look at, int64 [B, L].

@@ -10,6 +10,8 @@ from .graphs import StepGraphs
 from .numbers import RequestNumbers
 from .request import Request
 from .sampler import Sampler
+from .shortage import is_out_of_memory
+from .speculation import Speculation
 from .steps.decode import DecodeStep
 from .steps.prompt import PromptStep
 
@@ -80,6 +82,7 @@ class Session:
                 **{name: numbers[name] for name in _STATE_NUMBERS},
             )
         self.graphs = StepGraphs(self.device)
+        self._speculations: dict[int, Speculation] = {}
         self._stream: torch.cuda.Stream | None = None
         if self.on_gpu:
             # A blocking event lets the CPU sleep until the token is there. Nothing is queued behind a prompt's first
@@ -104,6 +107,7 @@ class Session:
         self._plan, self._launched = request.plan, 0
         self._batch = request.input_ids.shape[0]
         self._prompt_keys = self._prefix + request.input_ids.shape[1]
+        self._speculation, self._last_keys = self._speculation_of(model, request), 0
         self._reset(request, seed)
         ids, has_graph = self.prompt.place(model, request.input_ids, request.layout)
         self.numbers.send()
@@ -135,18 +139,49 @@ class Session:
         )
         self.numbers.set(finished=[0] * batch)
         self.numbers.set_ids("eos_ids", request.eos_ids)
+        if self._speculation is not None:
+            self._speculation.begin(request, seed)
 
-    @property
-    def launched(self) -> int:
-        """Tokens of this request that are computed or queued."""
-        return self._launched
+    def _speculation_of(self, model: Any, request: Request) -> Speculation | None:
+        """Return what drafts for the request; None if it asks for none or there is no memory for more positions."""
+        drafted = request.draft_tokens
+        if drafted and drafted not in self._speculations:
+            try:
+                made = Speculation(model, self.step, self.state, self.numbers, drafted, _RING_ROWS)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return None
+            # Graphs hold the addresses of its buffers, so it stays as long as the session.
+            self._speculations[drafted] = made
+        return self._speculations.get(drafted)
+
+    def lacks(self, index: int, limit: int) -> bool:
+        """Tell whether to queue another turn before token ``index`` of at most ``limit`` is read."""
+        speculation = self._speculation
+        if speculation is None:
+            return self._launched < min(index + 1 + LOOKAHEAD, limit)
+        wanted = speculation.turns_read + LOOKAHEAD + (not speculation.has(index))
+        return self._launched < wanted and not speculation.is_enough(self._launched, limit)
 
     def advance(self, model: Any) -> None:
-        """Compute or queue one more token of every sequence."""
+        """Compute or queue one more turn: a token of every sequence, or several where drafts are right."""
         self._follow()
-        most_keys = key_bucket(self._prompt_keys + self._launched, self.capacity)
+        speculation, tokens = self._speculation, self._launched
+        if speculation is not None:
+            tokens = speculation.most_tokens(self._launched)
+        most_keys = key_bucket(self._prompt_keys + tokens, self.capacity)
         key = (most_keys, self._plan.graph_key)
-        self.graphs.run(key, functools.partial(self._run, model, most_keys), self.state.step)
+        run = functools.partial(self._run, model, most_keys)
+        if speculation is not None:
+            key = (*key, speculation.rows)
+            # Compiling and capturing takes long, so it is not left for later: a graph that may be new is used once.
+            # That happens in every answer, so that all of them round alike.
+            if speculation.asks or most_keys != self._last_keys:
+                key = (*key, "drafts")
+                run = functools.partial(speculation.run, model, self._plan, most_keys)
+            self._last_keys = most_keys
+        self.graphs.run(key, run, self.state.step)
         self._mark()
 
     def _run(self, model: Any, most_keys: int) -> None:
@@ -154,6 +189,8 @@ class Session:
 
     def _finish_step(self, logits: torch.Tensor) -> None:
         self.sampler.run(self._plan, logits, self.state, self.step.workspace)
+        if self._speculation is not None:
+            self._speculation.report()
 
     def _follow(self) -> None:
         """Wait on the device for the last work, of this request or an abandoned one, if another stream runs it."""
@@ -175,11 +212,22 @@ class Session:
     def read(self, index: int) -> torch.Tensor:
         """Wait for token ``index`` of every sequence and return it, int64 [B] on the CPU.
 
-        Only the last ``_RING_ROWS`` launched tokens can be read.
+        Only the last ``_RING_ROWS`` launched turns can be read.
         """
+        if self._speculation is not None:
+            return self._read_drafted(index)
         if self.on_gpu:
             self._event(index).synchronize()
         return self.state.ring[index % _RING_ROWS, : self._batch].clone()
+
+    def _read_drafted(self, index: int) -> torch.Tensor:
+        """Read as many turns as have token ``index`` of every sequence; those that bring more are ahead."""
+        speculation = self._speculation
+        while not speculation.has(index):
+            if self.on_gpu:
+                self._event(speculation.turns_read).synchronize()
+            speculation.read()
+        return speculation.tokens(index)
 
     def ids(self, length: int) -> torch.Tensor:
         """Return the first ``length`` ids of every sequence, a view [B, length] in device memory."""

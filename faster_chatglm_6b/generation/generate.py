@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.generation.utils import GenerationMixin
 
+from ..decoding.request import check_speculate
 from ..decoding.shortage import memory_returned
 from ..layers.adapters import refuse_prompt_learning
 from ..layers.placement import input_device
@@ -37,9 +38,15 @@ class PrefixGenerationMixin(SearchMixin):
         ``past_key_values`` or as ``cache``, whatever the installed transformers calls it. Hidden states and attentions
         have stock's layouts, see ``ChatGLMModel.forward``.
 
+        ``speculate`` lets the captured loop draft ids from the prompt and the answer so far and verify several in one
+        step: 3 or 7 in every step, 0 for none, or "auto", as many as pay and only where earlier drafts came true. The
+        answer is the same, sampled ones too, up to near-ties. transformers' ``prompt_lookup_num_tokens`` asks for it as
+        well. Processors that look at earlier ids, criteria of the caller's own and more than 16 sequences go without.
+
         Raises:
             ValueError: no room for an answer, ids that are no ChatGLM prompt, a mask that ``generate`` cannot follow,
-                a cache of another model or two caches, or a search that cannot follow a prefix LM.
+                a cache of another model or two caches, ``speculate`` of another value, or a search that cannot follow
+                a prefix LM.
         """
         refuse_prompt_learning(self)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -49,6 +56,7 @@ class PrefixGenerationMixin(SearchMixin):
                 "as well)."
             )
         check_ids(input_ids)
+        check_speculate(kwargs.get("speculate"))
         if kwargs.get("cache_implementation") == "paged":
             raise no_continuous_batching()
         # If memory runs out, this frame stays with the exception, so it names only the caller's own tensors.
@@ -100,6 +108,7 @@ class PrefixGenerationMixin(SearchMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | None = None,
         generator: torch.Generator | None = None,
+        speculate: int | str | None = None,
         cache: Cache | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -113,7 +122,7 @@ class PrefixGenerationMixin(SearchMixin):
             past_key_values: the cache; one under a third name is found among ``kwargs``.
             cache: another name of ``past_key_values``.
             prompt_position_ids: the caller's own positions of the prompt; later tokens count on from them.
-            generator: of ``generate``, named here so that transformers lets it through.
+            generator, speculate: of ``generate``, named here so that transformers lets them through.
         """
         past_key_values = cache_in({"past_key_values": past_key_values, "cache": cache, **kwargs})
         past_length = cached_tokens(past_key_values, self.config)

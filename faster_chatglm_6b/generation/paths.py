@@ -30,15 +30,34 @@ def generate_ids(
     """
     arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
     try:
-        tokens = list(_captured(model, read_request(model, *arguments, model_kwargs), streamer))
+        return captured_ids(model, *arguments, streamer, model_kwargs)
     except CannotServe as reason:
         report.record_generation("plain", str(reason))
-        tokens = None
-    if tokens is None:
-        # transformers' own loop takes no generator.
-        if model_kwargs.get("generator") is None:
-            return plain()
-        tokens = list(plain_tokens(model, *arguments, streamer, model_kwargs))
+    # transformers' own loop takes no generator.
+    if model_kwargs.get("generator") is None:
+        return plain()
+    return _joined(input_ids, list(plain_tokens(model, *arguments, streamer, model_kwargs)))
+
+
+def captured_ids(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any,
+    model_kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """Return what ``generate_ids`` returns, from the captured loop.
+
+    Raises:
+        CannotServe: before the first token: the loop cannot do what the arguments ask; the message says why.
+    """
+    request = read_request(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+    return _joined(input_ids, list(_captured(model, request, streamer)))
+
+
+def _joined(input_ids: torch.Tensor, tokens: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat((input_ids, torch.stack(tokens, dim=1).to(input_ids.device)), dim=1)
 
 

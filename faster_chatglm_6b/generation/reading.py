@@ -22,7 +22,7 @@ from ..ops.caches import CACHE_NAMES, Cache
 # Arguments of transformers' loop that the captured loop follows or does not need. Outputs other than tokens also take
 # return_dict_in_generate, which the captured loop leaves to the plain one.
 _FOLLOWED = {"attention_mask", "use_cache", "logits_to_keep", "cache_position", "generator", "tokenizer"}
-_FOLLOWED |= {"output_attentions", "output_hidden_states"}
+_FOLLOWED |= {"output_attentions", "output_hidden_states", "speculate"}
 
 # The fields of GenerationConfig from transformers 4.45 to 5.24. Each acts through a logits processor or a stopping
 # criterion, which are read one by one, or is read into a ``Request``, or chooses another search than ``_sample``.

@@ -8,7 +8,7 @@ from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 from ..decoding.refusal import CannotServe, check_ends
-from ..decoding.request import MOST_END_TOKENS, Request, SamplingPlan
+from ..decoding.request import MOST_END_TOKENS, SPECULATE, Request, SamplingPlan, drafts_for
 from ..network.prompt_layout import PromptLayout
 from ..ops.caches import cache_in
 from .processors import InvalidScoreLogitsProcessor
@@ -52,6 +52,7 @@ def read_request(
     eos_ids = tuple(dict.fromkeys(end_ids))
     if len(eos_ids) > MOST_END_TOKENS:
         raise CannotServe(f"there are more than {MOST_END_TOKENS} end tokens")
+    drafted, always = drafts_for(_speculate(generation_config, model_kwargs), len(input_ids), plan)
     others = StoppingCriteriaList(c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria))
     return Request(
         input_ids=input_ids.to(model.lm_head.weight.device),
@@ -64,7 +65,18 @@ def read_request(
         host_criteria=others if len(others) else None,
         do_sample=bool(generation_config.do_sample),
         generator=model_kwargs.get("generator"),
+        # The caller's criteria look at one token after the other.
+        draft_tokens=0 if len(others) else drafted,
+        draft_always=always,
     )
+
+
+def _speculate(generation_config: Any, model_kwargs: dict[str, Any]) -> int | str | None:
+    """Return what is asked for by ``speculate``, else by transformers' ``prompt_lookup_num_tokens``."""
+    given, looked_up = model_kwargs.get("speculate"), getattr(generation_config, "prompt_lookup_num_tokens", None)
+    if given is None and looked_up is not None:
+        given = min((k for k in SPECULATE[1:3] if k >= looked_up), default=SPECULATE[2])
+    return given
 
 
 def _read_together(end_tokens: list[torch.Tensor], pad: torch.Tensor | None) -> tuple[list[int], int]:

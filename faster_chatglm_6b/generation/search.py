@@ -7,8 +7,9 @@ import torch
 from transformers.generation.utils import GenerationMixin
 
 from .. import report
+from ..decoding.refusal import CannotServe
 from ..decoding.shortage import memory_explained
-from .paths import generate_ids, generate_tokens
+from .paths import captured_ids, generate_ids, generate_tokens
 from .reading import check_searches
 from .states import take_states, with_states
 from .streaming import no_single_next_token, streaming
@@ -28,7 +29,16 @@ class SearchMixin:
             return super()._beam_search(*args, **kwargs)
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        """Run transformers' assisted decoding, unless the caller asks for a stream."""
+        """Run assisted decoding, unless the caller asks for a stream.
+
+        The captured loop drafts from the prompt itself, as ``prompt_lookup_num_tokens`` asks. If it cannot serve, and
+        for other drafts, transformers' own search runs.
+        """
+        if not streaming.get() and _looks_up_only(kwargs):
+            try:
+                return self._look_up(*args, **kwargs)
+            except CannotServe:
+                pass
         if streaming.get():
             raise no_single_next_token()
         if self.config.pre_seq_len:
@@ -52,6 +62,26 @@ class SearchMixin:
         with memory_explained(self, args[0], kwargs["generation_config"].max_length):
             output = super()._assisted_decoding(*args, **kwargs)
             return with_states(self, output, args[0].shape[1], states, kwargs) if states else output
+
+    def _look_up(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> torch.Tensor:
+        """Run the captured loop for the arguments of ``_assisted_decoding``.
+
+        Raises:
+            CannotServe: before the first token.
+        """
+        kept = {name: value for name, value in model_kwargs.items() if name not in _OF_ASSISTED_DECODING}
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+        with memory_explained(self, input_ids, generation_config.max_length):
+            return captured_ids(self, *arguments, _with_sync(kept, synced_gpus))
 
     def _sample(
         self,
@@ -94,6 +124,17 @@ class SearchMixin:
         engine = self.__dict__.get("_decode_engine")
         if engine is not None:
             engine.release()
+
+
+# Arguments of transformers' assisted decoding that only its own drafts need.
+_OF_ASSISTED_DECODING = {"assistant_model", "assistant_tokenizer", "candidate_generator", "inputs_tensor", "tokenizer"}
+
+
+def _looks_up_only(arguments: dict[str, Any]) -> bool:
+    """Tell whether drafts are to come from the ids alone."""
+    config = arguments["generation_config"]
+    others = (arguments.get("assistant_model"), getattr(config, "assistant_early_exit", None))
+    return getattr(config, "prompt_lookup_num_tokens", None) is not None and others == (None, None)
 
 
 def _with_sync(model_kwargs: dict[str, Any], synced_gpus: bool) -> dict[str, Any]:

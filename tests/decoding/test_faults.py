@@ -129,6 +129,9 @@ class StandInSession:
     def begin(self, model, request, seed):
         self.launched = 1
 
+    def lacks(self, index, limit):
+        return self.launched < min(index + 4, limit)
+
     def advance(self, model):
         self.launched += 1
 

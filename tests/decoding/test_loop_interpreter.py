@@ -16,7 +16,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to interpret")
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "ops")]
+import draft_checks  # noqa: E402
 import fault_checks  # noqa: E402
 import lifecycle_checks  # noqa: E402
 import loop_checks  # noqa: E402
@@ -34,6 +35,7 @@ CHECKS = (
     + lifecycle_checks.EVERYWHERE
     + fault_checks.EVERYWHERE
     + row_checks.EVERYWHERE
+    + draft_checks.EVERYWHERE
     + release_checks.EVERYWHERE
 )
 LOOP = {check.__name__: check for check in CHECKS}

@@ -57,6 +57,50 @@ def prompt_launches(dtype: torch.dtype, batch: int, rows: int) -> None:
     kernels.prompt_attention(query, cache, cache, *places, int32(1), prefix=128)
 
 
+def speculation_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
+    """Return what a step of 1 + k positions has of its own; most of it knows no dtype, and float16 stands for that."""
+    calls = []
+    for batch, rows, splits in ((1, 8, 8), (16, 4, 1), (2, 8, 2))[: 3 if dtype == torch.float16 else 1]:
+        state = decode_state(batch)
+        drafts = kernels.DraftState(
+            tokens=meta(torch.int64, batch, rows),
+            **{name: int32(batch) for name in ("count", "seen", "first", "streak", "need", "balance", "price")},
+            steps=int32(batch * rows),
+            reports=meta(torch.int64, 16, batch, 2 + rows),
+            turn=int32(1),
+        )
+        packed, counts = meta(dtype, batch, rows, 3 * HIDDEN), 5 * [int32(batch)]
+        cache, table = meta(dtype, batch, HEADS, CAPACITY, SIZE), meta(dtype, POSITIONS, SIZE // 4)
+        workspace = kernels.Workspace("meta", batch * rows)
+        arguments = (packed, cache, cache, *counts, table, table)
+        calls.append(lambda a=arguments, w=workspace, s=splits: kernels.draft_attention(*a, splits=s, workspace=w))
+        if dtype != torch.float16 or batch == 2:
+            continue
+        sampled = meta(torch.int64, batch * rows)
+        calls.append(lambda s=sampled, state=state, drafts=drafts: kernels.accept(s, state, drafts))
+        calls += [
+            lambda state=state, drafts=drafts, w=workspace, spent=spent: kernels.propose(
+                state, drafts, spent=spent, workspace=w
+            )
+            for spent in (False, True)
+        ]
+    return calls
+
+
+def decode_state(batch: int) -> kernels.DecodeState:
+    return kernels.DecodeState(
+        tokens=meta(torch.int64, batch),
+        finished=int32(batch),
+        ids=meta(torch.int64, batch, CAPACITY),
+        **{name: int32(batch) for name in ("ids_length", "cache_length", "step", "limit", "lane")},
+        eos_ids=meta(torch.int64, batch, 16),
+        seed=meta(torch.int64, batch),
+        ring=meta(torch.int64, 256, batch),
+        turn=int32(1),
+        pad_id=meta(torch.int64, 1),
+    )
+
+
 def packed_launches(dtype: torch.dtype, rows: int, page: int) -> None:
     """Launch what rotates and attends in packed prompts of up to ``rows`` tokens."""
     pages, table = meta(dtype, 999, HEADS, page, SIZE), meta(dtype, POSITIONS, SIZE // 4)
@@ -145,17 +189,7 @@ def dot_launches(family: configs.Family, dtype: torch.dtype) -> list[Callable[[]
 def sampling_launches(dtype: torch.dtype, capacity: int) -> list[Callable[[], object]]:
     """Return the samplers over scores of ``dtype``, and the processors before them."""
     batch = 2
-    state = kernels.DecodeState(
-        tokens=meta(torch.int64, batch),
-        finished=int32(batch),
-        ids=meta(torch.int64, batch, CAPACITY),
-        **{name: int32(batch) for name in ("ids_length", "cache_length", "step", "limit", "lane")},
-        eos_ids=meta(torch.int64, batch, 16),
-        seed=meta(torch.int64, batch),
-        ring=meta(torch.int64, 256, batch),
-        turn=int32(1),
-        pad_id=meta(torch.int64, 1),
-    )
+    state = decode_state(batch)
     logits, scores = meta(dtype, batch, VOCAB), meta(torch.float32, batch, VOCAB)
     number, count = meta(torch.float32, batch), int32(batch)
     workspace = kernels.Workspace("meta", batch)

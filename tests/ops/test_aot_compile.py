@@ -20,6 +20,8 @@ GROUPS = {
     "gemv fp32": lambda family: launches.gemv_launches(family, torch.float32),
     "tensor cores fp16": lambda family: launches.dot_launches(family, torch.float16),
     "tensor cores bf16": lambda family: launches.dot_launches(family, torch.bfloat16),
+    "speculation fp16": lambda family: launches.speculation_launches(torch.float16),
+    "speculation fp32": lambda family: launches.speculation_launches(torch.float32),
     "sampling fp16": lambda family: launches.sampling_launches(torch.float16, capacity=64),
     # Once is enough: the larger capacity takes the most shared memory, and a sort takes seconds to compile.
     "sampling fp32": lambda family: launches.sampling_launches(torch.float32, capacity=128),

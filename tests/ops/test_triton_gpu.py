@@ -7,6 +7,7 @@ pytest.importorskip("triton", reason="Triton is not installed, so there are no k
 
 import operator_checks as operators  # noqa: E402
 import sampling_checks as sampling  # noqa: E402
+import speculation_checks as speculation  # noqa: E402
 
 from faster_chatglm_6b.ops import triton as kernels  # noqa: E402
 from faster_chatglm_6b.ops.triton.configs import Dot, Gemv  # noqa: E402
@@ -238,3 +239,31 @@ def test_captured_step_repeats():
         graph.replay()
     assert torch.equal(state.ids, captured.ids)
     assert int(captured.ids_length) == 31
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "batch, rows, heads, size, length, splits",
+    [
+        (1, 8, 32, 128, 0, None),
+        (1, 8, 32, 128, 31, None),
+        (1, 8, 32, 128, 1500, None),
+        (1, 4, 32, 128, 777, 8),
+        (4, 8, 32, 128, 300, None),
+        (16, 4, 4, 64, 130, 3),
+        (3, 8, 4, 24, 200, 2),
+        (2, 16, 3, 8, 65, 1),
+    ],
+)
+def test_draft_attention(dtype, batch, rows, heads, size, length, splits):
+    for two in (True, False):
+        speculation.check_draft_attention(DEVICE, dtype, batch, rows, heads, size, length, splits, two)
+    speculation.check_draft_attention(DEVICE, dtype, batch, rows, heads, size, length, splits, room=rows - 1)
+
+
+@pytest.mark.parametrize("rows", [4, 8])
+def test_proposals_and_their_acceptance(rows):
+    speculation.check_accept(DEVICE, rows)
+    speculation.check_back_off(DEVICE)
+    for length, tokens, spent in ((20, 3, False), (1500, 2, True), (2100, 30, True), (30, 2, False)):
+        speculation.check_propose(DEVICE, rows, length, tokens, spent)

@@ -33,6 +33,17 @@ CASES = [
     ("decode_attention", SINGLE, [3, 2, 32, 0, 2]),
     ("decode_attention", SINGLE, [1, 2, 24, 70, 1, False]),
     ("decode_attention", SINGLE, [1, 1, 128, 200, None]),
+    ("draft_attention", HALF, [4, 4, 2, 32, 130, 3]),
+    ("draft_attention", SINGLE, [2, 8, 2, 24, 70, 2, False]),
+    ("draft_attention", SINGLE, [1, 8, 1, 8, 0, 1]),
+    ("draft_attention", SINGLE, [4, 8, 1, 16, 90, 4, True, 3]),
+    ("draft_attention", HALF, [1, 8, 1, 128, 200, None]),
+    ("propose", None, [4, 20, 3, False]),
+    ("propose", None, [8, 1500, 2, True]),
+    ("propose", None, [8, 30, 2, True]),
+    ("accept", None, [4]),
+    ("accept", None, [8]),
+    ("back_off", None, []),
     ("fused_matmul_bias", HALF, [1, 37, 100, "residual"]),
     ("fused_matmul_bias", SINGLE, [3, 37, 100, "gelu"]),
     ("fused_matmul_bias", SINGLE, [4, 37, 100, "plain", False]),
@@ -79,7 +90,8 @@ def test_interpreted(name: str, results: dict[str, str | None]) -> None:
 if __name__ == "__main__":
     import operator_checks
     import sampling_checks
+    import speculation_checks
 
     from faster_chatglm_6b.ops.triton import configs
 
-    run_and_print(CASES, operator_checks, sampling_checks, configs)
+    run_and_print(CASES, operator_checks, sampling_checks, speculation_checks, configs)

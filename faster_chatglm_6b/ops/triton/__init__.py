@@ -25,13 +25,20 @@ from .sampling.processors import copy_scores, min_length, no_repeat_ngram, repet
 from .sampling.state import DecodeState
 from .sampling.top_k import top_k_sample
 from .skip_layer_norm import skip_layer_norm
+from .speculation.accept import accept
+from .speculation.draft_attention import draft_attention
+from .speculation.propose import propose
+from .speculation.state import DraftState
 from .workspace import Workspace
 
 __all__ = [
     "DecodeState",
+    "DraftState",
     "Workspace",
+    "accept",
     "copy_scores",
     "decode_attention",
+    "draft_attention",
     "embedding",
     "fast_gelu",
     "full_sample",
@@ -49,6 +56,7 @@ __all__ = [
     "packed_prompt_block",
     "packed_rotary_concat",
     "prompt_attention",
+    "propose",
     "repetition_penalty",
     "rotary_concat_past_key_value",
     "skip_layer_norm",

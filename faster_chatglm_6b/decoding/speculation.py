@@ -1,0 +1,146 @@
+"""Draft ids from the prompt and the answer so far, verify several in one step, and tell the host how many were right.
+
+Nothing here waits for the host: a step's own kernels draft for the next one, and every turn reports to a ring that the
+host reads some turns behind.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..ops import triton as kernels
+from ..ops.triton.speculation.propose import FIRST_BALANCE, FIRST_NEED
+from ..ops.triton.speculation.state import FINISHED, REPORT_HEAD, WANTS
+from .numbers import RequestNumbers
+from .request import Request, SamplingPlan
+from .sampler import Sampler
+from .steps.decode import DecodeStep
+from .steps.draft import DraftStep
+
+# The numbers that are a part of the positions' state.
+_STATE_NUMBERS = "finished ids_length cache_length step limit eos_ids seed lane turn pad_id".split()
+
+# What a step of 1 + k positions costs beyond one of a single position, in eighths of that, by the bits of the weights:
+# the fewer bytes there are to read, the more the other positions weigh. By docs/speed.md, on an H200.
+_PRICES = {None: 2, 8: 3, 4: 7}
+
+
+class Speculation:
+    """A session's steps of 1 + k positions, and the tokens that came of them.
+
+    The samplers know nothing of it: to them each position is a row, with its sequence's seed and lane, and the step
+    that the position would have if it came alone. So a seeded answer is the same with and without drafts.
+
+    Args:
+        model: a ``ChatGLMForConditionalGeneration`` that ``refusal.check_model`` accepts.
+        step: the session's step of one token, with room for B sequences.
+        state: the session's.
+        numbers: the session's.
+        drafted: k, the ids of a draft: 3 or 7.
+        reports: turns that the host may fall behind.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        step: DecodeStep,
+        state: kernels.DecodeState,
+        numbers: RequestNumbers,
+        drafted: int,
+        reports: int,
+    ):
+        batch, rows, device = step.batch, 1 + drafted, step.packed.device
+        self.rows, self._state, self._numbers = rows, state, numbers
+        self._price = _PRICES.get(model.config.quantization_bit, _PRICES[None])
+        self._step = DraftStep(model, step, rows, numbers)
+        self._each = RequestNumbers(batch * rows, device)
+        self._sampler = Sampler(batch * rows, step.vocab_size, device, self._each)
+        with torch.inference_mode(False):
+            ring = torch.full((reports, batch, REPORT_HEAD + rows), -1, dtype=torch.int64)
+            self._drafts = kernels.DraftState(
+                tokens=torch.zeros(batch, rows, dtype=torch.int64, device=device),
+                count=numbers["draft_count"],
+                first=numbers["first_key"],
+                steps=self._each["step"],
+                reports=ring.pin_memory() if device.type == "cuda" else ring,
+                turn=numbers["reported"],
+                **{name: numbers[name] for name in ("seen", "streak", "need", "balance", "price")},
+            )
+            # The positions share no ids: none of their tokens is kept there.
+            self._positions = kernels.DecodeState(
+                tokens=torch.zeros(batch * rows, dtype=torch.int64, device=device),
+                ids=torch.zeros(batch * rows, 1, dtype=torch.int64, device=device),
+                ring=torch.zeros(1, batch * rows, dtype=torch.int64, device=device),
+                **{name: self._each[name] for name in _STATE_NUMBERS},
+            )
+
+    def begin(self, request: Request, seed: torch.Tensor) -> None:
+        """Start a request; the session sends its numbers after this."""
+        batch, length = request.input_ids.shape
+        self._always, self._pad = request.draft_always, request.pad_id
+        self._answers: list[list[int]] = [[] for _ in range(batch)]
+        self._ended, self._asks, self._read = [False] * batch, False, 0
+        self._numbers.set(
+            seen=length, draft_count=0, streak=0, need=FIRST_NEED, balance=FIRST_BALANCE, price=self._price, reported=0
+        )
+        self._sampler.configure(request.plan)
+        lanes = np.repeat(np.arange(self._state.tokens.shape[0]), self.rows)
+        self._each.set(
+            ids_length=1, cache_length=0, step=0, turn=0, limit=2**31 - 1, finished=0, seed=seed.item(), lane=lanes
+        )
+        self._each.set_ids("eos_ids", ())
+        self._each.send()
+
+    def run(self, model: Any, plan: SamplingPlan, most_keys: int) -> None:
+        """Compute or queue a turn of 1 + k positions."""
+        logits = self._step.run(model, self._drafts.tokens, self._state.cache_length, most_keys)
+        self._sampler.run(plan, logits, self._positions, self._step.workspace)
+        kernels.accept(self._positions.tokens, self._state, self._drafts)
+        self.report(spent=True)
+
+    def report(self, spent: bool = False) -> None:
+        """Compute or queue what ends each turn: the report, and the next drafts."""
+        kernels.propose(self._state, self._drafts, spent=spent, workspace=self._step.workspace)
+
+    @property
+    def asks(self) -> bool:
+        """Whether the next turn should have 1 + k positions, by what was read so far."""
+        return self._always or self._asks
+
+    @property
+    def turns_read(self) -> int:
+        """Turns of this request whose reports were read."""
+        return self._read
+
+    def read(self) -> None:
+        """Read the report of the next turn, which must have ended."""
+        report = self._drafts.reports[self._read % len(self._drafts.reports), : len(self._answers)].tolist()
+        self._read += 1
+        self._asks = False
+        for row, (count, flags, *tokens) in enumerate(report):
+            if self._ended[row]:
+                continue
+            self._answers[row] += tokens[:count]
+            self._ended[row] = bool(flags & FINISHED)
+            self._asks |= bool(flags & WANTS)
+
+    def has(self, index: int) -> bool:
+        """Tell whether token ``index`` of every sequence was read, or its end."""
+        return all(ended or len(answer) > index for ended, answer in zip(self._ended, self._answers, strict=True))
+
+    def tokens(self, index: int) -> torch.Tensor:
+        """Return token ``index`` of every sequence, int64 [B] on the CPU, and the pad id for those that ended."""
+        found = [answer[index] if index < len(answer) else self._pad for answer in self._answers]
+        return torch.tensor(found, dtype=torch.int64)
+
+    def is_enough(self, launched: int, limit: int) -> bool:
+        """Tell whether ``launched`` turns are sure to bring ``limit`` tokens, or its end, to every sequence."""
+        coming = launched - self._read
+        return all(
+            ended or len(answer) + coming >= limit for ended, answer in zip(self._ended, self._answers, strict=True)
+        )
+
+    def most_tokens(self, launched: int) -> int:
+        """Return the most tokens that a sequence may have after ``launched`` turns and one more."""
+        return max(map(len, self._answers)) + (launched + 1 - self._read) * self.rows
