@@ -25,9 +25,9 @@ _GELU = "fast_gelu"
 
 def serves_half_precision() -> bool:
     """Tell whether models in half precision are fast here, and so need not be turned to float32; it may compile."""
-    from . import native
+    from . import between, native
 
-    return switch_refusal() is None and isinstance(native.load(), native.Kernel)
+    return switch_refusal() is None and isinstance(between.load(), native.Kernel)
 
 
 def choose(dtype: torch.dtype) -> Operators:
@@ -38,7 +38,7 @@ def choose(dtype: torch.dtype) -> Operators:
     table = reference_operators("PyTorch's own kernels serve the CPU")
     if dtype not in _DTYPES:
         return table
-    kernel = native.load()
+    kernel = between.load()
     functions: dict[str, Callable] = {}
     choices: dict[str, tuple[str, str]] = {}
     if isinstance(kernel, native.Kernel):

@@ -158,14 +158,23 @@ def finish(
     return out.to(x.dtype)
 
 
-def trials(
-    kernel: native.Kernel, make: Callable[..., torch.Tensor]
-) -> dict[str, tuple[Callable[[], torch.Tensor], torch.Tensor]]:
-    """Return small calls of every function here by name, with what the definition gives in float64.
+@functools.cache
+def load() -> native.Kernel | str:
+    """Return the kernel of ``native.load`` if the functions here are right too, or one clause that says why not."""
+    kernel = native.load()
+    if isinstance(kernel, str):
+        return kernel
+    wrong = native.what_differs(_trials(kernel))
+    return kernel if wrong is None else f"the C kernel is wrong on this machine: {wrong}"
 
-    Args:
-        make: returns random numbers of a shape, float32.
-    """
+
+def _trials(kernel: native.Kernel) -> dict[str, tuple[Callable[[], torch.Tensor], torch.Tensor]]:
+    """Return small calls of every function here by name, with what the definition gives in float64."""
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
     query, key, value = make(2, 3, 2, 72), make(2, 3, 9, 72), make(2, 3, 9, 72)
     bias, packed = make(2, 1, 2, 9), make(2, 5, 3 * 3 * 16)
     positions, cos, sin = torch.arange(20, device="cpu").view(2, 2, 5) % 7, make(7, 4), make(7, 4)
