@@ -76,7 +76,7 @@ def test_checks_are_run_by_both_loops():
             for path in (ROOT / "tests" / "decoding").glob("test_*.py")
             if f"{kind}.EVERYWHERE" in path.read_text("utf-8")
         ]
-        assert "test_loop_interpreter.py" in runners and any(name.endswith("_gpu.py") for name in runners), kind
+        assert "test_loop_life_interpreter.py" in runners and any(name.endswith("_gpu.py") for name in runners), kind
 
 
 @pytest.mark.parametrize("name", ["docs/questions.md", "docs/zh/questions.md"])
