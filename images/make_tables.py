@@ -26,6 +26,7 @@ from records import (
     spelled,
     table_rows,
 )
+from serving_table import drafts, serving
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "examples"))
@@ -39,6 +40,7 @@ WORDS = json.loads((Path(__file__).parent / "words.json").read_text("utf-8"))
 _HEADLINE_PROMPTS = (20, 1024)
 # docs/ has such parts too.
 SPEED = {"en": "docs/speed.md", "zh": "docs/zh/speed.md"}
+SERVING = {"en": "docs/serving.md", "zh": "docs/zh/serving.md"}
 CHECKS_FILE = "benchmark_h200_checks.json"
 _BLOCK = re.compile(r"(<!-- (\w+): [^\n]* -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -284,7 +286,7 @@ def aims(language: str, data: Path) -> str:
 
 BLOCKS: dict[str, Callable[[str, Path], str]] = {
     function.__name__: function
-    for function in (picture, headline, speed, first_token, experiment, comparison, aims, cpu)
+    for function in (picture, headline, speed, first_token, experiment, comparison, aims, cpu, serving, drafts)
 }
 
 
@@ -308,7 +310,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT, help="folder for the pages (%(default)s)")
     options = parser.parse_args()
     for language in READMES:
-        for name in (READMES[language], SPEED[language]):
+        for name in (READMES[language], SPEED[language], SERVING[language]):
             text = updated((ROOT / name).read_text("utf-8"), language, options.data)
             path = options.out / name
             path.parent.mkdir(parents=True, exist_ok=True)

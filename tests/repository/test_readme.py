@@ -22,7 +22,8 @@ BOTH = pytest.mark.parametrize("name", LANGUAGES)
 # Each page has these generated parts.
 GENERATED = {
     "README.md": ["headline", "picture"],
-    "docs/speed.md": ["speed", "first_token", "aims", "experiment", "comparison", "cpu"],
+    "docs/speed.md": ["speed", "first_token", "aims", "drafts", "experiment", "comparison", "cpu"],
+    "docs/serving.md": ["serving"],
 }
 
 
@@ -37,7 +38,9 @@ def test_the_generated_parts_hold_the_records(english, language):
 
 
 def test_no_other_page_has_generated_parts():
-    written = {*make_tables.READMES.values(), *make_tables.SPEED.values()}
+    written = {
+        name for pages in (make_tables.READMES, make_tables.SPEED, make_tables.SERVING) for name in pages.values()
+    }
     assert {name for name in PAGES if "<!-- end -->" in read(name).splitlines()} == written
 
 
@@ -51,6 +54,28 @@ def test_the_tables_are_made_of_the_records():
         assert record["new_tokens"] == 1 or any(row in speed for row in rows), rows
     assert {record["gpu"] for record in records} == {"NVIDIA H200"} and "NVIDIA H200" in speed
     assert f"{records[0]['read_ceiling_gb_per_s']:.0f}" in speed and records[0]["clocks"] in speed
+
+
+def test_the_tables_of_the_server_and_of_drafts_are_made_of_the_records():
+    """Every record of a load shows, and the worst loss of drafts by weights."""
+    folder = ROOT / "images" / "data"
+    records = json.loads((folder / "serving_h200.json").read_text("utf-8"))
+    text = make_tables.serving("en", make_tables.DATA)
+    for record in records:
+        if record["kind"] == "offline":
+            assert f"{record['tokens_per_s']:.0f}" in text
+        if record["kind"] == "http":
+            first, between = record["ms_first_token_p50"], record["ms_between_tokens_p99"]
+            row = f"| {record['weights']} | {record['clients']} | {record['tokens_per_s']:.0f} | {first:.1f}, "
+            (line,) = [line for line in text.splitlines() if line.startswith(row)]
+            assert line.endswith(f", {between:.1f} |")
+    records = json.loads((folder / "speculation_h200.json").read_text("utf-8"))
+    losses = [record for record in records if record["kind"] == "unforced"]
+    text = make_tables.drafts("en", make_tables.DATA)
+    for weights in ("fp16", "int8", "int4"):
+        worst = max(record["times_as_long"] for record in losses if record["weights"] == weights)
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {weights} |")]
+        assert line.endswith(f"| {worst:.3f} x |")
 
 
 @pytest.mark.parametrize("name", ["docs/demos.md", TRANSLATED["docs/demos.md"]])
