@@ -162,18 +162,18 @@ def out_of_memory_for_rows_to_spare(model):
 
     def short(model, rows, capacity):
         made.append(rows)
-        return out_of_memory() if rows == 4 else make(model, rows, capacity)
+        return out_of_memory() if rows == 3 else make(model, rows, capacity)
 
-    with mock.patch.object(session, "ROW_BUCKETS", (1, 2, 4)):
+    with mock.patch.object(session, "ROW_BUCKETS", (1, 3)):
         with mock.patch.object(engine, "Session", short), expect(captured=2):
             for _ in range(2):
-                assert model.generate(ids.repeat(3, 1), **EXACT).tolist() == 3 * expected
+                assert model.generate(ids.repeat(2, 1), **EXACT).tolist() == 2 * expected
         # At first without the other sessions; the second call finds the session that there is.
-        assert made == [4, 4, 3] and list(loop.engine_of(model)._sessions) == [3]
+        assert made == [3, 3, 2] and list(loop.engine_of(model)._sessions) == [2]
         with expect(captured=2):
-            assert model.generate(ids.repeat(4, 1), **EXACT).tolist() == 4 * expected
             assert model.generate(ids.repeat(3, 1), **EXACT).tolist() == 3 * expected
-        assert 4 in loop.engine_of(model)._sessions
+            assert model.generate(ids.repeat(2, 1), **EXACT).tolist() == 2 * expected
+        assert 3 in loop.engine_of(model)._sessions
 
 
 def out_of_memory_in_the_prompt(model):
