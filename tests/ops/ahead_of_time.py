@@ -41,9 +41,12 @@ class Launch:
     aligned: tuple[tuple[int, ...], ...]
     options: tuple[tuple[str, object], ...]
 
+    def named_constants(self) -> dict[str, object]:
+        """Return the constants by the kernel's names for them."""
+        return {self.kernel.arg_names[path[0]]: value for path, value in self.constants if len(path) == 1}
+
     def __str__(self) -> str:
-        constants = {self.kernel.arg_names[path[0]]: value for path, value in self.constants if len(path) == 1}
-        return f"{self.kernel.__name__} {dict(self.signature)} {constants} {dict(self.options)}"
+        return f"{self.kernel.__name__} {dict(self.signature)} {self.named_constants()} {dict(self.options)}"
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,10 @@ def packed_launches(dtype: torch.dtype, rows: int, page: int) -> None:
     query = kernels.packed_rotary_concat(
         packed, pages, pages, block_table, int32(rows), int32(rows), *places, table, table, prefix=128
     )
-    kernels.packed_prompt_attention(query, pages, pages, block_table, int32(32, 4), *places, longest=rows, prefix=128)
+    for padded in (False, True):
+        kernels.packed_prompt_attention(
+            query, pages, pages, block_table, int32(32, 4), *places, longest=rows, prefix=128, padded=padded
+        )
 
 
 def operator_launches(dtype: torch.dtype) -> list[Callable[[], object]]:

@@ -155,7 +155,8 @@ def check_packed_prompt_attention(
     out = poison(device, dtype, packed.rows, heads * size)
     first_key = torch.full((batch,), pad, dtype=torch.int32, device=device)
     kernels.packed_prompt_attention(
-        query, *pools, table, packed.blocks, first_key, packed.sop_slot, longest=max(lengths), prefix=prefix, out=out
+        query, *pools, table, packed.blocks, first_key, packed.sop_slot, longest=max(lengths),
+        prefix=prefix, padded=pad > 0, out=out,
     )  # fmt: skip
     for place, start, length in zip(packed.places, packed.starts, lengths, strict=False):
         keys, values = (cache[place, :, pad : prefix + length].double() for cache in caches)

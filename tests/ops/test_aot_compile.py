@@ -12,6 +12,8 @@ from faster_chatglm_6b.ops import triton as kernels  # noqa: E402
 from faster_chatglm_6b.ops.triton import configs  # noqa: E402
 
 CAPABILITIES = (80, 86, 89, 90)
+# Bytes that kernels on pages may spill: their addresses take two registers more than there are. They were measured so.
+MOST_STACK_OF_PAGES = 8
 GROUPS = {
     "operators fp16": lambda family: launches.operator_launches(torch.float16),
     "operators fp32": lambda family: launches.operator_launches(torch.float32),
@@ -37,7 +39,8 @@ def test_compiles_within_the_limits(group, capability):
     for launch in dict.fromkeys(found):
         resources = ahead_of_time.compile_launch(launch, capability)
         assert resources.shared <= ahead_of_time.SHARED_MEMORY[capability], f"{launch}: {resources}"
-        assert resources.stack == 0, f"{launch}: {resources}"
+        is_paged = launch.named_constants().get("PAGE", 0) > 0
+        assert resources.stack <= (MOST_STACK_OF_PAGES if is_paged else 0), f"{launch}: {resources}"
         assert ("launch_pdl", True) in launch.options or capability < 90, f"{launch} is not launched early"
 
 

@@ -77,7 +77,8 @@ LISTED = {
 BENCHMARK = "python examples/benchmark.py "
 # The tuners of the benchmark log also need a GPU, and the comparison of cards two.
 ON_A_GPU = re.compile(
-    re.escape(BENCHMARK) + r"|python (-m examples\.measuring\.|examples/)(tune_(quantized_)?kernels|cards|speculation)(\.py)?( |$)"
+    re.escape(BENCHMARK)
+    + r"|python (-m examples\.measuring\.|examples/)(tune_(quantized_)?kernels|cards|speculation)(\.py)?( |$)"
 )
 # tests/serving/test_command.py runs these against a server.
 TO_A_SERVER = "curl -s http://127.0.0.1:8000/"

@@ -122,7 +122,8 @@ class PackedPromptStep:
         def attend(layer: int) -> None:
             kernels.packed_prompt_attention(
                 hidden, *cache.layer(layer), cache.block_table, prompts.blocks, numbers["first_key"],
-                numbers["sop_slot"], longest=prompts.longest, **places, out=context,
+                numbers["sop_slot"], longest=prompts.longest, padded=cache.is_padded, **places,
+                out=context,
             )  # fmt: skip
 
         kernels.embedding(prompts.ids, model.transformer.word_embeddings.weight, out=hidden)

@@ -51,10 +51,14 @@ def packed_prompt_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PAGE: tl.constexpr,
+    PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Attend with one program per (block of rows of one sequence, head)."""
+    """Attend with one program per (block of rows of one sequence, head).
+
+    PADDED: the first key may lie within a page.
+    """
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK_K)
@@ -78,26 +82,19 @@ def packed_prompt_attention_kernel(
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         last_key = prefix + index
-        first = lowest // BLOCK_T * BLOCK_T
-        # A block of slots before the first key is not whole.
-        first_whole = tl.cdiv(lowest, BLOCK_T) * BLOCK_T
-        for start in range(first, tl.minimum(first_whole, stop), BLOCK_T):
-            k = slots_of_page(keys, table, start, stride_b, stride_t, PAGE)
-            v = slots_of_page(values, table, start, stride_b, stride_t, PAGE)
-            highest, total, acc = attend(
-                highest, total, acc, q, k, v, start, lowest, stop, context, last_key, slots, columns, stride_t, scale,
-                K, PRECISION, True,
-            )  # fmt: skip
-        # Every row sees these whole.
-        whole = first_whole + tl.maximum(tl.minimum(context, stop) - first_whole, 0) // BLOCK_T * BLOCK_T
-        for start in range(first_whole, whole, BLOCK_T):
-            k = slots_of_page(keys, table, start, stride_b, stride_t, PAGE)
-            v = slots_of_page(values, table, start, stride_b, stride_t, PAGE)
-            highest, total, acc = attend(
-                highest, total, acc, q, k, v, start, lowest, stop, context, last_key, slots, columns, stride_t, scale,
-                K, PRECISION, False,
-            )  # fmt: skip
-        for start in range(whole, stop, BLOCK_T):
+        start_masked = lowest // BLOCK_T * BLOCK_T
+        if not PADDED:
+            # Every row sees these blocks whole.
+            whole = lowest + tl.maximum(tl.minimum(context, stop) - lowest, 0) // BLOCK_T * BLOCK_T
+            for start in range(lowest, whole, BLOCK_T):
+                k = slots_of_page(keys, table, start, stride_b, stride_t, PAGE)
+                v = slots_of_page(values, table, start, stride_b, stride_t, PAGE)
+                highest, total, acc = attend(
+                    highest, total, acc, q, k, v, start, lowest, stop, context, last_key, slots, columns, stride_t,
+                    scale, K, PRECISION, False,
+                )  # fmt: skip
+            start_masked = whole
+        for start in range(start_masked, stop, BLOCK_T):
             k = slots_of_page(keys, table, start, stride_b, stride_t, PAGE)
             v = slots_of_page(values, table, start, stride_b, stride_t, PAGE)
             highest, total, acc = attend(
@@ -118,6 +115,7 @@ def packed_prompt_attention(
     *,
     longest: int,
     prefix: int = 0,
+    padded: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend from the rows of packed prompts to the keys of their sequences, in one launch.
@@ -135,6 +133,7 @@ def packed_prompt_attention(
         first_key, sop_slot: int32 [B].
         longest: tokens of the longest prompt that there may be. It only decides the shape of blocks.
         prefix: slots of a P-Tuning prefix before the first token.
+        padded: whether ``first_key`` may lie within a page; otherwise it is a multiple of S.
         out: [M, H * K].
 
     Raises:
@@ -174,6 +173,7 @@ def packed_prompt_attention(
             BLOCK_M=config.block_m,
             BLOCK_T=min(config.block_t, page),
             PAGE=page,
+            PADDED=padded,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             PDL=pdl,
             num_warps=config.num_warps,
