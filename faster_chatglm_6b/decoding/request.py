@@ -1,5 +1,8 @@
 """Describe what one generation asks of the captured loop, whatever arguments it was read from."""
 
+# OneFlow's stand-in for torch.Generator is a function, which cannot stand in an annotation that is evaluated.
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
