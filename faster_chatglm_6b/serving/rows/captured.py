@@ -29,6 +29,7 @@ from ...decoding.steps.packed_prompt import PackedPromptStep
 from ...decoding.steps.prompt import LENGTHS
 from ...network.prompt_layout import PromptLayout
 from ...ops import triton as kernels
+from .choice import scores_not_finite
 from .interface import Logprobs, NewRow, RowFailure, RowRequest, RowToken
 from .row_numbers import INVALID, MOST_END_TOKENS, more_numbers, sampling_plan, write_row
 
@@ -286,10 +287,7 @@ class CapturedRows:
         row.read += 1
         if token == INVALID:
             row.has_ended = True
-            message = (
-                "The model's scores are not finite, so that no token can be chosen; load it in a dtype of wider range."
-            )
-            return RowFailure(place, ArithmeticError(message))
+            return RowFailure(place, scores_not_finite())
         end = "length" if row.read >= row.request.max_tokens else ""
         end = "stop" if token in row.request.end_ids else end
         row.has_ended = bool(end)

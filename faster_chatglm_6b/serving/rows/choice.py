@@ -12,7 +12,7 @@ import torch
 from .interface import Logprobs, RowRequest
 
 # Below it the most likely token is certain, and scores would leave the range of floats.
-_LOWEST_TEMPERATURE = 1e-5
+LOWEST_TEMPERATURE = 1e-5
 
 
 def choose(logits: torch.Tensor, request: RowRequest, answer: Sequence[int]) -> tuple[int, Logprobs | None]:
@@ -30,16 +30,21 @@ def choose(logits: torch.Tensor, request: RowRequest, answer: Sequence[int]) -> 
     """
     scores = logits.to(copy=True, dtype=torch.float32)
     if not bool(torch.isfinite(scores).all()):
-        raise ArithmeticError(
-            "The model's scores are not finite, so that no token can be chosen; load it in a dtype of wider range."
-        )
+        raise scores_not_finite()
     raw = scores.clone() if request.top_logprobs is not None else None
     _bias(scores, request, answer)
-    if request.temperature < _LOWEST_TEMPERATURE:
+    if request.temperature < LOWEST_TEMPERATURE:
         token = int(scores.argmax())
     else:
         token = _draw(scores / request.temperature, request, uniform(request.seed, len(answer)))
     return token, None if raw is None else _logprobs(raw, token, request.top_logprobs)
+
+
+def scores_not_finite() -> ArithmeticError:
+    """Return the error of a row whose scores hold NaN or infinity."""
+    return ArithmeticError(
+        "The model's scores are not finite, so that no token can be chosen; load it in a dtype of wider range."
+    )
 
 
 def uniform(seed: int, index: int) -> float:

@@ -11,14 +11,13 @@ from ...decoding.numbers import RequestNumbers
 from ...decoding.request import SamplingPlan
 from ...decoding.steps.kv_cache import PagedKVCache
 from ...network.prompt_layout import PromptLayout
+from .choice import LOWEST_TEMPERATURE
 from .interface import NewRow, RowRequest
 
 MOST_END_TOKENS = 128
 _MOST_BIASES = 300
 # A row whose scores are not finite gets this token. It ends the row: places without an end token hold it too.
 INVALID = -1
-# Below it the most likely token is certain.
-_LOWEST_TEMPERATURE = 1e-5
 
 
 def write_row(
@@ -78,7 +77,7 @@ def _check(request: RowRequest, vocab_size: int) -> None:
 
 
 def _draws(request: RowRequest) -> bool:
-    return request.temperature >= _LOWEST_TEMPERATURE
+    return request.temperature >= LOWEST_TEMPERATURE
 
 
 def more_numbers(pages_per_row: int) -> dict[str, tuple[torch.dtype, int]]:
