@@ -1,6 +1,7 @@
 """Checks of the products with integer weights against float64, shared by the interpreter's and the GPU's tests."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -8,16 +9,16 @@ from operator_checks import ALPHA, assert_close, gelu64, layer_norm64, poison, r
 
 from faster_chatglm_6b.ops import triton as kernels
 from faster_chatglm_6b.ops.reference import unpack_int4
-from faster_chatglm_6b.ops.triton.quantized.configs import Quantized, Row, Stream, Tiles, fit_tiles
+from faster_chatglm_6b.ops.triton.quantized.configs import FewRows, Quantized, Row, Tiles, fit_few_rows, fit_tiles
 from faster_chatglm_6b.ops.triton.quantized.dequantize import dequantize
+from faster_chatglm_6b.ops.triton.quantized.few_rows.rows import launch_quantized_few_rows
 from faster_chatglm_6b.ops.triton.quantized.gemv import launch_quantized_gemv
 from faster_chatglm_6b.ops.triton.quantized.matmul import launch_quantized_matmul, serves
 from faster_chatglm_6b.ops.triton.quantized.one_row.norm import NormArguments
 from faster_chatglm_6b.ops.triton.quantized.one_row.row import launch_quantized_row, normalises
-from faster_chatglm_6b.ops.triton.quantized.stream import launch_quantized_stream
 from faster_chatglm_6b.ops.triton.quantized.tiles import launch_quantized_tiles, serves_tiles
 
-LAUNCHES = {Quantized: launch_quantized_matmul, Stream: launch_quantized_stream, Row: launch_quantized_row}
+LAUNCHES = {Quantized: launch_quantized_matmul, Row: launch_quantized_row}
 
 
 def quantized_weight(
@@ -68,7 +69,7 @@ def check_quantized_config(
     n: int,
     k: int,
     group_size: int,
-    config: Quantized | Stream | Row,
+    config: Quantized | Row,
 ) -> None:
     """Check a tensor-core kernel in one configuration; its sums are float32, so only the rounding of ``out`` counts."""
     w, scale, exact = quantized_weight(device, bits, n, k, group_size)
@@ -80,6 +81,49 @@ def check_quantized_config(
     assert_close(out, expected_product(x, exact, bias, residual, False))
     error = (out.double() - expected_product(x, exact, bias, residual, False)).norm() / out.double().norm()
     assert error <= {torch.float16: 3e-4, torch.bfloat16: 2.4e-3}[dtype], error
+
+
+def check_quantized_few_rows(
+    device: str,
+    dtype: torch.dtype,
+    bits: int,
+    rows: int,
+    n: int,
+    k: int,
+    group_size: int,
+    config: FewRows,
+    epilogue: str = "residual",
+) -> None:
+    """Check the kernel of few rows in one configuration, twice: the first run must leave the counters at zero."""
+    w, scale, exact = quantized_weight(device, bits, n, k, group_size)
+    x, bias = random(device, dtype, rows, k) + 1, random(device, dtype, n)
+    residual = random(device, dtype, rows, n) if epilogue == "residual" else None
+    assert serves(x, w, bits, group_size)
+    workspace = kernels.Workspace(device, 1, 4, 32, 1024)
+    config = fit_few_rows(config, bits, n, k, workspace)
+    arguments = (x, w, scale, bits, group_size, bias, residual, ALPHA, epilogue == "gelu")
+    check_twice(launch_quantized_few_rows, arguments, poison(device, dtype, 2, rows, n), config, workspace, exact)
+
+
+def check_twice(
+    launch: Callable[..., None],
+    arguments: tuple,
+    outs: torch.Tensor,
+    config: FewRows | Tiles,
+    workspace: kernels.Workspace,
+    exact: torch.Tensor,
+) -> None:
+    """Launch into both of ``outs``; the sums are float32, so only the rounding of the results counts."""
+    x, *_, bias, residual, _, gelu = arguments
+    expected = expected_product(x, exact, bias, residual, gelu)
+    for out in outs:
+        workspace.partial.fill_(math.nan)
+        launch(*arguments, out, config, workspace.partial, workspace.counters)
+        assert_close(out, expected)
+        assert workspace.counters.count_nonzero() == 0
+    assert torch.equal(*outs)
+    error = (outs[0].double() - expected).norm() / expected.norm()
+    assert error <= {torch.float16: 3e-4, torch.bfloat16: 2.4e-3}[x.dtype], error
 
 
 def check_quantized_tiles(
@@ -101,17 +145,7 @@ def check_quantized_tiles(
     workspace = kernels.Workspace(device, 1, 4, 32, 1024)
     config = fit_tiles(config, rows, n, k, group_size, workspace)
     arguments = (x, w, scale, bits, group_size, bias, residual, ALPHA, epilogue == "gelu")
-    expected = expected_product(x, exact, bias, residual, epilogue == "gelu")
-    outs = []
-    for _ in range(2):
-        workspace.partial.fill_(math.nan)
-        outs.append(poison(device, dtype, rows, n))
-        launch_quantized_tiles(*arguments, outs[-1], config, workspace.partial, workspace.counters)
-        assert_close(outs[-1], expected)
-        assert workspace.counters.count_nonzero() == 0
-    assert torch.equal(*outs)
-    error = (outs[0].double() - expected).norm() / expected.norm()
-    assert error <= {torch.float16: 3e-4, torch.bfloat16: 2.4e-3}[dtype], error
+    check_twice(launch_quantized_tiles, arguments, poison(device, dtype, 2, rows, n), config, workspace, exact)
 
 
 def check_integers_of_tiles(device: str, dtype: torch.dtype, bits: int) -> None:

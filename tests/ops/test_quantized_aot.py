@@ -14,22 +14,26 @@ from launches import HIDDEN, INNER, WEIGHTS, meta  # noqa: E402
 
 from faster_chatglm_6b.ops import triton as kernels  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.configs import (  # noqa: E402
+    FewRows,
     Row,
     Tiles,
+    few_rows_config,
+    fit_few_rows,
     fit_tiles,
     quantized_config,
     row_config,
     rows_for,
-    stream_config,
-    streams_for,
     tiles_config,
 )
 from faster_chatglm_6b.ops.triton.quantized.dequantize import dequantize  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized.few_rows.rows import (  # noqa: E402
+    launch_quantized_few_rows,
+    quantized_few_rows_kernel,
+)
 from faster_chatglm_6b.ops.triton.quantized.gemv import launch_quantized_gemv  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.matmul import launch_quantized_matmul, tiles_of  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.one_row.norm import NormArguments  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.one_row.row import launch_quantized_row, quantized_row_kernel, words_kept  # noqa: E402
-from faster_chatglm_6b.ops.triton.quantized.stream import launch_quantized_stream  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.tiles import launch_quantized_tiles, quantized_tiles_kernel  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.trial import find_flaw  # noqa: E402
 
@@ -53,20 +57,23 @@ def normalised_product(capability: int, bits: int, n: int, config: Row) -> Launc
 
 def product(capability: int, dtype: torch.dtype, bits: int, rows: int, n: int, k: int, group_size: int) -> list:
     """Return the launch of one product with a weight [n, k]."""
-    device = torch.device("meta")
+    device, scratch = torch.device("meta"), ()
+    workspace = kernels.Workspace("meta", 1)
 
     def call() -> None:
+        nonlocal scratch
         if rows == 1:
             launch, config = launch_quantized_row, row_config(rows_for(device), bits, n, k)
         elif rows <= 8:
-            launch, config = launch_quantized_stream, stream_config(streams_for(device), bits, n, k)
+            launch, config = launch_quantized_few_rows, few_rows_config(device, bits, n, k, workspace)
+            scratch = workspace.partial, workspace.counters
         else:
             launch, config = launch_quantized_matmul, quantized_config(bits, tiles_of(rows), k)
         scale = meta(HALF, n) if group_size < 0 else meta(HALF, n, k // group_size)
         out = meta(dtype, rows, n)
         launch(
             meta(dtype, rows, k), meta(torch.int8, n, k * bits // 8), scale, bits, group_size, meta(dtype, n),
-            out if n == HIDDEN else None, 7.5, n == INNER, out, config,
+            out if n == HIDDEN else None, 7.5, n == INNER, out, config, *scratch,
         )  # fmt: skip
 
     return ahead_of_time.record(capability, call)
@@ -75,7 +82,7 @@ def product(capability: int, dtype: torch.dtype, bits: int, rows: int, n: int, k
 def product_of_many_rows(
     capability: int, dtype: torch.dtype, bits: int, rows: int, n: int, k: int, group_size: int
 ) -> Launch:
-    """Return the launch of one product with more rows than a stream takes."""
+    """Return the launch of one product with more rows than ``few_rows`` takes."""
     workspace = kernels.Workspace("meta", 1)
 
     def call() -> None:
@@ -92,12 +99,6 @@ def product_of_many_rows(
     return launch
 
 
-def skip_where_streams_do_not_run() -> None:
-    # The compiled code shows it for 4-bit weights of 4096 columns; on a GPU the kernel's trial does.
-    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
-        pytest.skip(f"Triton {triton.__version__} lays these blocks out otherwise, so another kernel takes their rows")
-
-
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_products_compile_within_the_limits(bits, capability):
@@ -110,7 +111,7 @@ def test_products_compile_within_the_limits(bits, capability):
     for launch in dict.fromkeys(found):
         resources = ahead_of_time.compile_launch(launch, capability)
         assert resources.shared <= ahead_of_time.SHARED_MEMORY[capability], f"{launch}: {resources}"
-        if launch.kernel is quantized_row_kernel:
+        if launch.kernel in (quantized_row_kernel, quantized_few_rows_kernel):
             # Shared memory that PTX declares is limited to 48 KiB.
             assert resources.shared <= 48 << 10, f"{launch}: {resources}"
         # Some of the 64-row kernels spill up to four registers.
@@ -137,14 +138,12 @@ def test_kernels_for_other_shapes_compile(capability):
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT])
 @pytest.mark.parametrize("bits, group_size", [(8, -1), (4, -1), (4, 128)])
 def test_layout_is_what_the_tensor_core_instructions_assume(bits, group_size, dtype, rows):
-    if rows == 8:
-        skip_where_streams_do_not_run()
     (launch,) = product(90, dtype, bits, rows, 3 * HIDDEN, HIDDEN, group_size)
     ir = ahead_of_time.compiled(launch, 90).asm["ttgir"]
     layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ir, re.M))
     products = [line for line in ir.splitlines() if "mma.sync" in line]
     assert products
-    per_thread = 1 if rows == 1 else 4
+    per_thread = 4 if rows == 16 else 1
     for line in products:
         for name in re.findall(r"tensor<\d+x\w+, (#\w+)>", line):
             assert f"blocked<{{sizePerThread = [{per_thread}], threadsPerWarp = [32]," in layouts[name], layouts[name]
@@ -155,9 +154,9 @@ def test_layout_is_what_the_tensor_core_instructions_assume(bits, group_size, dt
     [
         (1, (), ["row"], ["quantized_row_kernel"]),
         (1, ("row",), ["row"], ["quantized_gemv_kernel"]),
-        (8, (), ["stream"], ["quantized_stream_kernel"]),
-        (8, ("stream",), ["stream", "matmul"], ["quantized_matmul_kernel"]),
-        (8, ("stream", "matmul"), ["stream", "matmul"], ["quantized_gemv_kernel"]),
+        (8, (), ["few rows"], ["quantized_few_rows_kernel"]),
+        (8, ("few rows",), ["few rows", "matmul"], ["quantized_matmul_kernel"]),
+        (8, ("few rows", "matmul"), ["few rows", "matmul"], ["quantized_gemv_kernel"]),
         (64, (), ["tiles"], ["quantized_tiles_kernel"]),
         (64, ("tiles",), ["tiles", "matmul"], ["quantized_matmul_kernel"]),
     ],
@@ -207,36 +206,38 @@ def test_a_trial_tells_a_wrong_product(launch, flaw):
     assert found is None if flaw is None else flaw in found, found
 
 
+@pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_the_weight_is_on_its_way_before_the_wait_and_nothing_else(bits):
-    skip_where_streams_do_not_run()
+def test_the_weight_is_on_its_way_before_the_wait_and_nothing_else(bits, rows):
     for n, k in WEIGHTS:
-        (launch,) = product(90, HALF, bits, 8, n, k, -1)
-        ir = ahead_of_time.compiled(launch, 90).asm["ttgir"]
-        wait, loop = ahead_of_time.place_of_wait(ir), ir.index("scf.for")
-        assert "async_copy_global_to_local" in ir[:loop], "no copy of the weight precedes the loop"
-        assert loop < wait
-        # Only the weight is copied ahead: x and the residual are not written yet.
-        copies = re.findall(r"async_copy_global_to_local %(\w+?)_?\d*,", ir)
-        assert copies and set(copies) == {"pointers"}, set(copies)
-        reads = [found.start() for found in re.finditer("ld.global", ir)]
-        assert reads and min(reads) > wait, "x or the residual is read before the wait"
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_of_one_row_the_weight_is_on_its_way_before_the_wait_and_nothing_else(bits):
-    for n, k in WEIGHTS:
-        (launch,) = product(90, HALF, bits, 1, n, k, -1)
+        (launch,) = product(90, HALF, bits, rows, n, k, -1)
         kernel = ahead_of_time.compiled(launch, 90)
         ir, ptx = kernel.asm["ttgir"], kernel.asm["ptx"]
         wait, loop = ahead_of_time.place_of_wait(ir), ir.index("scf.for")
         assert wait < loop and "cp.async" in ir[:wait], "no copy of the weight precedes the wait"
-        # Triton itself loads only the blocks of scale and bias; PTX reads x and the residual.
+        # Triton itself loads only the blocks of scale and bias, and sums of parts; PTX reads x and the residual.
         loads = re.findall(r"%(\w+?)(?:_\d+)? = tt\.load", ir)
-        assert loads and set(loads) <= {"row_scale", "row_bias"}, set(loads)
+        before = re.findall(r"%(\w+?)(?:_\d+)? = tt\.load", ir[:wait])
+        assert before and set(before) <= {"row_scale", "row_bias"}, set(before)
+        assert set(loads) - {"row_scale", "row_bias"} <= ({"total"} if rows == 8 else set()), set(loads)
         for text, word in ((ir, "ld.global"), (ptx, "ld.global.v4")):
             reads = [found.start() for found in re.finditer(re.escape(word), text)]
             assert reads and min(reads) > ahead_of_time.place_of_wait(text), "x or the residual is read before the wait"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("k", [128, 384, 4096, 5120, 13696, 16384, 40960])
+@pytest.mark.parametrize("config", [FewRows(8, 4, 1, 2), FewRows(16, 2, 1, 1), FewRows(2, 3, 5, 1)])
+def test_of_few_rows_every_part_has_columns_and_x_fits_into_registers(bits, k, config):
+    workspace = kernels.Workspace("meta", 1)
+    fitted = fit_few_rows(config, bits, 4096, k, workspace)
+    chunks = k * bits // 512
+    part = -(-chunks // fitted.splits)
+    steps = -(-part // fitted.warps)
+    assert (fitted.splits - 1) * part < chunks and fitted.splits * part >= chunks
+    assert steps * 64 // bits <= 64 and steps % fitted.depth == 0 and fitted.depth <= max(config.depth, 1)
+    assert fitted.splits == 1 or fitted.splits * 4096 * 8 <= workspace.partial.numel()
+    assert fit_few_rows(config, bits, workspace.partial.numel(), 1 << 20, workspace) is None
 
 
 @pytest.mark.parametrize("bits", [8, 4])

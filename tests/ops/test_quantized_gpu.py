@@ -9,7 +9,7 @@ import quantized_checks as checks  # noqa: E402
 
 from faster_chatglm_6b.ops import triton as kernels  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized import trial  # noqa: E402
-from faster_chatglm_6b.ops.triton.quantized.configs import Quantized, Row, Stream, Tiles  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized.configs import FewRows, Quantized, Row, Tiles  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,7 +62,7 @@ def test_odd_shapes(bits, dtype):
 
 
 @BITS
-@pytest.mark.parametrize("rows", [1, 8, 16, 33, 128, 200])
+@pytest.mark.parametrize("rows", [1, 4, 8, 16, 33, 128, 200])
 @pytest.mark.parametrize("n, k", [(12288, 4096), (16384, 4096), (4096, 16384), (130528, 4096)])
 def test_weights_of_the_model(bits, rows, n, k):
     group_size, epilogue = (128, "gelu") if n == 16384 else (-1, "residual")
@@ -79,12 +79,12 @@ def test_configurations(bits, dtype):
 
 @BITS
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("rows", [2, 7])
-def test_stream_configurations(bits, dtype, rows):
-    # One round and several, one tile of rows and more per program, uneven rows and columns.
-    for config in (Stream(1, 4, 8, 2, 3), Stream(1, 8, 2, 3, 1), Stream(2, 4, 1, 5, 2), Stream(1, 1, 3, 2, 1)):
-        for n, k, group_size in ((300, 1152, -1), (5000, 2048, 128)):
-            checks.check_quantized_config(DEVICE, dtype, bits, rows, n, k, group_size, config)
+@pytest.mark.parametrize("rows", [2, 7, 8])
+def test_few_rows_configurations(bits, dtype, rows):
+    # One part and several, few warps and many, one tile of a program and more, uneven rows and columns, groups.
+    for config in (FewRows(8, 4, 1, 2), FewRows(16, 2, 1, 1, True), FewRows(2, 2, 3, 1), FewRows(1, 1, 1, 4)):
+        for n, k, group_size, epilogue in ((300, 1152, -1, "gelu"), (5000, 2048, 128, "residual"), (70, 256, 128, "")):
+            checks.check_quantized_few_rows(DEVICE, dtype, bits, rows, n, k, group_size, config, epilogue)
 
 
 @BITS

@@ -31,14 +31,16 @@ CASES = [
     ("quantized_config", HALF, [8, 16, 16, 320, -1, "Quantized(1, 2, 2)"]),
     ("quantized_config", HALF, [4, 12, 16, 640, 128, "Quantized(1, 2, 1)"]),
     ("quantized_config", HALF, [8, 25, 48, 128, -1, "Quantized(4, 1, 2)"]),
-    # Few rows, which this kernel takes if the streams' layout is another one.
+    # Few rows, which this kernel takes if their own one fails its trial.
     ("quantized_config", HALF, [4, 2, 40, 512, -1, "Quantized(1, 4, 1)"]),
     ("quantized_config", HALF, [8, 8, 37, 512, 128, "Quantized(1, 4, 1)"]),
-    # One round and several, uneven rows and columns, two tiles of rows.
-    ("quantized_config", HALF, [4, 2, 300, 1152, -1, "Stream(1, 2, 2, 3, 1)"]),
-    ("quantized_config", HALF, [8, 3, 48, 256, -1, "Stream(1, 4, 1, 2, 1)"]),
-    ("quantized_config", HALF, [8, 5, 37, 512, 128, "Stream(2, 2, 2, 2, 1)"]),
-    ("quantized_config", HALF, [4, 8, 40, 512, -1, "Stream(2, 1, 2, 4, 2)"]),
+    # One part and several, uneven rows and columns, several tiles of a program, groups.
+    ("quantized_few_rows", HALF, [4, 2, 70, 1152, -1, "FewRows(2, 2, 1, 1)"]),
+    ("quantized_few_rows", HALF, [8, 3, 48, 256, -1, "FewRows(4, 1, 1, 1)"]),
+    ("quantized_few_rows", HALF, [8, 5, 37, 512, 128, "FewRows(2, 2, 2, 1)", "gelu"]),
+    ("quantized_few_rows", HALF, [4, 8, 40, 512, -1, "FewRows(1, 2, 2, 2)", "gelu"]),
+    ("quantized_few_rows", HALF, [4, 7, 40, 384, 128, "FewRows(1, 4, 3, 1)"]),
+    ("fused_linear_with_groupwise_quantized_weight", "bfloat16", [8, 8, 40, 256, 128, "residual"]),
     ("quantized_config", HALF, [4, 1, 300, 1152, -1, "Row(2, 4, 1, 1)"]),
     ("quantized_config", HALF, [8, 1, 48, 256, -1, "Row(4, 2, 2, 1)"]),
     ("quantized_config", HALF, [8, 1, 37, 2048, 128, "Row(2, 2, 2, 1)"]),

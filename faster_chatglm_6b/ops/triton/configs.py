@@ -63,11 +63,11 @@ class PromptAttention:
 class Family:
     """Everything tuned for one GPU family, on the card ``found_on``; "" for tables that nobody has tuned.
 
-    ``gemv`` serves up to ``gemv_rows`` rows of x. ``layer_norm_gemv`` lists the weights whose GEMV normalises its input
-    itself; for the others LayerNorm is a launch of its own. ``dot`` maps the padded number of rows (16 or 32) to a
-    configuration per weight shape. ``attention_many`` has the configurations from so many sequences times heads on. Of
-    fewer, ``attention_short`` serves up to 256 keys and fewer than 256 sequences times heads, ``attention`` the rest.
-    ``prompt_attention_short`` serves prompts of up to 64 rows, ``prompt_attention`` the rest.
+    ``gemv`` serves one row of x, of four-byte numbers up to four. ``layer_norm_gemv`` lists the weights whose GEMV
+    normalises its input itself; for the others LayerNorm is a launch of its own. ``dot`` maps the padded number of rows
+    (16 or 32) to a configuration per weight shape. ``attention_many`` has the configurations from so many sequences
+    times heads on. Of fewer, ``attention_short`` serves up to 256 keys and fewer than 256 sequences times heads,
+    ``attention`` the rest. ``prompt_attention_short`` serves prompts of up to 64 rows, ``prompt_attention`` the rest.
     """
 
     gemv_default: Gemv
@@ -76,7 +76,6 @@ class Family:
     prompt_attention: PromptAttention = PromptAttention(64, 64, 4, 3)
     prompt_attention_short: PromptAttention = PromptAttention(32, 64, 4, 2)
     attention_many: dict[int, Attention] = field(default_factory=dict)
-    gemv_rows: int = 1
     gemv: dict[tuple[int, int], Gemv] = field(default_factory=dict)
     layer_norm_gemv: dict[tuple[int, int], Gemv] = field(default_factory=dict)
     dot: dict[int, dict[tuple[int, int], Dot]] = field(default_factory=dict)
@@ -104,7 +103,6 @@ _CONSUMER = Family(
 )
 _HOPPER = Family(
     gemv_default=Gemv(2, 2048, 4),
-    gemv_rows=2,
     attention=Attention(128, 4, 4),
     attention_short=Attention(128, 8, 2, holds_back=True),
     # Where there are programs enough without splits, few threads each keep more of the memory busy.
@@ -120,8 +118,8 @@ _HOPPER = Family(
     dot={
         16: {
             (12288, 4096): Dot(64, 128, 4, 3, 2),
-            (4096, 4096): Dot(64, 128, 4, 3, 2),
-            (16384, 4096): Dot(128, 64, 4, 5),
+            (4096, 4096): Dot(64, 128, 4, 4, 4),
+            (16384, 4096): Dot(128, 128, 8, 4),
             (4096, 16384): Dot(64, 256, 4, 3, 2),
         },
         32: {

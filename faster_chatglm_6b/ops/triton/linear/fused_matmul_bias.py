@@ -48,7 +48,7 @@ def fused_matmul_bias(
         residual = residual.contiguous()
     tables = configs.family(x.device)
     two_bytes = x.element_size() == 2
-    if rows <= (tables.gemv_rows if two_bytes else MOST_GEMV_ROWS):
+    if rows <= (1 if two_bytes else MOST_GEMV_ROWS):
         config = configs.gemv_config(tables, n, k, x.element_size())
         launch_gemv(x_rows, weight, bias, residual, beta, gelu, out, config)
     elif two_bytes and rows <= MOST_DOT_ROWS:

@@ -56,7 +56,6 @@ def small_batch_matmul_kernel(
     # Rows past the end read row N - 1 again; their results are not stored.
     safe_row = tl.minimum(row, N - 1).to(tl.int64)
     m = tl.arange(0, BLOCK_M)
-    safe_m = tl.minimum(m, M - 1)
     column = tl.arange(0, BLOCK_K)
     if PDL and PREFETCH > 0:
         SIZE: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
@@ -68,14 +67,14 @@ def small_batch_matmul_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in range(first, first + PART, BLOCK_K):
         w_pointers = weight + safe_row[:, None] * K + (start + column)[None, :]
-        x_pointers = x + safe_m[None, :] * K + (start + column)[:, None]
+        x_pointers = x + m[None, :] * K + (start + column)[:, None]
         if EVEN:
             w = tl.load(w_pointers, eviction_policy="evict_first")
-            x_block = tl.load(x_pointers)
+            x_block = tl.load(x_pointers, mask=(m < M)[None, :], other=0.0)
         else:
             valid = start + column < K
             w = tl.load(w_pointers, mask=valid[None, :], other=0.0, eviction_policy="evict_first")
-            x_block = tl.load(x_pointers, mask=valid[:, None], other=0.0)
+            x_block = tl.load(x_pointers, mask=valid[:, None] & (m < M)[None, :], other=0.0)
         acc = tl.dot(w, x_block, acc)
     last = True
     if SPLITS > 1:

@@ -25,18 +25,19 @@ class Quantized:
 
 
 @dataclass(frozen=True)
-class Stream:
-    """For a few rows of x: a program takes 16 * ``tiles`` weight rows at a time; its ``warps`` share their columns.
+class FewRows:
+    """For 2 to 8 rows of x: a program takes 16 weight rows at a time; its ``warps``, up to 16, share their columns.
 
-    A round is ``depth`` steps of 64 bytes per warp and row, and ``stages`` - 1 rounds are under way. There are at most
-    ``programs`` per multiprocessor; those that do not fit at once start when others end.
+    ``depth`` steps of 64 bytes per warp and row are under way, a divisor of a warp's steps; a step takes ``warps`` KiB
+    of 40. The columns of a row are in ``splits`` parts, one per program. There are at most ``programs`` per
+    multiprocessor; those that do not fit at once start when others end. ``holds_back`` is as in ``Row``.
     """
 
-    tiles: int
     warps: int
     depth: int
-    stages: int
+    splits: int
     programs: int
+    holds_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Row:
     """For one row of x: a program takes 16 weight rows at a time; its ``warps``, up to 16, share their columns.
 
     ``lead`` turns of ``span`` (2 or 4) steps of 64 bytes per warp and row are under way, as far as 47 KiB of shared
-    memory go: a step takes ``warps`` KiB. ``programs`` is as in ``Stream``.
+    memory go: a step takes ``warps`` KiB. ``programs`` is as in ``FewRows``.
 
     ``normalises``: if x fits into registers, a LayerNorm before the product is part of it and no launch of its own.
 
@@ -77,29 +78,19 @@ class Tiles:
 
 
 # The tables of one GPU family: by bits, then by the weight's shape; for many rows of x, by their padded number between.
-Streams = dict[int, dict[tuple[int, int], Stream]]
+FewRowsTables = dict[int, dict[tuple[int, int], FewRows]]
 Rows = dict[int, dict[tuple[int, int], Row]]
 TileTables = dict[int, dict[int, dict[tuple[int, int], Tiles]]]
 
 _DEFAULT = {2: Quantized(1, 8, 2), 4: Quantized(1, 4, 1), 8: Quantized(1, 4, 1)}
-_DEFAULT_STREAM = Stream(1, 8, 2, 3, 2)
 _HIDDEN, _INNER = 4096, 16384
-_HOPPER: Streams = {
-    8: {
-        (3 * _HIDDEN, _HIDDEN): Stream(1, 8, 2, 3, 2),
-        (_HIDDEN, _HIDDEN): Stream(1, 8, 2, 3, 4),
-        (_INNER, _HIDDEN): Stream(1, 8, 2, 3, 2),
-        (_HIDDEN, _INNER): Stream(1, 8, 2, 3, 2),
-        (130528, _HIDDEN): Stream(1, 8, 2, 3, 4),
-    },
+_DEFAULT_FEW_ROWS = FewRows(8, 4, 1, 2)
+_HOPPER_FEW_ROWS: FewRowsTables = {
     4: {
-        (3 * _HIDDEN, _HIDDEN): Stream(1, 8, 4, 3, 1),
-        (_HIDDEN, _HIDDEN): Stream(1, 8, 2, 3, 4),
-        (_INNER, _HIDDEN): Stream(1, 8, 4, 3, 1),
-        (_HIDDEN, _INNER): Stream(2, 8, 2, 3, 1),
+        (3 * _HIDDEN, _HIDDEN): FewRows(8, 2, 1, 2),
+        (_HIDDEN, _HIDDEN): FewRows(16, 2, 1, 1),
     },
 }
-_OTHER: Streams = {}
 _DEFAULT_ROW = Row(4, 4, 2, 3)
 _HOPPER_ROWS: Rows = {
     8: {
@@ -213,11 +204,6 @@ MOST_TILE_ROWS = 256
 CHUNK_BYTES = 64
 
 
-def streams_for(device: torch.device) -> Streams:
-    """Return the table of a few rows of x for ``device``."""
-    return _HOPPER if configs.capability(device) >= (9, 0) else _OTHER
-
-
 def rows_for(device: torch.device) -> Rows:
     """Return the table of one row of x for ``device``."""
     return _HOPPER_ROWS if configs.capability(device) >= (9, 0) else _OTHER_ROWS
@@ -230,18 +216,36 @@ def row_config(rows: Rows, bits: int, n: int, k: int) -> Row:
     return replace(config, warps=warps)
 
 
+def few_rows_config(device: torch.device, bits: int, n: int, k: int, workspace: Workspace) -> FewRows | None:
+    """Choose the product with an integer weight [n, k] and 2 to 8 rows of x; None if there is no room for its sums."""
+    table = _HOPPER_FEW_ROWS if configs.capability(device) >= (9, 0) else {}
+    return fit_few_rows(table.get(bits, {}).get((n, k), _DEFAULT_FEW_ROWS), bits, n, k, workspace)
+
+
+def fit_few_rows(config: FewRows, bits: int, n: int, k: int, workspace: Workspace) -> FewRows | None:
+    """Limit warps, steps and splits to a weight [n, k]; return None if ``workspace`` has no room for the splits.
+
+    A thread keeps 64 words of x at most.
+    """
+    chunks = k * bits // 8 // CHUNK_BYTES
+    most_steps = bits
+    warps = min(config.warps, 1 << int(math.log2(max(chunks, 1))))
+    splits = min(max(config.splits, math.ceil(chunks / (warps * most_steps))), chunks)
+    # A part without columns would have nothing to add.
+    while (splits - 1) * math.ceil(chunks / splits) >= chunks:
+        splits -= 1
+    steps = math.ceil(math.ceil(chunks / splits) / warps)
+    if splits > 1 and splits * math.ceil(n / 16) * 128 > workspace.partial.numel() or steps > most_steps:
+        return None
+    depth = max(d for d in range(1, steps + 1) if steps % d == 0 and (d == 1 or d <= config.depth))
+    return replace(config, warps=warps, depth=depth, splits=splits)
+
+
 def quantized_config(bits: int, tiles: int, k: int) -> Quantized:
     """Choose the product with an integer weight [N, k] and 8 * ``tiles`` rows of x, more than eight."""
     config = _DEFAULT[tiles]
     columns, depth = _limit_to_chunks(bits, k, config.column_warps, config.depth)
     return Quantized(config.row_warps, columns, depth)
-
-
-def stream_config(streams: Streams, bits: int, n: int, k: int) -> Stream:
-    """Choose the product with an integer weight [n, k] and up to eight rows of x."""
-    config = streams.get(bits, {}).get((n, k), _DEFAULT_STREAM)
-    warps, depth = _limit_to_chunks(bits, k, config.warps, config.depth)
-    return replace(config, warps=warps, depth=depth)
 
 
 def tiles_config(

@@ -12,20 +12,19 @@ from ..workspace import Workspace, default_workspace
 from .configs import (
     MOST_TILE_ROWS,
     Row,
+    few_rows_config,
     quantized_config,
     row_config,
     rows_for,
-    stream_config,
-    streams_for,
     tiles_config,
 )
 from .dequantize import dequantize
+from .few_rows.rows import MOST_ROWS as MOST_FEW_ROWS
+from .few_rows.rows import launch_quantized_few_rows
 from .gemv import launch_quantized_gemv
 from .matmul import launch_quantized_matmul, serves, tiles_of
 from .one_row.norm import NormArguments
 from .one_row.row import launch_quantized_row, normalises
-from .stream import MOST_ROWS as MOST_STREAM_ROWS
-from .stream import launch_quantized_stream
 from .tiles import launch_quantized_tiles, serves_tiles
 from .trial import holds
 
@@ -97,18 +96,20 @@ def _kernels_on_tensor_cores(
 ) -> Iterator[tuple[str, object, Callable[..., None]]]:
     """List the kernels whose shapes fit x [M, K], best first: name, configuration, and what launches it."""
     rows, (n, k) = x.shape[0], (w.shape[0], x.shape[1])
-    if MOST_STREAM_ROWS < rows <= MOST_TILE_ROWS and serves_tiles(x, w, bits, group_size):
+    if rows > 1:
         workspace = workspace or default_workspace(x.device, 1)
-        tiles = tiles_config(x.device, bits, rows, n, k, group_size, workspace)
         scratch = {"partial": workspace.partial, "counters": workspace.counters}
+    if MOST_FEW_ROWS < rows <= MOST_TILE_ROWS and serves_tiles(x, w, bits, group_size):
+        tiles = tiles_config(x.device, bits, rows, n, k, group_size, workspace)
         yield "tiles", tiles, functools.partial(launch_quantized_tiles, config=tiles, **scratch)
     if serves(x, w, bits, group_size):
         if rows == 1:
             row = row_config(rows_for(x.device), bits, n, k)
             yield "row", row, functools.partial(launch_quantized_row, config=row)
-        elif rows <= MOST_STREAM_ROWS:
-            stream = stream_config(streams_for(x.device), bits, n, k)
-            yield "stream", stream, functools.partial(launch_quantized_stream, config=stream)
+        elif rows <= MOST_FEW_ROWS:
+            few = few_rows_config(x.device, bits, n, k, workspace)
+            if few is not None:
+                yield "few rows", few, functools.partial(launch_quantized_few_rows, config=few, **scratch)
         if rows > 1:
             matmul = quantized_config(bits, tiles_of(rows), k)
             yield "matmul", (tiles_of(rows), matmul), functools.partial(launch_quantized_matmul, config=matmul)

@@ -1,6 +1,6 @@
 """x W^T for 2 to 64 rows of x and an int8 or int4 weight, which is read once, in its stored form.
 
-``tiles`` takes more than eight rows; this kernel is for few rows where ``stream`` does not fit the layout.
+``tiles`` takes more than eight rows; this kernel is for few rows where ``few_rows`` fails its trial or finds no room.
 """
 
 import torch

@@ -2,8 +2,12 @@
 
 Every block has one element per thread, so its layout can only be the obvious one. A step is 64 bytes of 16 weight rows
 per warp. Lane 4 g + t copies 16 bytes of row g and of row g + 8 to shared memory. It reads its own copies back, so that
-no barrier is needed, and multiplies them on the tensor cores. Lanes and rows are the same as in ``mma``, and
-halves are multiplied with counts as in ``counts``.
+no barrier is needed, and multiplies them on the tensor cores. Lanes and rows are the same as in ``mma``.
+
+Halves are multiplied with counts, the cheapest way from a stored word to a product. With its sign bit flipped, an
+integer of four bits counts from 0 to 15 (its value plus 8), one of eight bits from 0 to 255 (plus 128). As the low bits
+of a half it is a subnormal number, the count times 2^-24, and its product with x is exact. The surplus, 8 or 128 times
+the sum of x, is the same for every weight row: ``offset`` gives it once. bfloat16 has no room for this.
 """
 
 import triton
@@ -58,7 +62,7 @@ def _arrange() -> tl.constexpr:
     return join_lines(*lines)
 
 
-def _pairs(bits: int, bfloat: bool, word: str, targets: list[str]) -> list[str]:
+def unpacking_lines(bits: int, bfloat: bool, word: str, targets: list[str]) -> list[str]:
     """Return the PTX that turns a word into pairs of numbers.
 
     The pairs are (1, 5), (3, 7), (0, 4), (2, 6) of four bits and (0, 1), (2, 3) of eight. Halves hold counts as
@@ -109,7 +113,9 @@ def _step(bits: int, bfloat: bool, column: int) -> tl.constexpr:
     pairs = 16 // bits
     for word in range(4):
         above, below = [f"p{i}" for i in range(pairs)], [f"q{i}" for i in range(pairs)]
-        lines += _pairs(bits, bfloat, f"${2 + word}", above) + _pairs(bits, bfloat, f"${6 + word}", below)
+        lines += unpacking_lines(bits, bfloat, f"${2 + word}", above) + unpacking_lines(
+            bits, bfloat, f"${6 + word}", below
+        )
         for half in range(pairs // 2):
             chain = "cd"[(word * (pairs // 2) + half) % 2]
             x = tuple(f"${10 + pairs * word + 2 * half + i}" for i in range(2))
@@ -272,8 +278,12 @@ def row_sums(top, bottom, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def interpreted_step(words, x, ODD: tl.constexpr, BITS: tl.constexpr, BFLOAT: tl.constexpr):
-    """Do ``multiply_step`` without PTX, so that the interpreter checks the arithmetic of rows and columns."""
+def interpreted_products(words, x, BITS: tl.constexpr, BFLOAT: tl.constexpr):
+    """Multiply without PTX, so that the interpreter checks the arithmetic of rows and columns.
+
+    Returns:
+        The products of a step for the weight rows g and for g + 8, both [warps, 8 g, 8 columns of x].
+    """
     WARPS: tl.constexpr = words[0].shape[0] // 32
     PER_WORD: tl.constexpr = 32 // BITS
     above = tl.zeros([WARPS, 8, 8], tl.float32)
@@ -289,6 +299,14 @@ def interpreted_step(words, x, ODD: tl.constexpr, BITS: tl.constexpr, BFLOAT: tl
             above += tl.sum(q[:, :, None, :] * half, 3)
             q = tl.reshape(((words[4 + v] << SHIFT) >> (32 - BITS)).to(tl.float32), [WARPS, 8, 4])
             below += tl.sum(q[:, :, None, :] * half, 3)
+    return above, below
+
+
+@triton.jit
+def interpreted_step(words, x, ODD: tl.constexpr, BITS: tl.constexpr, BFLOAT: tl.constexpr):
+    """Do ``multiply_step`` without PTX."""
+    WARPS: tl.constexpr = words[0].shape[0] // 32
+    above, below = interpreted_products(words, x, BITS, BFLOAT)
     here = tl.arange(0, 2)[None, None, None, :] == ODD
     above = tl.sum(tl.where(here, tl.reshape(above, [WARPS, 8, 4, 2]), 0.0), 3)
     below = tl.sum(tl.where(here, tl.reshape(below, [WARPS, 8, 4, 2]), 0.0), 3)
