@@ -73,12 +73,16 @@ def speculation_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
         cache, table = meta(dtype, batch, HEADS, CAPACITY, SIZE), meta(dtype, POSITIONS, SIZE // 4)
         workspace = kernels.Workspace("meta", batch * rows)
         arguments = (packed, cache, cache, *counts, table, table)
-        calls.append(lambda a=arguments, w=workspace, s=splits: kernels.draft_attention(*a, splits=s, workspace=w))
+        options = {"splits": splits, "workspace": workspace, "stable_state": batch == 1}
+        calls.append(lambda a=arguments, o=options: kernels.draft_attention(*a, **o))
         if dtype == torch.float16 and rows == 8:
             pages = meta(dtype, 999, HEADS, 64, SIZE)
             arguments = (packed, pages, pages, *counts, table, table)
-            options = {"block_table": int32(batch, CAPACITY // 64), "limit": int32(batch), "padded": batch == 2}
-            options |= {"splits": splits, "workspace": workspace}
+            options = options | {
+                "block_table": int32(batch, CAPACITY // 64),
+                "limit": int32(batch),
+                "padded": batch == 2,
+            }
             calls.append(lambda a=arguments, o=options: kernels.draft_attention(*a, **o))
         if dtype != torch.float16 or batch == 2:
             continue

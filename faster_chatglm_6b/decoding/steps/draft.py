@@ -63,6 +63,7 @@ class DraftStep(DecodeStep):
             self.cos,
             self.sin,
             max_length=most_keys,
+            stable_state=stable_state,
             workspace=workspace,
             out=self._context.view(self._sequences, self.positions, -1),
         )

@@ -1,7 +1,8 @@
 """Attention of the 1 + k positions of each sequence against the cache, the keys split over programs.
 
-Rotary positions and the append to the cache, contiguous or in pages, are in the same kernel, as in ``decode_attention``.
-The keys are read once for all positions of a sequence, whose few rows share the tensor cores' tile.
+Rotary positions and the append to the cache, contiguous or in pages, are in the same kernel, as in
+``decode_attention``. The keys are read once for all positions of a sequence, whose few rows share the tensor cores'
+tile.
 """
 
 import math
@@ -21,7 +22,7 @@ from ..common import (
     wait_for_predecessor,
 )
 from ..configs import uses_pdl
-from ..decode_attention import choose_splits, key_range, slot_offset
+from ..decode_attention import choose_splits, key_range, load_block, slot_offset
 from ..fused_apply_rotary_emb import load_angles, load_head, require_tables
 from ..workspace import Workspace, default_workspace
 
@@ -104,12 +105,13 @@ def draft_attention_kernel(
     WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
     PADDED: tl.constexpr,
+    EARLY: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Attend with one program per (sequence and head, split); the first split has the new keys, too.
 
-    PAGE and PADDED are as in ``decode_attention``.
+    PAGE, PADDED and EARLY are as in ``decode_attention``.
     """
     start_successor(PDL)
     pair = tl.program_id(0)
@@ -127,7 +129,8 @@ def draft_attention_kernel(
     keys, values = key_cache + cache, value_cache + cache
     inside = (row < ROWS)[:, None] & (columns < K)[None, :]
     index = ((batch * ROWS + row[:, None]) * heads + head) * K
-    wait_for_predecessor(PDL)
+    if not EARLY:
+        wait_for_predecessor(PDL)
     end = tl.load(length + batch)
     # Rows that are done see their new keys only: their neighbours need not wait for them.
     is_done = tl.load(finished + batch) != 0
@@ -138,13 +141,22 @@ def draft_attention_kernel(
         first = lowest // BLOCK_T * BLOCK_T
     first = tl.where(is_done, end, first)
     start, stop, active = key_range(first, end, split, SPLITS, BLOCK_T)
+    # Products of four-byte numbers leave no registers for keys that are read ahead.
+    AHEAD: tl.constexpr = out.dtype.element_ty.primitive_bitwidth == 16
+    valid = columns < K
+    if AHEAD:
+        k, v = load_block(
+            keys, values, table, lowest, start, stop, slots, columns, valid, stride_b, stride_t, PAGE, PADDED
+        )
+    first_position = tl.minimum(tl.load(position + batch), positions - 1) + row * 0
+    second_position = first_position
+    if WIDTH < K:
+        second_position = end + row - tl.load(sop_index + batch) + 1
+        second_position = tl.minimum(tl.maximum(second_position, 0), positions - 1)
+    c, s = load_angles(cos, sin, first_position[:, None], second_position[:, None], columns[None, :], inside, WIDTH)
+    if EARLY:
+        wait_for_predecessor(PDL)
     if split < active:
-        first_position = tl.minimum(tl.load(position + batch), positions - 1) + row * 0
-        second_position = first_position
-        if WIDTH < K:
-            second_position = end + row - tl.load(sop_index + batch) + 1
-            second_position = tl.minimum(tl.maximum(second_position, 0), positions - 1)
-        c, s = load_angles(cos, sin, first_position[:, None], second_position[:, None], columns[None, :], inside, WIDTH)
         source = qkv + index * 3
         q_own, q_partner = load_head(source, columns[None, :], inside, WIDTH)
         q = (q_own * c + q_partner * s).to(out.dtype.element_ty)
@@ -168,21 +180,33 @@ def draft_attention_kernel(
             score = tl.where(visible, score, float("-inf"))
             highest, total, acc = add_tile(highest, total, acc, score, v_new, PRECISION)
         for t in range(start, stop, BLOCK_T):
-            slot = t + slots
-            if PAGE > 0:
-                source_t = slot_offset(table, t, stop, stride_b, stride_t, PAGE) + slots[:, None] * stride_t
-            else:
-                source_t = slot.to(tl.int64)[:, None] * stride_t
-            source_t += columns[None, :]
-            seen = slot < stop
+            if not AHEAD:
+                k, v = load_block(
+                    keys, values, table, lowest, t, stop, slots, columns, valid, stride_b, stride_t, PAGE, PADDED
+                )
+            seen = t + slots < stop
             if PADDED:
-                seen = seen & (slot >= lowest)
-            there = seen[:, None] & (columns < K)[None, :]
-            k = tl.load(keys + source_t, mask=there, other=0.0)
+                seen = seen & (t + slots >= lowest)
             score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             score = tl.where(seen[None, :], score, float("-inf"))
-            v = tl.load(values + source_t, mask=there, other=0.0)
             highest, total, acc = add_tile(highest, total, acc, score, v, PRECISION)
+            if AHEAD:
+                following = t + BLOCK_T
+                k, v = load_block(
+                    keys,
+                    values,
+                    table,
+                    lowest,
+                    following,
+                    stop,
+                    slots,
+                    columns,
+                    valid,
+                    stride_b,
+                    stride_t,
+                    PAGE,
+                    PADDED,
+                )
         target_out = out + index + columns[None, :]
         if SPLITS == 1:
             tl.store(target_out, acc / total[:, None], mask=inside)
@@ -216,13 +240,14 @@ def draft_attention(
     padded: bool = False,
     splits: int | None = None,
     max_length: int | None = None,
+    stable_state: bool = False,
     workspace: Workspace | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rotate, append and attend for R positions of each sequence in one launch, each seeing those before it.
 
-    Position j goes to slot ``length[b]`` + j, if the sequence has such a slot, and turns as ``decode_attention`` turns a
-    token of that slot.
+    Position j goes to slot ``length[b]`` + j, if the sequence has such a slot, and turns as ``decode_attention`` turns
+    a token of that slot.
 
     Args:
         qkv: [B, R, 3 * H * K], per head [q k v], R from 1 to 16.
@@ -232,6 +257,7 @@ def draft_attention(
         finished: int32 [B]; a row where it is not 0 reads nothing of the cache and leaves it as it is.
         splits: parts that the keys are cut into, 1 to 8, fixed when a graph is captured and right for every length;
             None chooses for ``max_length`` keys (default T).
+        stable_state: as of ``decode_attention``.
         out: [B, R, H * K].
 
     Raises:
@@ -298,6 +324,7 @@ def draft_attention(
         WIDTH=2 * cos.shape[1],
         PAGE=page,
         PADDED=padded and page > 0,
+        EARLY=stable_state and pdl,
         PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
         PDL=pdl,
         num_warps=4,

@@ -69,6 +69,33 @@ def surplus_of(steps, zeros, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def surplus_of_each(steps, zeros, COUNTS: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Return the negated surplus of every step in columns 2 t and 2 t + 1."""
+    found = ()
+    for step in tl.static_range(len(steps)):
+        if COUNTS:
+            found = found + (offset(steps[step], zeros, BITS, INTERPRETED),)
+        else:
+            found = found + ((zeros, zeros),)
+    return found
+
+
+@triton.jit
+def load_scales(
+    scale, start, thread, first_chunk, N, STEPS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHUNKS: tl.constexpr
+):
+    """Load the scales of every step's group for the rows g and g + 8 of a tile; rows past the end have the last's."""
+    row = start + thread // 4 % 8
+    above = scale + tl.minimum(row, N - 1) * GROUPS
+    below = scale + tl.minimum(row + 8, N - 1) * GROUPS
+    scales = ()
+    for step in tl.static_range(STEPS):
+        group = tl.minimum((first_chunk + step) // GROUP_CHUNKS, GROUPS - 1)
+        scales = scales + ((tl.load(above + group), tl.load(below + group)),)
+    return scales
+
+
+@triton.jit
 def take_words(place, above, below, step, here, OTHER: tl.constexpr, WAIT: tl.constexpr, INTERPRETED: tl.constexpr):
     """Return a step's weights, which have been copied to ``place``; the interpreter loads them here."""
     if INTERPRETED:
@@ -83,19 +110,15 @@ def take_words(place, above, below, step, here, OTHER: tl.constexpr, WAIT: tl.co
 
 
 @triton.jit
-def add_group(
-    sums, part, even, odd, scale, row, group, N, GROUPS: tl.constexpr, BITS: tl.constexpr, BFLOAT: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
+def add_group(sums, part, surplus, scales, BITS: tl.constexpr, BFLOAT: tl.constexpr, INTERPRETED: tl.constexpr):
     """Return the sums with a step's products added, less their surplus and times the scales of their group."""
     found = totals(part, BITS, BFLOAT, INTERPRETED)
-    above = tl.load(scale + tl.minimum(row, N - 1) * GROUPS + group).to(tl.float32)
-    below = tl.load(scale + tl.minimum(row + 8, N - 1) * GROUPS + group).to(tl.float32)
+    above, below = scales[0].to(tl.float32), scales[1].to(tl.float32)
     return (
-        sums[0] + (found[0] + even) * above,
-        sums[1] + (found[1] + odd) * above,
-        sums[2] + (found[2] + even) * below,
-        sums[3] + (found[3] + odd) * below,
+        sums[0] + (found[0] + surplus[0]) * above,
+        sums[1] + (found[1] + surplus[1]) * above,
+        sums[2] + (found[2] + surplus[0]) * below,
+        sums[3] + (found[3] + surplus[1]) * below,
     )
 
 
@@ -187,6 +210,8 @@ def quantized_few_rows_kernel(
             place = slot + step * SLOT
             copy_step(place, place + SLOT // 2, above + step * 16, below + step * 16, size)
     row_scale, row_bias = load_parameters(scale, bias, first + block_row, N, GROUPED, HAS_BIAS)
+    if GROUPED:
+        next_scales = load_scales(scale, first, thread, split * PART + warp_first, N, PER_WARP, GROUPS, GROUP_CHUNKS)
     wait_for_predecessor(PDL, HOLDS_BACK)
     after = tl.full([], 0, tl.int32)
     if not INTERPRETED:
@@ -195,7 +220,9 @@ def quantized_few_rows_kernel(
         x + split * (PART * (256 // BITS)), after, M, thread, chunks, KW * (16 // BITS), BITS, PER_WARP, INTERPRETED
     )
     even, odd = zeros, zeros
-    if COUNTS and not GROUPED:
+    if GROUPED:
+        surplus = surplus_of_each(x_part, zeros, COUNTS, BITS, INTERPRETED)
+    elif COUNTS:
         even, odd = surplus_of(x_part, zeros, BITS, INTERPRETED)
     added = tl.zeros([128], tl.float32)
     for start in tl.range(first, N, stride, num_stages=1):
@@ -204,6 +231,11 @@ def quantized_few_rows_kernel(
         if HAS_RESIDUAL and SPLITS == 1:
             added = load_addend(residual, after, row, m, M, N, INTERPRETED)
         if GROUPED:
+            scales = next_scales
+            # Read a tile ahead, as it takes as long as memory does.
+            next_scales = load_scales(
+                scale, start + stride, thread, split * PART + warp_first, N, PER_WARP, GROUPS, GROUP_CHUNKS
+            )
             sums = (zeros, zeros, zeros, zeros)
         else:
             sums = (even, odd, even, odd, zeros, zeros, zeros, zeros)
@@ -214,12 +246,7 @@ def quantized_few_rows_kernel(
             if GROUPED:
                 nothing = (zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros)
                 part = accumulate(words, x_part[step], nothing, BITS, BFLOAT, INTERPRETED)
-                if COUNTS:
-                    even, odd = offset(x_part[step], zeros, BITS, INTERPRETED)
-                group = tl.minimum((split * PART + warp_first + step) // GROUP_CHUNKS, GROUPS - 1)
-                sums = add_group(
-                    sums, part, even, odd, scale, start + thread // 4 % 8, group, N, GROUPS, BITS, BFLOAT, INTERPRETED
-                )
+                sums = add_group(sums, part, surplus[step], scales[step], BITS, BFLOAT, INTERPRETED)
             else:
                 sums = accumulate(words, x_part[step], sums, BITS, BFLOAT, INTERPRETED)
             if not INTERPRETED:
