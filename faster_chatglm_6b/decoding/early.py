@@ -15,7 +15,6 @@ import torch
 from ..network.prompt_layout import PromptLayout
 from .shortage import is_out_of_memory
 
-
 _BYTES = operator.attrgetter("nbytes")
 
 
