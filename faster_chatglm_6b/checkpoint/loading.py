@@ -196,6 +196,18 @@ class CheckpointMixin:
             if hasattr(embedding, "weight_scale"):
                 head.weight_scale = embedding.weight_scale
 
+    def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """Tie the head as transformers does, without a look at a head of the checkpoint that the embedding replaces.
+
+        transformers 5 compares the two, for which both are read from the mapped file and stay in memory with it: two
+        gigabytes.
+        """
+        missing = args[0] if args else kwargs.get("missing_keys")
+        if missing is not None and self.config.tie_word_embeddings:
+            tied = self.all_tied_weights_keys.items()
+            missing.update(head for head, embedding in tied if embedding not in missing)
+        return super().tie_weights(*args, **kwargs)
+
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
         """Load a generate() from a repository as transformers does; one that lies in a checkpoint is never run."""
         if is_checkpoint_code_blocked():

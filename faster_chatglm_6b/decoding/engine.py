@@ -4,6 +4,7 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
+from .early import Whereabouts
 from .memory import cache_bytes, shown
 from .refusal import CannotServe, check_sizes, too_little_for_the_loop
 from .session import Session, capacity_for, rows_for
@@ -27,6 +28,7 @@ class DecodeEngine:
         self._owner: int | None = None
         self._key: tuple | None = None
         self._sessions: OrderedDict[int, Session] = OrderedDict()
+        self._whereabouts: Whereabouts | None = None
         self._release_when_free = False
 
     def __deepcopy__(self, memo: dict) -> "DecodeEngine":
@@ -86,13 +88,25 @@ class DecodeEngine:
         if key != self._key:
             self._drop()
             check_sizes(model)
-            self._key = key
+            self._key, self._whereabouts = key, None
+        if self._whereabouts is None:
+            self._whereabouts = Whereabouts(model)
         # The previous session gets no name here: a name would hold its cache while the new one is made.
         for rows in (rows_for(batch), batch):
             if rows in self._sessions and self._sessions[rows].capacity >= tokens:
                 self._sessions.move_to_end(rows)
                 return self._sessions[rows]
         return self._make(model, batch, capacity_for(tokens))
+
+    def prepared(self, batch: int) -> Session | None:
+        """Return the session for ``batch`` sequences if there is one whose graphs may still read the weights.
+
+        Call with the lock held.
+        """
+        session = self._sessions.get(rows_for(batch)) or self._sessions.get(batch)
+        if session is not None and self._whereabouts is not None and not self._whereabouts.hold():
+            self._whereabouts = None
+        return None if self._whereabouts is None else session
 
     def _make(self, model: Any, batch: int, capacity: int) -> Session:
         rows = rows_for(batch)

@@ -25,6 +25,7 @@ class StepGraphs:
 
     Attributes:
         captures: whether steps are captured at all; in Triton's interpreter they are not.
+        stream: where steps are captured, a stream of its own; only on a GPU.
         capture_failed: whether memory was too short for a capture. Later steps then run eagerly, which is only slower.
     """
 
@@ -34,10 +35,13 @@ class StepGraphs:
         self._graphs: OrderedDict[tuple, torch.cuda.CUDAGraph] = OrderedDict()
         if self.captures:
             self._pool = torch.cuda.graph_pool_handle()
-            self._stream = capture_stream(self, device)
+            self.stream = capture_stream(self, device)
 
     def __len__(self) -> int:
         return len(self._graphs)
+
+    def __contains__(self, key: tuple) -> bool:
+        return key in self._graphs
 
     def values(self) -> list[torch.cuda.CUDAGraph]:
         """Return the graphs, the most recently used one last."""
@@ -83,7 +87,7 @@ class StepGraphs:
         Other threads and streams of the process go on, with one exception. torch includes its default CUDA generator in
         every capture: a thread that draws from it in these milliseconds gets an error.
         """
-        with torch.cuda.stream(self._stream), no_collection():
+        with torch.cuda.stream(self.stream), no_collection():
             return capture(self._pool, step, counter)
 
 

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
+from ..network.prompt_layout import PromptLayout
 from ..ops import triton as kernels
+from .early import EarlyPrompt
 from .graphs import StepGraphs
 from .numbers import RequestNumbers
 from .request import Request
@@ -82,6 +84,7 @@ class Session:
                 **{name: numbers[name] for name in _STATE_NUMBERS},
             )
         self.graphs = StepGraphs(self.device)
+        self._early = EarlyPrompt()
         self._speculations: dict[int, Speculation] = {}
         self._stream: torch.cuda.Stream | None = None
         if self.on_gpu:
@@ -90,6 +93,7 @@ class Session:
             self._events = [torch.cuda.Event(blocking=True) for _ in range(_RING_ROWS)]
             self._first = torch.cuda.Event()
             self._last: torch.cuda.Event | None = None
+            self._early_end = torch.cuda.Event()
 
     @property
     def bytes(self) -> int:
@@ -109,10 +113,14 @@ class Session:
         self._prompt_keys = self._prefix + request.input_ids.shape[1]
         self._speculation, self._last_keys = self._speculation_of(model, request), 0
         self._reset(request, seed)
-        ids, has_graph = self.prompt.place(model, request.input_ids, request.layout)
-        self.numbers.send()
-        most_keys = key_bucket(self._prefix + ids.shape[1], self.capacity)
-        key = ("prompt", *ids.shape, most_keys)
+        if self._early.take(request.layout):
+            # After the prompt: it reads some of these numbers, which are the same.
+            self.numbers.send()
+            self._finish_step(self.step.logits)
+            self._mark()
+            return
+        ids, has_graph = self._place(model, request.input_ids, request.layout)
+        most_keys, key = self._prompt_key(*ids.shape)
         run = functools.partial(self.prompt.run, model, ids, self.state.cache_length, most_keys)
         replayed = has_graph and self.graphs.replay(key)
         self._finish_step(self.step.logits if replayed else run())
@@ -121,23 +129,61 @@ class Session:
             # Only now, while the device computes the first token.
             self.graphs.keep(key, run, self.state.step)
 
+    def start_early(self, model: Any, input_ids: torch.Tensor, layout: PromptLayout) -> None:
+        """Queue a prompt whose request is not read yet, if it has a graph; see ``early``.
+
+        It runs on another stream than the current one, for which transformers waits several times.
+
+        Args:
+            input_ids: int64 [B, L], on any device.
+        """
+        batch, length = input_ids.shape
+        rows = self.prompt.graph_rows(batch, length)
+        # What reads a prefix is a module, and the kernels read a table from the position of the mask token.
+        if rows is None or self._prefix or length >= self.capacity or min(layout.mask_position.tolist()) < 0:
+            return
+        key = self._prompt_key(batch, rows)[1]
+        if key not in self.graphs or not self._early.offer(layout):
+            return
+        self._follow()
+        self._place(model, input_ids, layout)
+        if not self.on_gpu:
+            self.graphs.replay(key)
+            return
+        self.graphs.stream.wait_stream(self._stream)
+        self._stream, self._last = self.graphs.stream, self._early_end
+        with torch.cuda.stream(self._stream):
+            self.graphs.replay(key)
+            self._last.record()
+
+    def _prompt_key(self, batch: int, rows: int) -> tuple[int, tuple]:
+        """Return the most keys of prompts of so many rows each, and the key of their graph."""
+        most_keys = key_bucket(self._prefix + rows, self.capacity)
+        return most_keys, ("prompt", batch, rows, most_keys)
+
+    def _place(self, model: Any, input_ids: torch.Tensor, layout: PromptLayout) -> tuple[torch.Tensor, bool]:
+        """Send all numbers, of which a prompt needs how many rows there are and where they lie; see ``PromptStep``."""
+        batch, length = input_ids.shape
+        # The prompt's last logits give the first token, which advances this counter to the prompt's own length.
+        self.numbers.set(cache_length=self._prefix + length - 1, finished=1)
+        self.numbers.set(finished=[0] * batch)
+        placed = self.prompt.place(model, input_ids, layout)
+        self.numbers.send()
+        return placed
+
     def _reset(self, request: Request, seed: torch.Tensor) -> None:
         batch, length = request.input_ids.shape
         self.sampler.configure(request.plan)
         self.state.ids[:batch, :length].copy_(request.history())
         self.numbers.set(
             ids_length=length,
-            # The prompt's last logits give the first token, which advances this counter to the prompt's own length.
-            cache_length=self._prompt_keys - 1,
             step=0,
             turn=0,
             limit=min(request.max_length, 2**31 - 1),
-            finished=1,
             seed=seed.item(),
             lane=range(self.rows),
             pad_id=request.pad_id,
         )
-        self.numbers.set(finished=[0] * batch)
         self.numbers.set_ids("eos_ids", request.eos_ids)
         if self._speculation is not None:
             self._speculation.begin(request, seed)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.generation.utils import GenerationMixin
 
+from ..decoding.early import start_early
 from ..decoding.request import check_speculate
 from ..decoding.shortage import memory_returned
 from ..layers.adapters import refuse_prompt_learning
@@ -223,7 +224,7 @@ class PrefixGenerationMixin(SearchMixin):
     def _prompt_arguments(
         self, input_ids: torch.Tensor, generation_config: Any, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Check the prompt, and translate stock's mask and positions for transformers' ``generate``."""
+        """Check and start the prompt, and translate stock's mask and positions for transformers' ``generate``."""
         kwargs = dict(kwargs)
         mask, position_ids = kwargs.get("attention_mask"), kwargs.pop("position_ids", None)
         if getattr(generation_config, "is_assistant", False):
@@ -255,6 +256,9 @@ class PrefixGenerationMixin(SearchMixin):
                 kwargs["prompt_position_ids"] = position_ids
         self._check_trained_length(input_ids.shape[1] - min(layout.first_slot.tolist()))
         _check_room(input_ids.shape[1], generation_config, kwargs)
+        # A stream computes nothing before its first token is asked for.
+        if not streaming.get():
+            start_early(self, input_ids, layout)
         return kwargs
 
     def _check_cache(self, cache: Any, input_ids: torch.Tensor) -> None:

@@ -72,6 +72,18 @@ def test_the_head_is_the_embedding_unless_the_config_says_otherwise(tiny_dir, tm
         assert torch.equal(model.lm_head.weight, tensors[expected])
 
 
+def test_a_head_that_the_embedding_replaces_is_not_read(tiny_dir, tmp_path, monkeypatch):
+    """A comparison would read both from the mapped file, whose pages then count as the process's memory."""
+    tensors = load_file(tiny_dir / "model.safetensors")
+    torch.save({**tensors, "lm_head.weight": tensors["lm_head.weight"].clone()}, tmp_path / "pytorch_model.bin")
+    shutil.copy(tiny_dir / "config.json", tmp_path)
+    compared = []
+    monkeypatch.setattr(torch, "equal", lambda *tensors: compared.append(tensors) or True)
+    model, info = ChatGLMForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert model.lm_head.weight is model.transformer.word_embeddings.weight
+    assert compared == [] and not info["missing_keys"]
+
+
 def test_round_trip(tiny_dir, tmp_path):
     model = ChatGLMForConditionalGeneration.from_pretrained(tiny_dir)
     model.save_pretrained(tmp_path)

@@ -11,11 +11,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MAKE = """
 import sys
+from pathlib import Path
 
 import torch
 from measuring.cpu import random_model
 
-random_model(2, torch.float16, 4, None, None).save_pretrained(sys.argv[1])
+folder, kind = sys.argv[1:]
+model = random_model(2, torch.float16, 4, None, None)
+model.save_pretrained(folder)
+if kind != "safetensors":
+    Path(folder, "model.safetensors").unlink()
+    state = model.state_dict()
+    if kind == "bin with a head":
+        state["lm_head.weight"] = state["lm_head.weight"].clone()
+    torch.save(state, Path(folder, "pytorch_model.bin"))
 """
 LOAD = """
 import json, resource, sys
@@ -32,11 +41,12 @@ print(json.dumps([weights, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak in KiB")
-def test_the_peak_is_the_weights_and_a_gigabyte(tmp_path):
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "bin with a head"])
+def test_the_peak_is_the_weights_and_a_gigabyte(tmp_path, kind):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "examples")))}
-    for code in (MAKE, LOAD):
+    for code, arguments in ((MAKE, [str(tmp_path), kind]), (LOAD, [str(tmp_path)])):
         done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=1000
+            [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=1000
         )
         assert done.returncode == 0, done.stderr[-2000:]
     weights, peak = json.loads(done.stdout.splitlines()[-1])

@@ -15,7 +15,7 @@ from interrupts import InterruptBefore
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from faster_chatglm_6b.decoding import engine, loop, memory
+from faster_chatglm_6b.decoding import early, engine, loop, memory
 from faster_chatglm_6b.decoding.refusal import CannotServe
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
@@ -126,6 +126,9 @@ class StandInSession:
     def __init__(self, model, rows, capacity):
         self.rows, self.capacity, self.bytes, self.launched = rows, capacity, 0, 0
 
+    def start_early(self, model, input_ids, layout):
+        pass
+
     def begin(self, model, request, seed):
         self.launched = 1
 
@@ -149,6 +152,7 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(engine, "check_sizes", lambda model: None)
     monkeypatch.setattr(engine, "Session", StandInSession)
     model = SimpleNamespace(lm_head=torch.nn.Embedding(1, 1))
+    model.parameters = model.lm_head.parameters
     model.config = SimpleNamespace(num_layers=1, hidden_size=1, pre_seq_len=None)
     model.transformer = SimpleNamespace(word_embeddings=model.lm_head)
     request = SimpleNamespace(
@@ -159,14 +163,15 @@ def stand_in(monkeypatch):
 
 
 def test_interrupt_at_every_line(stand_in):
-    """After an interrupt before any line of decoding/loop.py or decoding/engine.py, the model answers at once."""
+    """After an interrupt before any line of decoding/loop.py, engine.py or early.py, the model answers at once."""
     model, request = stand_in
     expected = [10, 11, 12, 13]
 
     def run_until(stop):
         """Tell whether the answer was finished before line number ``stop`` of the run."""
         try:
-            with InterruptBefore(stop, (loop.__file__, engine.__file__)):
+            with InterruptBefore(stop, (loop.__file__, engine.__file__, early.__file__)):
+                early.start_early(model, PROMPT, None)
                 return [int(token) for token in loop.captured_tokens(model, request)] == expected
         except KeyboardInterrupt:
             return False

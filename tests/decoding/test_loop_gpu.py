@@ -12,6 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import early_checks  # noqa: E402
 import lifecycle_checks  # noqa: E402
 import loop_checks  # noqa: E402
 import release_checks  # noqa: E402
@@ -30,6 +31,7 @@ pytestmark = [
 # units in the last place of the tiny model's float16 logits, whose magnitude is below 16.
 NEAR_TIE = 0.05
 EVERYWHERE = loop_checks.EVERYWHERE + lifecycle_checks.EVERYWHERE + release_checks.EVERYWHERE
+EVERYWHERE += early_checks.ON_A_GPU
 EXACT = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
 
 

@@ -67,12 +67,16 @@ class PromptStep:
         if self._prefix:
             keys_and_values = model.transformer.prefix_encoder.packed(decode.packed.dtype)
             decode.cache.place_prefix(keys_and_values, layout.first_slot.tolist())
-        rows = captured_length(batch, length, self._most_rows)
+        rows = self.graph_rows(batch, length)
         if rows is None:
             return input_ids, False
         ids = self._ids[: batch * rows].view(batch, rows)
         ids[:, :length].copy_(input_ids)
         return ids, True
+
+    def graph_rows(self, batch: int, length: int) -> int | None:
+        """Return the rows per sequence of the graph for prompts of ``length`` tokens, or None if they have none."""
+        return captured_length(batch, length, self._most_rows)
 
     def run(self, model: Any, ids: torch.Tensor, cache_length: torch.Tensor, most_keys: int) -> torch.Tensor:
         """Feed the prompts, whose last row takes the slot ``cache_length``.
