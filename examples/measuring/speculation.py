@@ -8,11 +8,14 @@ so many accepted ids per step, not an answer that a model gave. The hook's few s
 "unforced" records have no hook: ids are drawn with nearly equal chances, from all, which never repeat, so that "auto"
 can only lose, or from three, which repeat by chance and mislead the drafts. "acceptance" records are answers of the
 tiny trained checkpoint to prompts that ask for something said before: tokens per step at its own size, no speed.
+"copies" records are the same of a checkpoint trained to repeat passages, which ``--copies FOLDER`` names and
+examples/tiny_chatglm/training/train_copies.py makes. Its questions were not trained on.
 """
 
 import argparse
 import contextlib
 import datetime
+import functools
 import json
 import statistics
 import time
@@ -142,33 +145,69 @@ def unforced_records(model: torch.nn.Module, batch: int, iters: int) -> Iterator
         }
 
 
-def acceptance_records(folder: Path, device: str) -> Iterator[dict[str, Any]]:
-    """Yield how many tokens a step brings where the tiny checkpoint says something again."""
+def answered_with_drafts(
+    model: torch.nn.Module, tokenizer: Any, query: str, history: list[tuple[str, str]]
+) -> Iterator[dict[str, Any]]:
+    """Yield a greedy answer for each kind of drafts, with the turns that it took."""
+    chat = functools.partial(model.chat, tokenizer, query, history=history, do_sample=False)
+    plain = chat(speculate=0)
+    # The end is a token, too.
+    tokens = 1 + len(tokenizer.encode_text(plain[0]))
+    for k in (3, 7, "auto"):
+        answer = chat(speculate=k)
+        turns = turns_of(model)
+        yield {
+            "answer": answer[0],
+            "same": answer == plain,
+            "k": k,
+            "tokens": tokens,
+            # One or two of the turns that were read may lie behind the end.
+            "turns": turns,
+            "tokens_per_turn": round(tokens / turns, 3),
+        }
+
+
+def loaded(folder: Path, device: str) -> tuple[torch.nn.Module, Any]:
+    """Return the model and the tokenizer of a small checkpoint, in float32."""
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True).float().to(device).eval()
+    return AutoModel.from_pretrained(folder, trust_remote_code=True).float().to(device).eval(), tokenizer
+
+
+def acceptance_records(folder: Path, device: str) -> Iterator[dict[str, Any]]:
+    """Yield how many tokens a step brings where the tiny checkpoint says something again."""
+    model, tokenizer = loaded(folder, device)
     for *before, query in CONVERSATIONS:
         history: list = []
         for text in before:
             _, history = model.chat(tokenizer, text, history=history, do_sample=False)
-        answers = {0: model.chat(tokenizer, query, history=history, do_sample=False, speculate=0)}
-        tokens = 1 + len(tokenizer.encode_text(answers[0][0]))
-        for k in (3, 7, "auto"):
-            answers[k] = model.chat(tokenizer, query, history=history, do_sample=False, speculate=k)
-            turns = turns_of(model)
-            yield {
-                "kind": "acceptance",
-                "query": query,
-                "after": before,
-                "answer": answers[k][0],
-                "same": answers[k] == answers[0],
-                "k": k,
-                "tokens": tokens,
-                # One or two of the turns that were read may lie behind the end.
-                "turns": turns,
-                "tokens_per_turn": round(tokens / turns, 3),
-            }
+        for record in answered_with_drafts(model, tokenizer, query, history):
+            yield {"kind": "acceptance", "query": query, "after": before, **record}
+
+
+def copies_records(folder: Path, device: str) -> Iterator[dict[str, Any]]:
+    """Yield the same of the checkpoint that was trained on copies, for its questions that were not trained on."""
+    model, tokenizer = loaded(folder, device)
+    questions = json.loads((folder / "copies.json").read_text(encoding="utf-8"))["questions"]
+    for question in questions:
+        for record in answered_with_drafts(model, tokenizer, question["query"], []):
+            exact = record["answer"] == question["answer"]
+            yield {"kind": "copies", "task": question["task"], "query": question["query"], "exact": exact, **record}
+
+
+def copies_summary(records: list[dict[str, Any]]) -> str:
+    """Return a line of the mean tokens per step by task; the first token of an answer is a turn as well."""
+    copies = [record for record in records if record["kind"] == "copies"]
+    means = []
+    for task in dict.fromkeys(record["task"] for record in copies):
+        for k in dict.fromkeys(record["k"] for record in copies):
+            some = [record for record in copies if (record["task"], record["k"]) == (task, k)]
+            mean = sum(record["tokens"] for record in some) / sum(record["turns"] for record in some)
+            means.append(f"{task} k = {k}: {mean:.2f}")
+    exact, same = (sum(record[name] for record in copies) for name in ("exact", "same"))
+    answers = f"{exact} of {len(copies)} answers are exact copies, {same} the same as without drafts"
+    return f"tokens per step: {', '.join(means)}; {answers}"
 
 
 def verdicts(records: list[dict[str, Any]]) -> Iterator[str]:
@@ -193,9 +232,11 @@ def verdicts(records: list[dict[str, Any]]) -> Iterator[str]:
 def main() -> None:
     """Measure what the arguments name, print each record as it comes, and write them to a file if one is given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", nargs="+", choices=("fp16", "int8", "int4"), default=["fp16", "int8", "int4"])
+    weights = ("fp16", "int8", "int4")
+    parser.add_argument("--weights", nargs="*", choices=weights, default=weights, help="none: only what models answer")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="sequences of the forced steps")
     parser.add_argument("--iters", type=int, default=5)
+    parser.add_argument("--copies", type=Path, metavar="FOLDER", help="a checkpoint that train_copies.py made")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records as a JSON list")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -209,6 +250,8 @@ def main() -> None:
             print(json.dumps(record, ensure_ascii=False), flush=True)
 
     keep(acceptance_records(ROOT / "examples" / "tiny_chatglm", "cuda"))
+    if arguments.copies:
+        keep(copies_records(arguments.copies, "cuda"))
     for weights in arguments.weights:
         model = random_model()
         if weights != "fp16":
@@ -220,6 +263,8 @@ def main() -> None:
         del model
         torch.cuda.empty_cache()
     print("\n".join(verdicts(records)))
+    if arguments.copies:
+        print(copies_summary(records))
     if arguments.json:
         lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
         arguments.json.write_text(f"[\n{lines}\n]\n", encoding="utf-8")

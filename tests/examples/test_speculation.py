@@ -41,3 +41,12 @@ def test_verdicts(measurement):
     assert words == ["ok", "ok", "MISSED"]
     worse = [step | {"cost": 1.3}, best | {"gain": 3.0}, text | {"times_as_long": 1.05}]
     assert [line.split()[0] for line in measurement.verdicts(worse)] == ["MISSED", "MISSED", "ok"]
+
+
+def test_the_summary_of_copies_is_by_task(measurement):
+    one = {"kind": "copies", "task": "repeat", "k": 7, "tokens": 30, "turns": 6, "exact": True, "same": True}
+    records = [one, one | {"tokens": 10, "turns": 4, "exact": False}, one | {"task": "quote"}, {"kind": "cost"}]
+    assert measurement.copies_summary(records) == (
+        "tokens per step: repeat k = 7: 4.00, quote k = 7: 5.00; 2 of 3 answers are exact copies, 3 the same as "
+        "without drafts"
+    )

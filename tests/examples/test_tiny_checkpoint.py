@@ -34,10 +34,12 @@ def training():
     before = set(sys.modules)
     sys.path.insert(0, str(TRAINING))
     try:
+        import copies
         import corpus
         import train
+        import train_copies
 
-        yield {"corpus": corpus, "train": train}
+        yield {"copies": copies, "corpus": corpus, "train": train, "train_copies": train_copies}
     finally:
         sys.path.remove(str(TRAINING))
         for name in set(sys.modules) - before:
@@ -209,3 +211,18 @@ def test_readme_quotes_the_metrics():
 def test_templates_stand_for_all_their_choices(training):
     expand = training["corpus"].expand
     assert expand("{a|b{1|2}} <x>", {"x": "{c|}"}) == ["a c", "a", "b1 c", "b1", "b2 c", "b2"]
+
+
+def test_copies_repeat_what_the_question_holds(tokenizer, training):
+    """Answers stand in the question but for a replaced name, and have as many tokens as is said."""
+    module = training["copies"]
+    copies, rng = module.Copies(tokenizer), random.Random(5)
+    for task in module.TASKS:
+        drawn = [copies.draw(rng, held_out=True, task=task) for _ in range(20)]
+        assert {dialogue.language for dialogue in drawn} == {"en", "zh"}
+        for dialogue in drawn:
+            assert 10 <= len(tokenizer.encode_text(dialogue.answer)) <= 60
+            assert (dialogue.answer in dialogue.query) == (task != "correct"), dialogue
+            assert len(dialogue.answer) < len(dialogue.query)
+    held, trained = (set(copies._sentences["en", held_out]) for held_out in (True, False))
+    assert held and trained and not held & trained

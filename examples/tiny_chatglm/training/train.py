@@ -16,6 +16,7 @@ import random
 import time
 from array import array
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,12 +45,30 @@ def encode(dialogue: Dialogue, tokenizer: ChatGLMTokenizer) -> Sample:
 def draw_samples(arguments: tuple[str, int, int]) -> list[Sample]:
     """Draw and encode ``count`` training dialogues; one call per worker process."""
     checkpoint, seed, count = arguments
-    corpus, rng, tokenizer = Corpus(), random.Random(seed), ChatGLMTokenizer.from_pretrained(checkpoint)
-    samples = []
+    tokenizer = ChatGLMTokenizer.from_pretrained(checkpoint)
+    return encoded_draws(Corpus().draw, tokenizer, seed, count)
+
+
+def encoded_draws(
+    draw: Callable[[random.Random], Dialogue], tokenizer: ChatGLMTokenizer, seed: int, count: int
+) -> list[Sample]:
+    """Draw and encode ``count`` dialogues that are not too long."""
+    rng, samples = random.Random(seed), []
     while len(samples) < count:
-        sample = encode(corpus.draw(rng), tokenizer)
+        sample = encode(draw(rng), tokenizer)
         if len(sample[0]) <= MAX_TOKENS:
             samples.append(sample)
+    return samples
+
+
+def drawn_by_all_cores(draw: Callable[[tuple[str, int, int]], list[Sample]], settings: argparse.Namespace) -> list:
+    """Let one process per core draw its part of the samples with ``draw``."""
+    begun, workers = time.time(), os.cpu_count() or 1
+    jobs = [(str(settings.checkpoint), 1000 * settings.seed + i, settings.samples // workers) for i in range(workers)]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        samples = [sample for part in pool.map(draw, jobs) for sample in part]
+    tokens = sum(len(ids) for ids, _ in samples)
+    print(f"{len(samples)} dialogues, {tokens} tokens in {time.time() - begun:.1f} s", flush=True)
     return samples
 
 
@@ -158,81 +177,99 @@ def save(model: ChatGLMForConditionalGeneration, output: Path) -> int:
     return (output / "model.safetensors").stat().st_size
 
 
-def main() -> None:
-    """Draw, train, measure, save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=HERE.parent, help="where config.json and the tokenizer are")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=700_000, help="training dialogues to draw")
-    parser.add_argument("--steps", type=int, default=7_000)
-    parser.add_argument("--batch", type=int, default=192)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--deviation", type=float, default=0.08, help="standard deviation of the initial weights")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=600.0, help="shorten the schedule to end in about this time")
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    begun = time.time()
+def new_model(settings: argparse.Namespace, device: torch.device) -> ChatGLMForConditionalGeneration:
+    """Make a model with random weights, ready for training."""
+    torch.manual_seed(settings.seed)
+    model = ChatGLMForConditionalGeneration(ChatGLMConfig.from_pretrained(str(settings.checkpoint)))
+    initialise(model, settings.deviation)
+    return model.to(device).train()
 
-    workers = os.cpu_count() or 1
-    jobs = [
-        (str(arguments.checkpoint), 1000 * arguments.seed + i, arguments.samples // workers) for i in range(workers)
-    ]
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        samples = [sample for part in pool.map(draw_samples, jobs) for sample in part]
-    print(
-        f"{len(samples)} dialogues, {sum(len(ids) for ids, _ in samples)} tokens in {time.time() - begun:.1f} s",
-        flush=True,
-    )
 
-    corpus, rng = Corpus(), random.Random(arguments.seed)
-    tokenizer = ChatGLMTokenizer.from_pretrained(str(arguments.checkpoint))
-    torch.manual_seed(arguments.seed)
-    # TF32 is plenty for a toy; it is measured in float32 below, after rounding to float16.
+def fit(
+    model: ChatGLMForConditionalGeneration, prepared: list[tuple], settings: argparse.Namespace, rng: random.Random
+) -> tuple[int, list[list[float]], float]:
+    """Train for ``settings.steps``, or fewer if they would take longer than ``settings.seconds``.
+
+    Returns:
+        The steps, [step, loss] of some of them, and the seconds that they took.
+    """
+    # TF32 is plenty for a toy; it is measured in float32 afterwards.
     torch.backends.cuda.matmul.allow_tf32 = True
-    model = ChatGLMForConditionalGeneration(ChatGLMConfig.from_pretrained(str(arguments.checkpoint)))
-    initialise(model, arguments.deviation)
-    model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
-    prepared = batches(samples, arguments.batch, tokenizer.pad_token_id, device, rng)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{parameters} parameters, {len(prepared)} batches, ready after {time.time() - begun:.1f} s", flush=True)
-
-    steps, queue, curve, trained = arguments.steps, [], [], time.time()
-    for step in range(arguments.steps):
-        if step == 50:
-            warmed = time.time()
-        if step == 150:
-            per_step = (time.time() - warmed) / 100
-            steps = min(arguments.steps, 150 + int((arguments.seconds - (time.time() - trained)) / per_step))
+    steps, queue, curve, begun, per_step = settings.steps, [], [], time.time(), None
+    for step in range(settings.steps):
+        if step in (1, 50):
+            warm, warmed = step, time.time()
+        # A slow machine cannot wait for so many steps.
+        if per_step is None and step > 4 and (step == 150 or time.time() - begun > settings.seconds / 8):
+            per_step = (time.time() - warmed) / max(1, step - warm)
+            steps = min(settings.steps, step + int((settings.seconds - (time.time() - begun)) / per_step))
             print(f"{per_step * 1e3:.1f} ms a step: {steps} steps", flush=True)
         if step >= steps:
             break
         if not queue:
             queue = rng.sample(prepared, len(prepared))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, arguments.learning_rate)
+            group["lr"] = learning_rate(step, steps, settings.learning_rate)
         loss = model(**with_masks(*queue.pop()), use_cache=False).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 250 == 0 or step == steps - 1:
+        if step % min(250, max(1, steps // 20)) == 0 or step == steps - 1:
             curve.append([step, round(loss.item(), 4)])
-            print(f"step {step}: loss {loss.item():.4f}, {time.time() - trained:.0f} s", flush=True)
-    seconds = time.time() - trained
+            print(f"step {step}: loss {loss.item():.4f}, {time.time() - begun:.0f} s", flush=True)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return steps, curve, time.time() - begun
+
+
+def training_options(description: str, samples: int, steps: int, seconds: float) -> argparse.ArgumentParser:
+    """Make a parser of what every training can be told, with these defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=HERE.parent, help="where config.json and the tokenizer are")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=samples, help="training dialogues to draw")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch", type=int, default=192)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--deviation", type=float, default=0.08, help="standard deviation of the initial weights")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=seconds, help="shorten the schedule to end in about this time")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def run_of(settings: argparse.Namespace) -> dict[str, object]:
+    """Return what a file of metrics says about the settings and the machine."""
+    unnamed = ("checkpoint", "output", "device")
+    return {
+        "settings": {key: value for key, value in vars(settings).items() if key not in unnamed},
+        "device": torch.cuda.get_device_name() if torch.device(settings.device).type == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }
+
+
+def main() -> None:
+    """Draw, train, measure, save."""
+    arguments = training_options(__doc__, samples=700_000, steps=7_000, seconds=600.0).parse_args()
+    device, begun = torch.device(arguments.device), time.time()
+    samples = drawn_by_all_cores(draw_samples, arguments)
+
+    corpus, rng = Corpus(), random.Random(arguments.seed)
+    tokenizer = ChatGLMTokenizer.from_pretrained(str(arguments.checkpoint))
+    model = new_model(arguments, device)
+    prepared = batches(samples, arguments.batch, tokenizer.pad_token_id, device, rng)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{parameters} parameters, {len(prepared)} batches, ready after {time.time() - begun:.1f} s", flush=True)
+    steps, curve, seconds = fit(model, prepared, arguments, rng)
 
     (arguments.output / "training").mkdir(parents=True, exist_ok=True)
     size = save(model, arguments.output)
-    torch.backends.cuda.matmul.allow_tf32 = False
     model.half().float().eval()
     table, missed = accuracy(model, corpus.held_out(), tokenizer, device)
     seen = random.Random(10_000 + arguments.seed)
     drawn, _ = accuracy(model, [corpus.draw(seen) for _ in range(2000)], tokenizer, device)
-    metrics = {
-        "settings": {key: value for key, value in vars(arguments).items() if key not in ("checkpoint", "output")},
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
+    metrics = run_of(arguments) | {
         "corpus": corpus.sizes(),
         "training": {
             "parameters": parameters,
