@@ -105,9 +105,9 @@ class CapturedRun:
             CannotServe: memory is too short to begin, with or without drafts.
         """
         request, session = self._request, self._session
-        if self._seed is None:
-            self._seed = request.seed()
         try:
+            if self._seed is None:
+                self._seed = request.seed()
             if index == 0:
                 session.begin(self._model, request, self._seed)
             while session.lacks(index, self._limit):
