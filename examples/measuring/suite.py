@@ -70,7 +70,7 @@ def in_new_process(*arguments: str, cache: str | None = None) -> Any:
 def synchronisations(model: torch.nn.Module, tokens: int = 50) -> int:
     """Count the host synchronisations that torch notices while ``tokens`` tokens are streamed."""
     ids = make_prompt(model, 1, 20)
-    stream = model.stream_tokens(ids, max_new_tokens=tokens + 20, eos_token_id=None, **timing.SAMPLING)
+    stream = model.stream_tokens(ids, max_new_tokens=tokens + 20, eos_token_id=None, speculate=0, **timing.SAMPLING)
     for _ in range(10):
         next(stream)
     torch.cuda.set_sync_debug_mode("warn")

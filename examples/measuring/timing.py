@@ -59,7 +59,8 @@ def run_once(model: torch.nn.Module, ids: torch.Tensor, mode: str, new_tokens: i
 
     from faster_chatglm_6b.generation.processors import InvalidScoreLogitsProcessor
 
-    settings = {"max_new_tokens": new_tokens, "eos_token_id": None, "pad_token_id": 3}
+    # Without drafts: random weights repeat themselves, so these would come true and a step would bring several tokens.
+    settings = {"max_new_tokens": new_tokens, "eos_token_id": None, "pad_token_id": 3, "speculate": 0}
     if mode == "greedy":
         model.generate(ids, do_sample=False, **settings)
         return
@@ -90,7 +91,8 @@ def token_times(model: torch.nn.Module, ids: torch.Tensor, new_tokens: int) -> l
     clock = Clock()
     synchronize()
     start = time.perf_counter()
-    model.generate(ids, do_sample=False, max_new_tokens=new_tokens, eos_token_id=None, pad_token_id=3, streamer=clock)
+    settings = {"max_new_tokens": new_tokens, "eos_token_id": None, "pad_token_id": 3, "speculate": 0}
+    model.generate(ids, do_sample=False, **settings, streamer=clock)
     # The first thing that generate gives a streamer is the prompt.
     return [round(arrival - start, 5) for arrival in clock.arrivals[1:]]
 

@@ -60,6 +60,10 @@ class DecodeEngine:
         """Drop all sessions after this request: a step was left half done, or memory ran out."""
         self._release_when_free = True
 
+    def start_over(self) -> None:
+        """Drop all sessions at once, and keep those made from now on; call with the lock held."""
+        self._drop()
+
     def release(self) -> None:
         """Release all caches and graphs, now or when the running request ends."""
         self._release_when_free = True

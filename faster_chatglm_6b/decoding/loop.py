@@ -1,6 +1,7 @@
 """Serve one request token by token: prefill, decode, stop."""
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from .engine import DecodeEngine
 from .refusal import check_model, too_little_for_the_loop
 from .request import Request
+from .session import Session
 from .shortage import is_out_of_memory, reclaim
 
 
@@ -51,10 +53,14 @@ class CapturedRun:
         self._finished = torch.zeros(batch, dtype=torch.bool)
         self._eos_ids = torch.tensor(request.eos_ids, dtype=torch.int64)
         # Checked with the lock held: no other request can change the model now.
-        key = check_model(model)
+        self._key, self._seed = check_model(model), None
+        self._session = self._make_session()
+
+    def _make_session(self) -> Session:
+        batch, length = self._request.input_ids.shape
+        keys = (self._model.config.pre_seq_len or 0) + length + self._limit
         with self._on_device():
-            keys = (model.config.pre_seq_len or 0) + length + self._limit
-            self._session = engine.session(model, key, batch, keys)
+            return self._engine.session(self._model, self._key, batch, keys)
 
     def _on_device(self) -> contextlib.AbstractContextManager:
         device = self._model.lm_head.weight.device
@@ -69,10 +75,10 @@ class CapturedRun:
             CannotServe: memory is too short to begin.
         """
         self._engine.touch()
-        request, session = self._request, self._session
+        request = self._request
         with self._on_device():
             self._queue(index)
-            token = session.read(index)
+            token = self._session.read(index)
             if request.has_end:
                 token = token.masked_fill(self._finished, request.pad_id)
             self._finished |= torch.isin(token, self._eos_ids)
@@ -82,23 +88,42 @@ class CapturedRun:
 
     def _queue(self, index: int) -> None:
         """Queue token ``index`` and some after it."""
+        if not self._has_memory_for(index):
+            # The buffers of drafts may be what the prompt lacks.
+            self._request = dataclasses.replace(self._request, draft_tokens=0)
+            self._session = None
+            self._engine.start_over()
+            self._session = self._make_session()
+            self._has_memory_for(index)
+        if self._session.graphs.capture_failed:
+            self._engine.give_up_sessions()
+
+    def _has_memory_for(self, index: int) -> bool:
+        """Queue token ``index`` and some after it; tell whether there was memory for it, or not with drafts.
+
+        Raises:
+            CannotServe: memory is too short to begin, with or without drafts.
+        """
         request, session = self._request, self._session
         try:
+            if self._seed is None:
+                self._seed = request.seed()
             if index == 0:
-                session.begin(self._model, request, request.seed())
+                session.begin(self._model, request, self._seed)
             while session.lacks(index, self._limit):
                 session.advance(self._model)
+            return True
         except BaseException as error:
             # Whatever ended the step half way, even an interrupt: no request may continue from there.
             self._engine.give_up_sessions()
             if index or not is_out_of_memory(error):
                 raise
             reclaim(self._model, error)
-            batch, length = request.input_ids.shape
-            prompt = f"a prompt of {batch} x {length} tokens"
-            raise too_little_for_the_loop(self._model, prompt, batch, length, length + self._limit) from None
-        if session.graphs.capture_failed:
-            self._engine.give_up_sessions()
+        if request.draft_tokens:
+            return False
+        batch, length = request.input_ids.shape
+        prompt = f"a prompt of {batch} x {length} tokens"
+        raise too_little_for_the_loop(self._model, prompt, batch, length, length + self._limit)
 
     def _ask_host_criteria(self, index: int, token: torch.Tensor) -> None:
         """Evaluate the criteria that have no kernel on the ids up to token ``index``."""

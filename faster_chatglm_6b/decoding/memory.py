@@ -10,6 +10,8 @@ _SCORE_BYTES = 64
 # cuBLAS' workspaces, and the scratch memory of the prompt's kernels and of the captured step.
 _FIXED_BYTES = 256 << 20
 _FIXED_BYTES_PER_SEQUENCE = 3 << 20
+# Activations and scratch memory of a step of several positions, of which larger batches have none.
+_DRAFT_BYTES, _DRAFT_BYTES_PER_SEQUENCE, _MOST_DRAFTED_SEQUENCES = 24 << 20, 14 << 20, 16
 
 
 def cache_bytes(model: Any, batch: int, capacity: int) -> int:
@@ -19,7 +21,7 @@ def cache_bytes(model: Any, batch: int, capacity: int) -> int:
 
 
 def workspace_bytes(model: Any, batch: int, prompt: int) -> int:
-    """Return the most bytes that a generation takes beside weights and cache; without a GPU, an estimate.
+    """Return the most bytes that a generation without drafts takes beside weights and cache; an estimate on a CPU.
 
     Args:
         batch: number of sequences.
@@ -37,6 +39,11 @@ def workspace_bytes(model: Any, batch: int, prompt: int) -> int:
         return needed + _FIXED_BYTES + batch * _FIXED_BYTES_PER_SEQUENCE
     # The operators' definitions hold the scores of every pair of tokens and their softmax.
     return needed + 2 * batch * config.num_attention_heads * prompt * prompt * 4
+
+
+def draft_bytes(batch: int) -> int:
+    """Return the most bytes that drafts take as well on a GPU; an answer for which these are not free has no drafts."""
+    return 0 if batch > _MOST_DRAFTED_SEQUENCES else _DRAFT_BYTES + batch * _DRAFT_BYTES_PER_SEQUENCE
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -12,7 +12,7 @@ from ..network.prompt_layout import PromptLayout
 
 MOST_END_TOKENS = 16
 # What ``speculate`` may be, and what it is if nobody says: ids of a draft at every step, or "auto", where they pay.
-SPECULATE, SPECULATE_DEFAULT = (0, 3, 7, "auto"), 0
+SPECULATE, SPECULATE_DEFAULT = (0, 3, 7, "auto"), "auto"
 # The longest draft for up to so many sequences; more rows than these in all take longer than reading the weights.
 _MOST_DRAFTED = {4: 7, 16: 3}
 

@@ -111,7 +111,7 @@ class Session:
         self._plan, self._launched = request.plan, 0
         self._batch = request.input_ids.shape[0]
         self._prompt_keys = self._prefix + request.input_ids.shape[1]
-        self._speculation, self._last_keys = self._speculation_of(model, request), 0
+        self._speculation = self._speculation_of(model, request)
         self._reset(request, seed)
         if self._early.take(request.layout):
             # After the prompt: it reads some of these numbers, which are the same.
@@ -221,14 +221,24 @@ class Session:
         run = functools.partial(self._run, model, most_keys)
         if speculation is not None:
             key = (*key, speculation.rows)
-            # Compiling and capturing takes long, so it is not left for later: a graph that may be new is used once.
-            # That happens in every answer, so that all of them round alike.
-            if speculation.asks or most_keys != self._last_keys:
-                key = (*key, "drafts")
-                run = functools.partial(speculation.run, model, self._plan, most_keys)
-            self._last_keys = most_keys
-        self.graphs.run(key, run, self.state.step)
+        # Most texts never ask for it, so it is compiled and captured only where one does.
+        if speculation is None or not (speculation.asks and self._advance_drafted(model, key, most_keys)):
+            self.graphs.run(key, run, self.state.step)
         self._mark()
+
+    def _advance_drafted(self, model: Any, key: tuple, most_keys: int) -> bool:
+        """Queue a turn of 1 + k positions, and tell whether there was memory for it; without, it changes nothing."""
+        speculation = self._speculation
+        run = functools.partial(speculation.run, model, self._plan, most_keys)
+        speculation.has_accepted = False
+        try:
+            self.graphs.run((*key, "drafts"), run, self.state.step)
+        except (RuntimeError, MemoryError) as error:
+            if speculation.has_accepted or not is_out_of_memory(error):
+                raise
+            speculation.stop()
+            return False
+        return True
 
     def _run(self, model: Any, most_keys: int) -> None:
         self._finish_step(self.step.run(model, self.state.tokens, self.state.cache_length, most_keys))

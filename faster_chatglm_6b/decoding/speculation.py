@@ -39,6 +39,9 @@ class Speculation:
         numbers: the session's.
         drafted: k, the ids of a draft: 3 or 7.
         reports: turns that the host may fall behind.
+
+    Attributes:
+        has_accepted: set by a turn of 1 + k positions that got so far that it cannot be left out any more.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Speculation:
     ):
         batch, rows, device = step.batch, 1 + drafted, step.packed.device
         self.rows, self._state, self._numbers = rows, state, numbers
+        self.has_accepted = False
         self._price = _PRICES.get(model.config.quantization_bit, _PRICES[None])
         self._step = DraftStep(model, step, rows, numbers)
         self._each = RequestNumbers(batch * rows, device)
@@ -80,7 +84,7 @@ class Speculation:
         batch, length = request.input_ids.shape
         self._always, self._pad = request.draft_always, request.pad_id
         self._answers: list[list[int]] = [[] for _ in range(batch)]
-        self._ended, self._asks, self._read = [False] * batch, False, 0
+        self._ended, self._asks, self._read, self._stopped = [False] * batch, False, 0, False
         self._numbers.set(
             seen=length, draft_count=0, streak=0, need=FIRST_NEED, balance=FIRST_BALANCE, price=self._price, reported=0
         )
@@ -97,6 +101,7 @@ class Speculation:
         logits = self._step.run(model, self._drafts.tokens, self._state.cache_length, most_keys)
         self._sampler.run(plan, logits, self._positions, self._step.workspace)
         kernels.accept(self._positions.tokens, self._state, self._drafts)
+        self.has_accepted = True
         self.report(spent=True)
 
     def report(self, spent: bool = False) -> None:
@@ -106,7 +111,11 @@ class Speculation:
     @property
     def asks(self) -> bool:
         """Whether the next turn should have 1 + k positions, by what was read so far."""
-        return self._always or self._asks
+        return (self._always or self._asks) and not self._stopped
+
+    def stop(self) -> None:
+        """Ask for no more turns of 1 + k positions in this request."""
+        self._stopped = True
 
     @property
     def turns_read(self) -> int:

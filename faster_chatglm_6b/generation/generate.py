@@ -39,10 +39,11 @@ class PrefixGenerationMixin(SearchMixin):
         ``past_key_values`` or as ``cache``, whatever the installed transformers calls it. Hidden states and attentions
         have stock's layouts, see ``ChatGLMModel.forward``.
 
-        ``speculate`` lets the captured loop draft ids from the prompt and the answer so far and verify several in one
-        step: 3 or 7 in every step, 0 for none, or "auto", as many as pay and only where earlier drafts came true. The
-        answer is the same, sampled ones too, up to near-ties. transformers' ``prompt_lookup_num_tokens`` asks for it as
-        well. Processors that look at earlier ids, criteria of the caller's own and more than 16 sequences go without.
+        The captured loop drafts ids from the prompt and the answer so far and verifies several in one step. By
+        ``speculate`` it does so in every step (3 or 7 ids), in none (0), or, by default ("auto"), as many as pay and
+        only where earlier drafts came true. The answer is the same, sampled ones too, up to near-ties. transformers'
+        ``prompt_lookup_num_tokens`` asks for drafts in every step. Processors that look at earlier ids, criteria of the
+        caller's own and more than 16 sequences go without.
 
         Raises:
             ValueError: no room for an answer, ids that are no ChatGLM prompt, a mask that ``generate`` cannot follow,

@@ -75,7 +75,7 @@ def _speculate(generation_config: Any, model_kwargs: dict[str, Any]) -> int | st
     """Return what is asked for by ``speculate``, else by transformers' ``prompt_lookup_num_tokens``."""
     given, looked_up = model_kwargs.get("speculate"), getattr(generation_config, "prompt_lookup_num_tokens", None)
     if given is None and looked_up is not None:
-        given = min((k for k in SPECULATE[1:3] if k >= looked_up), default=SPECULATE[2])
+        given = min((k for k in SPECULATE[:3] if k >= looked_up), default=SPECULATE[2])
     return given
 
 

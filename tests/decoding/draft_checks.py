@@ -317,57 +317,6 @@ def drafts_through_the_network(model, lengths=(6,), new=5, kinds=(3,), all_wrong
     model.release_cache()
 
 
-def interrupted_drafts(model):
-    """Check that an abandoned or interrupted request with drafts leaves the next one right, with and without them."""
-    ids = prompt(model, 6)
-    settings = {"input_ids": ids, "do_sample": False, "max_new_tokens": 20, "eos_token_id": None}
-    with Babbler(model, 6).in_place(model):
-        expected = answers(model, 0, **settings)
-        for stop in (1, 3):
-            stream = model.stream_tokens(**settings, speculate=7)
-            for _ in range(stop):
-                next(stream)
-            stream.close()
-            assert answers(model, 7, **settings) == expected
-        for name in ("run", "read", "begin"):
-            model.release_cache()
-            normal, calls = getattr(speculation.Speculation, name), []
-
-            def interrupt(self, *arguments, normal=normal, calls=calls, last=1 if name == "begin" else 2):
-                calls.append(1)
-                if len(calls) == last:
-                    raise KeyboardInterrupt
-                return normal(self, *arguments)
-
-            with mock.patch.object(speculation.Speculation, name, interrupt):
-                try:
-                    answers(model, 7, **settings)
-                except KeyboardInterrupt:
-                    pass
-                else:
-                    raise AssertionError(f"the interrupt in {name} was lost")
-            for kind in (0, 7):
-                assert answers(model, kind, **settings) == expected, name
-
-
-def no_memory_for_drafts(model):
-    """Check that a request goes on without drafts if there is no memory for their buffers."""
-    ids = prompt(model, 6)
-    settings = {"input_ids": ids, "do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
-
-    def short(*arguments):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB.")
-
-    with Babbler(model, 6).in_place(model):
-        expected = answers(model, 0, **settings)
-        with mock.patch.object(session, "Speculation", short), turns() as count:
-            assert answers(model, 7, **settings) == expected
-        assert not count["several"]
-        with turns() as count:
-            assert answers(model, 7, **settings) == expected
-        assert count["several"]
-
-
 EVERYWHERE = (
     babble_is_the_same,
     babble_in_batches,
@@ -376,6 +325,4 @@ EVERYWHERE = (
     who_goes_without_drafts,
     prompt_lookup,
     drafts_through_the_network,
-    interrupted_drafts,
-    no_memory_for_drafts,
 )

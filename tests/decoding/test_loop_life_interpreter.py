@@ -9,6 +9,7 @@ pytest.importorskip("triton", reason="Triton is not installed, so there are no k
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "ops")]
 import draft_checks  # noqa: E402
+import draft_life_checks  # noqa: E402
 import fault_checks  # noqa: E402
 import lifecycle_checks  # noqa: E402
 import prompt_checks  # noqa: E402
@@ -23,6 +24,7 @@ CHECKS = (
     + fault_checks.EVERYWHERE
     + row_checks.EVERYWHERE
     + draft_checks.EVERYWHERE
+    + draft_life_checks.EVERYWHERE
 )
 LOOP = {check.__name__: check for check in CHECKS}
 TABLE = {check.__name__: check for check in table_checks.EVERYWHERE}

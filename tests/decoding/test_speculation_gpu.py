@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed, so there are no k
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "ops")]
 import draft_checks  # noqa: E402
+import draft_life_checks  # noqa: E402
 import loop_checks  # noqa: E402
 from loop_checks import expect, padded, prompt  # noqa: E402
 from near_ties import assert_equal_up_to_near_ties  # noqa: E402
@@ -28,7 +29,10 @@ KINDS = (3, 7, "auto")
 EXACT = {"do_sample": False, "eos_token_id": None}
 
 
-@pytest.mark.parametrize("check", draft_checks.EVERYWHERE, ids=lambda check: check.__name__)
+CHECKS = draft_checks.EVERYWHERE + draft_life_checks.EVERYWHERE
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_as_in_the_interpreter(single, check):
     check(single)
 

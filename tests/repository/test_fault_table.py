@@ -97,6 +97,8 @@ def test_the_memory_bound_is_the_codes(name):
         f"{2048 * per_token / 1e9:.2f} GB",
         f"{fixed / 1e9:.2f} GB",
         f"{per_sequence / 1e6:.1f} MB",
+        f"{memory.draft_bytes(0) / 1e6:.1f} MB",
+        f"{(memory.draft_bytes(2) - memory.draft_bytes(1)) / 1e6:.1f} MB",
         f"{widths * 2 / 1e6:.1f} MB",
     ):
         assert number in text, number
