@@ -74,6 +74,12 @@ def speculation_launches(dtype: torch.dtype) -> list[Callable[[], object]]:
         workspace = kernels.Workspace("meta", batch * rows)
         arguments = (packed, cache, cache, *counts, table, table)
         calls.append(lambda a=arguments, w=workspace, s=splits: kernels.draft_attention(*a, splits=s, workspace=w))
+        if dtype == torch.float16 and rows == 8:
+            pages = meta(dtype, 999, HEADS, 64, SIZE)
+            arguments = (packed, pages, pages, *counts, table, table)
+            options = {"block_table": int32(batch, CAPACITY // 64), "limit": int32(batch), "padded": batch == 2}
+            options |= {"splits": splits, "workspace": workspace}
+            calls.append(lambda a=arguments, o=options: kernels.draft_attention(*a, **o))
         if dtype != torch.float16 or batch == 2:
             continue
         sampled = meta(torch.int64, batch * rows)

@@ -5,6 +5,7 @@ Each takes a device, draws random inputs, fills what the kernel must write with 
 
 import torch
 from operator_checks import assert_close, attention64, poison, random, rotate64, tables
+from page_checks import contiguous, paged
 from sampling_checks import EOS, make_state
 
 from faster_chatglm_6b.ops import triton as kernels
@@ -50,20 +51,25 @@ def check_draft_attention(
     splits: int | None,
     two: bool = True,
     room: int = 9,
+    page: int = 0,
+    padded: bool = False,
 ) -> None:
     """Check rows that stand at different places, the first at ``length``; every third is done.
 
-    Of the first row's new keys, ``room`` find a slot.
+    Of the first row's new keys, ``room`` find a slot. With ``page`` the caches lie in pages of so many slots.
     """
     capacity = length + room
     qkv = random(device, dtype, batch, rows, 3 * heads * size)
     slot = torch.randint(0, length + 1, (batch,), dtype=torch.int32, device=device)
     slot[0] = length
     finished = (torch.arange(batch, device=device) % 3 == 1).int()
-    longer = [poison(device, dtype, batch, heads, capacity + 3, size) for _ in range(2)]
+    most = -(-(capacity + 3) // page) * page if page else capacity + 3
+    longer = [poison(device, dtype, batch, heads, most, size) for _ in range(2)]
     caches = [cache[:, :, :capacity] for cache in longer]
     first_key = (torch.rand(batch, device=device) * (slot + 1)).int()
     first_key[0] = 0
+    if page and not padded:
+        first_key = first_key // page * page
     for row in range(batch):
         for cache in caches:
             # The keys of a row that is done stay poisoned, as do those of drafts that were not kept.
@@ -76,10 +82,21 @@ def check_draft_attention(
     workspace = kernels.Workspace(device, batch * rows, heads, size, 1024)
     workspace.partial.fill_(float("nan"))
     out = poison(device, dtype, batch, rows, heads * size)
-    kernels.draft_attention(
-        qkv, *caches, slot, finished, first_key, position, sop_index, cos, sin,
-        splits=splits, workspace=workspace, out=out,
-    )  # fmt: skip
+    arguments = slot, finished, first_key, position, sop_index, cos, sin
+    options = {"splits": splits, "workspace": workspace, "out": out}
+    limit = torch.full_like(slot, capacity)
+    if page:
+        # Some rows have room for one of their new keys only.
+        limit[1:] = torch.minimum(slot + 1 + 20 * (slot % 2), limit)[1:]
+        pools, table = paged(longer, page)
+        given = table.clone()
+        for row in range(batch):
+            # Pages beyond a row's own are another's.
+            given[row, -(-int(limit[row]) // page) :] = table[row - 1, int(slot[row - 1]) // page]
+        kernels.draft_attention(qkv, *pools, *arguments, block_table=given, limit=limit, padded=padded, **options)
+        longer = [contiguous(pool, table) for pool in pools]
+    else:
+        kernels.draft_attention(qkv, *caches, *arguments, **options)
     query, key, value = qkv.view(batch, rows, heads, 3, size).permute(3, 0, 2, 1, 4)
     step = torch.arange(rows, device=device)
     places = [position.long()[:, None, None], (slot[:, None] + step - sop_index[:, None] + 1).long()[:, None]]
@@ -87,7 +104,7 @@ def check_draft_attention(
     places = [place.expand(batch, heads, rows) for place in places]
     query, key = rotate64(query, places, cos, sin).to(dtype), rotate64(key, places, cos, sin)
     for row in range(batch):
-        start, stop = int(slot[row]), min(int(slot[row]) + rows, capacity)
+        start, stop = int(slot[row]), min(int(slot[row]) + rows, int(limit[row]))
         for cache, old, new in zip(longer, before, (key, value.double()), strict=True):
             if finished[row]:
                 assert cache[row].isnan().all()

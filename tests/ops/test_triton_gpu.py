@@ -259,6 +259,9 @@ def test_draft_attention(dtype, batch, rows, heads, size, length, splits):
     for two in (True, False):
         speculation.check_draft_attention(DEVICE, dtype, batch, rows, heads, size, length, splits, two)
     speculation.check_draft_attention(DEVICE, dtype, batch, rows, heads, size, length, splits, room=rows - 1)
+    for page, padded in ((64, False), (128, True)):
+        arguments = batch, rows, heads, size, length, splits, True, rows - 1, page, padded
+        speculation.check_draft_attention(DEVICE, dtype, *arguments)
 
 
 @pytest.mark.parametrize("rows", [4, 8])

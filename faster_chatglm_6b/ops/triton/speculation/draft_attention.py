@@ -1,7 +1,7 @@
 """Attention of the 1 + k positions of each sequence against the cache, the keys split over programs.
 
-Rotary positions and the append to the cache are in the same kernel, as in ``decode_attention``. The keys are read once
-for all positions of a sequence, whose few rows share the tensor cores' tile.
+Rotary positions and the append to the cache, contiguous or in pages, are in the same kernel, as in ``decode_attention``.
+The keys are read once for all positions of a sequence, whose few rows share the tensor cores' tile.
 """
 
 import math
@@ -16,11 +16,12 @@ from ..common import (
     pdl_options,
     require,
     require_equal_caches,
+    require_pages,
     start_successor,
     wait_for_predecessor,
 )
 from ..configs import uses_pdl
-from ..decode_attention import choose_splits, key_range
+from ..decode_attention import choose_splits, key_range, slot_offset
 from ..fused_apply_rotary_emb import load_angles, load_head, require_tables
 from ..workspace import Workspace, default_workspace
 
@@ -73,8 +74,10 @@ def combine_parts(
 @triton.jit
 def draft_attention_kernel(
     qkv,  # packed projection [B, ROWS, H, 3, K]
-    key_cache,  # [B, H, T, K]
-    value_cache,  # [B, H, T, K]
+    key_cache,  # [B, H, T, K], or pages [pages, H, PAGE, K]
+    value_cache,  # as key_cache
+    table,  # int32 [B, T / PAGE], or None without pages
+    limit,  # int32 [B], or None without pages
     length,  # int32 [B]
     finished,  # int32 [B]
     first_key,  # int32 [B]
@@ -99,10 +102,15 @@ def draft_attention_kernel(
     BLOCK_T: tl.constexpr,
     SPLITS: tl.constexpr,
     WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
+    PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Attend with one program per (sequence and head, split); the first split has the new keys, too."""
+    """Attend with one program per (sequence and head, split); the first split has the new keys, too.
+
+    PAGE and PADDED are as in ``decode_attention``.
+    """
     start_successor(PDL)
     pair = tl.program_id(0)
     split = tl.program_id(1)
@@ -111,15 +119,24 @@ def draft_attention_kernel(
     row = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_K)
     slots = tl.arange(0, BLOCK_T)
-    keys = key_cache + (batch * stride_b + head * stride_h)
-    values = value_cache + (batch * stride_b + head * stride_h)
+    if PAGE > 0:
+        cache = head * stride_h
+        table += batch * (capacity // PAGE)
+    else:
+        cache = batch * stride_b + head * stride_h
+    keys, values = key_cache + cache, value_cache + cache
     inside = (row < ROWS)[:, None] & (columns < K)[None, :]
     index = ((batch * ROWS + row[:, None]) * heads + head) * K
     wait_for_predecessor(PDL)
     end = tl.load(length + batch)
     # Rows that are done see their new keys only: their neighbours need not wait for them.
     is_done = tl.load(finished + batch) != 0
-    first = tl.where(is_done, end, tl.load(first_key + batch))
+    lowest = tl.load(first_key + batch)
+    first = lowest
+    if PADDED:
+        # No block crosses the end of a page.
+        first = lowest // BLOCK_T * BLOCK_T
+    first = tl.where(is_done, end, first)
     start, stop, active = key_range(first, end, split, SPLITS, BLOCK_T)
     if split < active:
         first_position = tl.minimum(tl.load(position + batch), positions - 1) + row * 0
@@ -138,8 +155,12 @@ def draft_attention_kernel(
             k_own, k_partner = load_head(source + K, columns[None, :], inside, WIDTH)
             k_new = (k_own * c + k_partner * s).to(out.dtype.element_ty)
             v_new = tl.load(source + 2 * K + columns[None, :], mask=inside, other=0.0)
-            target = (end + row).to(tl.int64)[:, None] * stride_t + columns[None, :]
-            fits = (inside & (end + row < capacity)[:, None] & (is_done == 0)) != 0
+            bound = capacity
+            if PAGE > 0:
+                # The table's entries from there on are no pages of this sequence.
+                bound = tl.minimum(tl.load(limit + batch), capacity)
+            target = slot_offset(table, end + row, bound, stride_b, stride_t, PAGE)[:, None] + columns[None, :]
+            fits = (inside & (end + row < bound)[:, None] & (is_done == 0)) != 0
             tl.store(keys + target, k_new, mask=fits)
             tl.store(values + target, v_new, mask=fits)
             score = tl.dot(q, tl.trans(k_new), input_precision=PRECISION) * scale
@@ -148,11 +169,18 @@ def draft_attention_kernel(
             highest, total, acc = add_tile(highest, total, acc, score, v_new, PRECISION)
         for t in range(start, stop, BLOCK_T):
             slot = t + slots
-            source_t = slot.to(tl.int64)[:, None] * stride_t + columns[None, :]
-            there = (slot < stop)[:, None] & (columns < K)[None, :]
+            if PAGE > 0:
+                source_t = slot_offset(table, t, stop, stride_b, stride_t, PAGE) + slots[:, None] * stride_t
+            else:
+                source_t = slot.to(tl.int64)[:, None] * stride_t
+            source_t += columns[None, :]
+            seen = slot < stop
+            if PADDED:
+                seen = seen & (slot >= lowest)
+            there = seen[:, None] & (columns < K)[None, :]
             k = tl.load(keys + source_t, mask=there, other=0.0)
             score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            score = tl.where((slot < stop)[None, :], score, float("-inf"))
+            score = tl.where(seen[None, :], score, float("-inf"))
             v = tl.load(values + source_t, mask=there, other=0.0)
             highest, total, acc = add_tile(highest, total, acc, score, v, PRECISION)
         target_out = out + index + columns[None, :]
@@ -183,6 +211,9 @@ def draft_attention(
     cos: torch.Tensor,
     sin: torch.Tensor,
     *,
+    block_table: torch.Tensor | None = None,
+    limit: torch.Tensor | None = None,
+    padded: bool = False,
     splits: int | None = None,
     max_length: int | None = None,
     workspace: Workspace | None = None,
@@ -190,12 +221,14 @@ def draft_attention(
 ) -> torch.Tensor:
     """Rotate, append and attend for R positions of each sequence in one launch, each seeing those before it.
 
-    Position j goes to slot ``length[b]`` + j, if there is such a slot, and turns as ``decode_attention`` turns a token
-    of that slot.
+    Position j goes to slot ``length[b]`` + j, if the sequence has such a slot, and turns as ``decode_attention`` turns a
+    token of that slot.
 
     Args:
         qkv: [B, R, 3 * H * K], per head [q k v], R from 1 to 16.
-        key_cache, value_cache, length, first_key, position, sop_index, cos, sin: as of ``decode_attention``.
+        key_cache, value_cache, length, first_key, position, sop_index, cos, sin, block_table, padded: as of
+            ``decode_attention``.
+        limit: int32 [B], with a ``block_table`` only: the slots of each sequence. Its pages hold so many.
         finished: int32 [B]; a row where it is not 0 reads nothing of the cache and leaves it as it is.
         splits: parts that the keys are cut into, 1 to 8, fixed when a graph is captured and right for every length;
             None chooses for ``max_length`` keys (default T).
@@ -205,7 +238,15 @@ def draft_attention(
         ValueError: a shape does not fit, or ``splits`` is out of range.
     """
     batch, heads, capacity, size = key_cache.shape
-    rows = qkv.shape[1]
+    page, rows = 0, qkv.shape[1]
+    if block_table is not None:
+        batch, page = qkv.shape[0], capacity
+        capacity = block_table.shape[-1] * page
+        require_pages(block_table, page, batch)
+    require(
+        (limit is None) == (block_table is None) and (limit is None or limit.numel() >= batch),
+        "pass a block_table and a limit of each sequence, or none of them",
+    )
     require(
         qkv.shape == (batch, rows, 3 * heads * size) and qkv.is_contiguous() and 1 <= rows <= TILE_ROWS,
         f"qkv is {tuple(qkv.shape)}: for the cache {tuple(key_cache.shape)} pass [{batch}, R, {3 * heads * size}] with "
@@ -214,7 +255,7 @@ def draft_attention(
     require_tables(cos, sin, size)
     require_equal_caches(key_cache, value_cache)
     workspace = workspace or default_workspace(key_cache.device, batch * rows)
-    block_t = BLOCK_T * 2 // key_cache.element_size()
+    block_t = min(BLOCK_T * 2 // key_cache.element_size(), page or BLOCK_T)
     block_k = max(triton.next_power_of_2(size), 16)
     if splits is None:
         programs = multiprocessor_count(key_cache.device) * WAVES
@@ -231,6 +272,8 @@ def draft_attention(
         qkv,
         key_cache,
         value_cache,
+        block_table,
+        limit,
         length,
         finished,
         first_key,
@@ -253,6 +296,8 @@ def draft_attention(
         BLOCK_T=block_t,
         SPLITS=splits,
         WIDTH=2 * cos.shape[1],
+        PAGE=page,
+        PADDED=padded and page > 0,
         PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
         PDL=pdl,
         num_warps=4,
