@@ -1,7 +1,8 @@
 """Attention of the 1 + k positions of each sequence against the cache, the keys split over programs.
 
-Rotary positions and the append to the cache, contiguous or in pages, are in the same kernel, as in ``decode_attention``.
-The keys are read once for all positions of a sequence, whose few rows share the tensor cores' tile.
+Rotary positions and the append to the cache, which may lie in pages, are in the same kernel, as in
+``decode_attention``. The keys are read once for all positions of a sequence, whose few rows share the tensor cores'
+tile.
 """
 
 import math
@@ -221,8 +222,8 @@ def draft_attention(
 ) -> torch.Tensor:
     """Rotate, append and attend for R positions of each sequence in one launch, each seeing those before it.
 
-    Position j goes to slot ``length[b]`` + j, if the sequence has such a slot, and turns as ``decode_attention`` turns a
-    token of that slot.
+    Position j goes to slot ``length[b]`` + j, if the sequence has it, and turns as ``decode_attention`` turns a token
+    of that slot.
 
     Args:
         qkv: [B, R, 3 * H * K], per head [q k v], R from 1 to 16.
