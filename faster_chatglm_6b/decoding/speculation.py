@@ -75,7 +75,7 @@ def position_state(numbers: RequestNumbers, count: int) -> kernels.DecodeState:
         tokens=torch.zeros(count, dtype=torch.int64, device=device),
         ids=torch.zeros(count, 1, dtype=torch.int64, device=device),
         ring=torch.zeros(1, count, dtype=torch.int64, device=device),
-        **{name: numbers[name] for name in _STATE_NUMBERS},
+        **{name: numbers[name][:count] for name in _STATE_NUMBERS},
     )
 
 
