@@ -25,7 +25,12 @@ def test_without_a_gpu_rows_are_plain_and_the_log_says_why(chat_model, caplog):
     with caplog.at_level(logging.WARNING):
         rows = make_rows(chat_model, 2, 0.5)
     assert type(rows) is PlainRows and rows.rows == 2
-    assert "one after the other" in caplog.text and "cpu" in caplog.text
+    assert "one after the other" in caplog.text and "cpu" in caplog.text and "speculate" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        make_rows(chat_model, 2, 0.5, "auto")
+    assert caplog.text.count("speculate is auto, which changes nothing there") == 1
+    with pytest.raises(ValueError, match="speculate is 5, but"):
+        make_rows(chat_model, 2, 0.5, 5)
 
 
 @pytest.fixture(scope="module")
