@@ -301,7 +301,7 @@ class CapturedRows:
         if step.drafts is None:
             brought = [[token] for token in step.ring.tolist()]
         else:
-            brought = step.drafts.drafts.read(step.ring)
+            brought = step.drafts.read(step.ring)
         results = []
         for place, row in step.rows:
             row.launched += len(brought[place]) - 1

@@ -56,6 +56,10 @@ class DraftTurn:
             one()
         self.drafts.run(model, self.rows, state, plan, most_keys, self.several)
 
+    def read(self, report: torch.Tensor) -> list[list[int]]:
+        """Return the tokens that the turn has brought to each row, from its report."""
+        return self.drafts.read(report)
+
 
 class RowDrafts:
     """Drafts of R - 1 ids for up to so many rows.
