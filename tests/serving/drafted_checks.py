@@ -51,13 +51,6 @@ def babbled(length: int, seed: int) -> tuple[int, ...]:
     return (*ids.tolist(), 321, 324)
 
 
-def make(model: Any, speculate: int | str, count: int = 2) -> captured.CapturedRows:
-    """Return rows with drafts, whose pages hold NaN."""
-    kind = captured.CapturedRows
-    with mock.patch.object(captured, "CapturedRows", lambda *given: kind(*given, speculate=speculate)):
-        return checks.make(model, count)
-
-
 @contextlib.contextmanager
 def turns() -> Iterator[dict[str, int]]:
     """Count the turns that are queued inside: of one token, of one token and new drafts, and of several."""
@@ -107,7 +100,7 @@ def same(
         expected, taken = run(checks.make(model, rows), requests, order), [counts]
     for kind in kinds:
         with told(requests, tokens(expected)) if tells else contextlib.nullcontext(), turns() as counts:
-            found = run(make(model, kind, rows), requests, order)
+            found = run(checks.make(model, rows, kind), requests, order)
         assert tokens(found) == tokens(expected)
         assert [[one.end for one in answer] for answer in found] == [[one.end for one in answer] for answer in expected]
         taken.append(counts)
@@ -150,7 +143,7 @@ def check_without_drafts(model: Any, most: int) -> None:
             _, counts = same(model, requests, (kind,))
             assert counts["plain"] >= 3 and counts["several"], (other, counts)
         many = [replace(base, ids=babbled(4, seed), max_tokens=5) for seed in range(17)]
-        rows, news = make(model, 7, 17), [NewRow(row, (row,), one) for row, one in enumerate(many)]
+        rows, news = checks.make(model, 17, 7), [NewRow(row, (row,), one) for row, one in enumerate(many)]
         with rows.turn(), turns() as counts:
             found = rows.start(news[:4]) + rows.step() + rows.start(news[4:]) + rows.step() + rows.step()
             for row in range(3, 17):
@@ -176,7 +169,7 @@ def check_pages_with_drafts(model: Any, most: int) -> None:
     with mock.patch.object(captured, "PAGE_TOKENS", 16):
         requests = [RowRequest(prompt(model, length, length), 5) for length in (14, 11)]
         expected = tokens(run(PlainRows(model, 1, checks.pages(1)), requests))
-        rows, found = make(model, 3, 1), []
+        rows, found = checks.make(model, 1, 3), []
         storage = rows._full.cache.storage
         with told(requests, expected) if model.device.type == "cpu" else contextlib.nullcontext(), turns() as counts:
             for request, pages in zip(requests, ((4, 7), (2,)), strict=True):

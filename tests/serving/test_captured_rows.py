@@ -1,5 +1,6 @@
 """Rows in the captured loop: in Triton's interpreter, where steps run eagerly, and captured on a GPU."""
 
+import functools
 import json
 import os
 import subprocess
@@ -89,6 +90,15 @@ def test_interpreted(name: str, results: dict[str, str | None]) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("name", (*NAMES, *DRAFTED))
 def test_captured(name: str) -> None:
+    run_check(name, load(100 if name == "prefix" else 0).cuda(), 12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("speculate", [3, 7, "auto"])
+@pytest.mark.parametrize("name", NAMES)
+def test_captured_with_drafts(name: str, speculate: int | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured_checks, "make", functools.partial(captured_checks.make, speculate=speculate))
     run_check(name, load(100 if name == "prefix" else 0).cuda(), 12)
 
 

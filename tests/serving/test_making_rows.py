@@ -43,12 +43,15 @@ def tiny_on_gpu():
     return ChatGLMForConditionalGeneration.from_pretrained(TINY).float().cuda().eval()
 
 
-@pytest.mark.parametrize("rows", [gpu_case(3), gpu_case(40)])
-def test_many_prompts_are_chat_alone(tiny_on_gpu, chat_tokenizer, rows):
+@pytest.mark.parametrize(
+    "count, speculate", [gpu_case(3, 0), gpu_case(40, 0), gpu_case(3, "auto"), gpu_case(4, 7), gpu_case(20, 3)]
+)
+def test_many_prompts_are_chat_alone(tiny_on_gpu, chat_tokenizer, count, speculate):
+    rows = make_rows(tiny_on_gpu, count, 0.9, speculate)
     alone = {query: tiny_on_gpu.chat(chat_tokenizer, query, do_sample=False)[0] for query in QUERIES}
     prompts = [QUERIES[number * number % len(QUERIES)] for number in range(60)]
     answers = {
-        one.index: one.text for one in answer_many(tiny_on_gpu, chat_tokenizer, prompts, temperature=0, max_rows=rows)
+        one.index: one.text for one in answer_many(tiny_on_gpu, chat_tokenizer, prompts, temperature=0, rows=rows)
     }
     assert [answers[index] for index in range(len(prompts))] == [alone[prompt] for prompt in prompts]
 
