@@ -70,6 +70,10 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         "--shutdown-timeout", type=_whole, default=30, metavar="SECONDS",
         help="seconds that answers get to finish after SIGTERM or Ctrl-C (%(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--speculate", type=_draft, default=0, metavar="K",
+        help="ids that a step drafts for each answer, if few run on a GPU: 0, 3, 7 or auto (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
 
 
@@ -109,6 +113,13 @@ def _count(text: str) -> int:
     if not (number := _whole(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is too few: a whole number from 1 on")
     return number
+
+
+def _draft(text: str) -> int | str:
+    """Return what ``speculate`` takes."""
+    if text not in ("0", "3", "7", "auto"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no draft: 0, 3, 7 or auto")
+    return text if text == "auto" else int(text)
 
 
 def _port(text: str) -> int:

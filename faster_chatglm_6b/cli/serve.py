@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
         most_waiting=arguments.max_waiting,
         shutdown_timeout=arguments.shutdown_timeout,
         log_level=arguments.log_level,
+        speculate=arguments.speculate,
     )
     try:
         code = serve(model, tokenizer, settings)

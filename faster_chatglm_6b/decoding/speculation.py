@@ -26,6 +26,59 @@ _STATE_NUMBERS = "finished ids_length cache_length step limit eos_ids seed lane 
 _PRICES = {None: 2, 8: 3, 4: 7}
 
 
+def price_of(model: Any) -> int:
+    """Return the price of a step of 1 + k positions, as ``DraftState`` has it."""
+    return _PRICES.get(model.config.quantization_bit, _PRICES[None])
+
+
+def first_numbers(length: int, price: int) -> dict[str, int]:
+    """Return the numbers of drafts for a row that begins with ``length`` ids; names as of ``RequestNumbers``."""
+    return {
+        "seen": length,
+        "draft_count": 0,
+        "streak": 0,
+        "need": FIRST_NEED,
+        "balance": FIRST_BALANCE,
+        "price": price,
+    }
+
+
+def draft_state(
+    numbers: RequestNumbers,
+    batch: int,
+    first: torch.Tensor,
+    tokens: torch.Tensor,
+    steps: torch.Tensor,
+    reports: int,
+) -> kernels.DraftState:
+    """Return the drafts of the first ``batch`` rows; ``first``, ``tokens`` and ``steps`` are a ``DraftState``'s.
+
+    Args:
+        reports: turns that the host may fall behind.
+    """
+    ring = torch.full((reports, batch, REPORT_HEAD + tokens.shape[1]), -1, dtype=torch.int64)
+    return kernels.DraftState(
+        tokens=tokens,
+        count=numbers["draft_count"],
+        first=first,
+        steps=steps,
+        reports=ring.pin_memory() if tokens.is_cuda else ring,
+        turn=numbers["reported"],
+        **{name: numbers[name] for name in ("seen", "streak", "need", "balance", "price")},
+    )
+
+
+def position_state(numbers: RequestNumbers, count: int) -> kernels.DecodeState:
+    """Return the state of ``count`` positions. They share no ids: none of their tokens is kept there."""
+    device = numbers["step"].device
+    return kernels.DecodeState(
+        tokens=torch.zeros(count, dtype=torch.int64, device=device),
+        ids=torch.zeros(count, 1, dtype=torch.int64, device=device),
+        ring=torch.zeros(1, count, dtype=torch.int64, device=device),
+        **{name: numbers[name][:count] for name in _STATE_NUMBERS},
+    )
+
+
 class Speculation:
     """A session's steps of 1 + k positions, and the tokens that came of them.
 
@@ -56,28 +109,14 @@ class Speculation:
         batch, rows, device = step.batch, 1 + drafted, step.packed.device
         self.rows, self._state, self._numbers = rows, state, numbers
         self.has_accepted = False
-        self._price = _PRICES.get(model.config.quantization_bit, _PRICES[None])
+        self._price = price_of(model)
         self._step = DraftStep(model, step, rows, numbers)
         self._each = RequestNumbers(batch * rows, device)
         self._sampler = Sampler(batch * rows, step.vocab_size, device, self._each)
         with torch.inference_mode(False):
-            ring = torch.full((reports, batch, REPORT_HEAD + rows), -1, dtype=torch.int64)
-            self._drafts = kernels.DraftState(
-                tokens=torch.zeros(batch, rows, dtype=torch.int64, device=device),
-                count=numbers["draft_count"],
-                first=numbers["first_key"],
-                steps=self._each["step"],
-                reports=ring.pin_memory() if device.type == "cuda" else ring,
-                turn=numbers["reported"],
-                **{name: numbers[name] for name in ("seen", "streak", "need", "balance", "price")},
-            )
-            # The positions share no ids: none of their tokens is kept there.
-            self._positions = kernels.DecodeState(
-                tokens=torch.zeros(batch * rows, dtype=torch.int64, device=device),
-                ids=torch.zeros(batch * rows, 1, dtype=torch.int64, device=device),
-                ring=torch.zeros(1, batch * rows, dtype=torch.int64, device=device),
-                **{name: self._each[name] for name in _STATE_NUMBERS},
-            )
+            tokens = torch.zeros(batch, rows, dtype=torch.int64, device=device)
+            self._drafts = draft_state(numbers, batch, numbers["first_key"], tokens, self._each["step"], reports)
+            self._positions = position_state(self._each, batch * rows)
 
     def begin(self, request: Request, seed: torch.Tensor) -> None:
         """Start a request; the session sends its numbers after this."""
@@ -85,9 +124,7 @@ class Speculation:
         self._always, self._pad = request.draft_always, request.pad_id
         self._answers: list[list[int]] = [[] for _ in range(batch)]
         self._ended, self._asks, self._read, self._stopped = [False] * batch, False, 0, False
-        self._numbers.set(
-            seen=length, draft_count=0, streak=0, need=FIRST_NEED, balance=FIRST_BALANCE, price=self._price, reported=0
-        )
+        self._numbers.set(**first_numbers(length, self._price), reported=0)
         self._sampler.configure(request.plan)
         lanes = np.repeat(np.arange(self._state.tokens.shape[0]), self.rows)
         self._each.set(

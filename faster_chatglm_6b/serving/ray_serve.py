@@ -14,6 +14,7 @@ from ray import serve
 from ray.serve.metrics import Gauge
 
 from ..checkpoint import by_name
+from ..decoding.request import check_speculate
 from ..recognition import HUB_ID
 from .api.server import Settings, application, set_up_log
 from .defaults import api_keys, served_names
@@ -51,6 +52,7 @@ class Options(BaseModel):
     memory: float = Field(0.9, gt=0, le=1)
     max_waiting: int = Field(1024, ge=0)
     shutdown_timeout: int = Field(30, ge=0)
+    speculate: int | Literal["auto"] = 0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     min_replicas: int = Field(1, ge=1)
     max_replicas: int | None = Field(None, ge=1)
@@ -62,6 +64,7 @@ class Options(BaseModel):
     def _go_together(self) -> "Options":
         if self.bits not in (None, 4, 8):
             raise ValueError(f"bits is {self.bits}, but weights have 4 or 8; leave it out for floats.")
+        check_speculate(self.speculate)
         if self.tiny and "model" in self.model_fields_set:
             raise ValueError("More than one checkpoint is named: give model or tiny.")
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
@@ -81,6 +84,7 @@ class Options(BaseModel):
             most_waiting=self.max_waiting,
             shutdown_timeout=self.shutdown_timeout,
             log_level=self.log_level,
+            speculate=self.speculate,
             names_requests=False,  # Ray's proxy writes X-Request-Id
         )
 
@@ -155,6 +159,8 @@ def build(options: Options) -> serve.Application:
         set_up_log(settings.log_level)
         name = by_name.tiny_checkpoint() if options.tiny else options.model
         tokenizer, model = by_name.load(name, options.bits, by_name.device_of(options.device))
-        return application(model, tokenizer, settings, make_rows(model, settings.rows, settings.memory))
+        return application(
+            model, tokenizer, settings, make_rows(model, settings.rows, settings.memory, settings.speculate)
+        )
 
     return serve.deployment(serve.ingress(app)(Replica), name="chatglm").options(**options.deployment()).bind()

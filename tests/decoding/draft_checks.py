@@ -33,12 +33,17 @@ class Babbler:
         table[:, FIRST_ID:LAST_ID] = 3 * torch.randn(STATES, LAST_ID - FIRST_ID, generator=draw)
         self.table, self.free, self.slots = table.to(model.device), free, {}
 
-    def logits(self, step, tokens, length):
-        batch, rows = tokens.shape
+    def held(self, step):
+        """Return the ids in the slots of a step's sequences."""
         if step.cache not in self.slots:
             # A key that no token has written yet would show.
-            self.slots[step.cache] = torch.full((step.cache.storage.shape[2], step.capacity + 32), 7919).to(tokens)
-        slots = self.slots[step.cache]
+            shape = step.cache.storage.shape[2], step.capacity + 32
+            self.slots[step.cache] = torch.full(shape, 7919, device=self.table.device)
+        return self.slots[step.cache]
+
+    def logits(self, step, tokens, length):
+        batch, rows = tokens.shape
+        slots = self.held(step)
         places = length.long()[:batch, None] + torch.arange(rows, device=tokens.device)
         slots[:batch].scatter_(1, places, tokens)
         last, before = (slots[:batch].gather(1, (places - back).clamp(min=0)) for back in (0, 1))

@@ -55,9 +55,9 @@ def run(rows: Any, requests: Sequence[RowRequest], order: Sequence[int] | None =
     return answers
 
 
-def make(model: Any, count: int = 2) -> captured.CapturedRows:
+def make(model: Any, count: int = 2, speculate: int | str = 0) -> captured.CapturedRows:
     """Return rows whose pages hold NaN, so that reading a key that nobody wrote shows."""
-    rows = captured.CapturedRows(model, count, pages(count))
+    rows = captured.CapturedRows(model, count, pages(count), speculate)
     rows._full.cache.storage.fill_(float("nan"))
     if model.config.pre_seq_len:
         with torch.no_grad():

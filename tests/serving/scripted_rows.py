@@ -30,12 +30,15 @@ class ScriptedRows:
     Args:
         lag: return the tokens of a step one call later, as an implementation does that reads one step behind.
         pause: seconds that a step takes.
+        burst: most tokens of a row in a step.
         fails: called with a request and an index, returns an exception to fail with, or None.
     """
 
-    def __init__(self, rows=4, pages=64, page_tokens=16, lag=False, pause=0.0, fails=lambda request, index: None):
+    def __init__(
+        self, rows=4, pages=64, page_tokens=16, lag=False, pause=0.0, burst=1, fails=lambda request, index: None
+    ):
         self.rows, self.pages, self.page_tokens = rows, pages, page_tokens
-        self._lag, self.pause, self._fails = lag, pause, fails
+        self._lag, self.pause, self._burst, self._fails = lag, pause, burst, fails
         self._running: dict[int, list] = {}
         self._pages: dict[int, tuple[int, ...]] = {}
         self._queued: list = []
@@ -96,7 +99,12 @@ class ScriptedRows:
             time.sleep(self.pause)
         if self.raise_in_step is not None and (error := self.raise_in_step()):
             raise error
-        return self._results([self._next(row) for row, state in self._running.items() if not state[2]])
+        found = []
+        for row, state in self._running.items():
+            for _ in range(self._burst - state[1] % 2 if self._burst > 1 else 1):
+                if not state[2]:
+                    found.append(self._next(row))
+        return self._results(found)
 
     def stop(self, row):
         self._called()

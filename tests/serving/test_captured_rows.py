@@ -1,5 +1,6 @@
 """Rows in the captured loop: in Triton's interpreter, where steps run eagerly, and captured on a GPU."""
 
+import functools
 import json
 import os
 import subprocess
@@ -14,10 +15,11 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to run")
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent), str(ROOT / "tests" / "decoding")]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent), str(ROOT / "tests" / "decoding"), str(ROOT / "tests" / "ops")]
 import captured_checks  # noqa: E402
 
 NAMES = ("greedy", "seeds", "logprobs", "places", "broken_scores", "prefix")
+DRAFTED = ("drafts", "ends_inside_drafts", "without_drafts", "seeds_with_drafts", "pages_with_drafts")
 
 
 def load(prefix: int = 0, layers: int = 3, heads: int = 4) -> torch.nn.Module:
@@ -38,6 +40,12 @@ def load(prefix: int = 0, layers: int = 3, heads: int = 4) -> torch.nn.Module:
     return model.requires_grad_(False)
 
 
+def run_check(name: str, model: torch.nn.Module, most: int) -> None:
+    import drafted_checks
+
+    getattr(drafted_checks if name in DRAFTED else captured_checks, f"check_{name}")(model, most)
+
+
 def run_all() -> dict[str, str | None]:
     """Map the name of each check to what went wrong, or to None."""
     from interpreter_blocks import use_large_blocks
@@ -52,10 +60,11 @@ def run_all() -> dict[str, str | None]:
     rotary_concat.BLOCK_M = 128
     prompt_attention.prompt_attention_config = lambda *_: PromptAttention(128, 128, 4, 1)
     results = {}
-    for name in NAMES:
+    for name in (*NAMES, *DRAFTED):
         start = time.perf_counter()
         try:
-            getattr(captured_checks, f"check_{name}")(load(100 if name == "prefix" else 0, layers=2, heads=1), 2)
+            model = load(100 if name == "prefix" else 0, layers=1 if name in DRAFTED else 2, heads=1)
+            run_check(name, model, 2)
             results[name] = None
         except Exception:
             results[name] = traceback.format_exc()
@@ -72,16 +81,25 @@ def results() -> dict[str, str | None]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", (*NAMES, *DRAFTED))
 def test_interpreted(name: str, results: dict[str, str | None]) -> None:
     assert results[name] is None, results[name]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", (*NAMES, *DRAFTED))
 def test_captured(name: str) -> None:
-    getattr(captured_checks, f"check_{name}")(load(100 if name == "prefix" else 0).cuda(), 12)
+    run_check(name, load(100 if name == "prefix" else 0).cuda(), 12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("speculate", [3, 7, "auto"])
+@pytest.mark.parametrize("name", NAMES)
+def test_captured_with_drafts(name: str, speculate: int | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured_checks, "make", functools.partial(captured_checks.make, speculate=speculate))
+    run_check(name, load(100 if name == "prefix" else 0).cuda(), 12)
 
 
 if __name__ == "__main__":

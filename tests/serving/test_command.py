@@ -174,6 +174,7 @@ def test_a_missing_library_is_one_sentence(missing, capsys, monkeypatch):
         (["--max-waiting", "many"], "'many' is no whole number"),
         (["--shutdown-timeout", "1.5"], "'1.5' is no whole number"),
         (["--log-level", "loud"], "loud"),
+        (["--speculate", "5"], "'5' is no draft: 0, 3, 7 or auto"),
         (["--api-key", " ", "--tiny"], "--api-key is empty"),
         (["--served-model-name", "", "--tiny"], "--served-model-name is empty"),
         (["a", "--tiny"], "More than one checkpoint is named"),

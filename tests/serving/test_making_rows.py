@@ -25,7 +25,12 @@ def test_without_a_gpu_rows_are_plain_and_the_log_says_why(chat_model, caplog):
     with caplog.at_level(logging.WARNING):
         rows = make_rows(chat_model, 2, 0.5)
     assert type(rows) is PlainRows and rows.rows == 2
-    assert "one after the other" in caplog.text and "cpu" in caplog.text
+    assert "one after the other" in caplog.text and "cpu" in caplog.text and "speculate" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        make_rows(chat_model, 2, 0.5, "auto")
+    assert caplog.text.count("speculate is auto, which changes nothing there") == 1
+    with pytest.raises(ValueError, match="speculate is 5, but"):
+        make_rows(chat_model, 2, 0.5, 5)
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +43,15 @@ def tiny_on_gpu():
     return ChatGLMForConditionalGeneration.from_pretrained(TINY).float().cuda().eval()
 
 
-@pytest.mark.parametrize("rows", [gpu_case(3), gpu_case(40)])
-def test_many_prompts_are_chat_alone(tiny_on_gpu, chat_tokenizer, rows):
+@pytest.mark.parametrize(
+    "count, speculate", [gpu_case(3, 0), gpu_case(40, 0), gpu_case(3, "auto"), gpu_case(4, 7), gpu_case(20, 3)]
+)
+def test_many_prompts_are_chat_alone(tiny_on_gpu, chat_tokenizer, count, speculate):
+    rows = make_rows(tiny_on_gpu, count, 0.9, speculate)
     alone = {query: tiny_on_gpu.chat(chat_tokenizer, query, do_sample=False)[0] for query in QUERIES}
     prompts = [QUERIES[number * number % len(QUERIES)] for number in range(60)]
     answers = {
-        one.index: one.text for one in answer_many(tiny_on_gpu, chat_tokenizer, prompts, temperature=0, max_rows=rows)
+        one.index: one.text for one in answer_many(tiny_on_gpu, chat_tokenizer, prompts, temperature=0, rows=rows)
     }
     assert [answers[index] for index in range(len(prompts))] == [alone[prompt] for prompt in prompts]
 

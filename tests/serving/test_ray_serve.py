@@ -149,9 +149,12 @@ def test_the_options_are_those_of_the_command():
 
 
 def test_what_a_replica_gets():
-    options = Options(model="/models/mine", bits="8", max_rows=8, max_waiting=4, shutdown_timeout=7, num_gpus=1)
+    options = Options(
+        model="/models/mine", bits="8", max_rows=8, max_waiting=4, shutdown_timeout=7, num_gpus=1, speculate="3"
+    )
     settings, deployment = options.settings(), options.deployment()
     assert settings.names == ("mine", "/models/mine") and (settings.rows, settings.most_waiting) == (8, 4)
+    assert settings.speculate == 3 and Options(tiny=True, speculate="auto").settings().speculate == "auto"
     assert deployment["num_replicas"] == 1 and deployment["ray_actor_options"] == {"num_cpus": 1, "num_gpus": 1}
     assert deployment["max_ongoing_requests"] > 12 == deployment["max_queued_requests"]
     assert deployment["graceful_shutdown_timeout_s"] == 7
@@ -173,6 +176,7 @@ def test_keys_of_the_environment_are_the_replicas(monkeypatch):
         ({"row": 3}, "Extra inputs are not permitted"),
         ({"tiny": True, "model": "a"}, "More than one checkpoint is named"),
         ({"bits": 3}, "bits is 3, but weights have 4 or 8"),
+        ({"speculate": "5"}, "speculate is 5, but a step drafts 0, 3 or 7 ids"),
         ({"memory": 1.5}, "less than or equal to 1"),
         ({"max_rows": 0}, "greater than or equal to 1"),
         ({"api_key": " "}, "should match pattern"),

@@ -19,12 +19,21 @@ class DraftStep(DecodeStep):
         step: the step of one token, whose cache and tables are used.
         positions: R, from 1 to 16.
         numbers: of the request; one for each sequence.
+        limit: int32 [B], the slots of each sequence, if its cache lies in pages.
     """
 
-    def __init__(self, model: Any, step: DecodeStep, positions: int, numbers: RequestNumbers):
+    def __init__(
+        self,
+        model: Any,
+        step: DecodeStep,
+        positions: int,
+        numbers: RequestNumbers,
+        limit: torch.Tensor | None = None,
+    ):
         config, like = model.config, step.packed
         hidden, heads = config.hidden_size, config.num_attention_heads
         self._numbers, self._sequences, self.positions = numbers, step.batch, positions
+        self._limit = limit
         self.batch, self.capacity, self.vocab_size = step.batch * positions, step.capacity, step.vocab_size
         self.cache, self.cos, self.sin = step.cache, step.cos, step.sin
         with torch.inference_mode(False):
@@ -33,6 +42,12 @@ class DraftStep(DecodeStep):
             self._hidden, self.normed, self.packed, self._context, self._inner, self.logits = (
                 torch.empty(self.batch, width, dtype=like.dtype, device=like.device) for width in widths
             )
+
+    def narrowed(self, batch: int) -> "DraftStep":
+        """Return a step of the first ``batch`` sequences, on the same memory."""
+        step = super().narrowed(batch * self.positions)
+        step._sequences = batch
+        return step
 
     def run(self, model: Any, tokens: torch.Tensor, length: torch.Tensor, most_keys: int) -> torch.Tensor:
         """Feed R tokens per sequence after ``length`` cached ones.
@@ -62,6 +77,9 @@ class DraftStep(DecodeStep):
             numbers["sop_index"],
             self.cos,
             self.sin,
+            block_table=self.cache.block_table,
+            limit=self._limit,
+            padded=self.cache.is_padded,
             max_length=most_keys,
             stable_state=stable_state,
             workspace=workspace,

@@ -35,6 +35,7 @@ class Settings:
         most_waiting: answers that may wait beyond the rows.
         shutdown_timeout: seconds that running answers get to finish after SIGTERM.
         log_level: "debug", "info", "warning" or "error".
+        speculate: ids that a step drafts for each of a few rows, as of ``generate``: 0, 3, 7 or "auto".
         names_requests: write X-Request-Id into answers; a proxy in front may do that itself.
     """
 
@@ -47,6 +48,7 @@ class Settings:
     most_waiting: int = 1024
     shutdown_timeout: int = 30
     log_level: str = "info"
+    speculate: int | str = 0
     names_requests: bool = True
 
 
@@ -71,7 +73,7 @@ def serve(model: Any, tokenizer: Any, settings: Settings) -> int:
         ValueError: the memory is too short for one prompt of the model's length.
     """
     set_up_log(settings.log_level)
-    rows = make_rows(model, settings.rows, settings.memory)
+    rows = make_rows(model, settings.rows, settings.memory, settings.speculate)
     app = application(model, tokenizer, settings, rows)
     config = uvicorn.Config(
         app,

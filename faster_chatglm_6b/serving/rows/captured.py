@@ -30,6 +30,7 @@ from ...decoding.steps.prompt import LENGTHS
 from ...network.prompt_layout import PromptLayout
 from ...ops import triton as kernels
 from .choice import scores_not_finite
+from .drafting import Drafting, DraftTurn
 from .interface import Logprobs, NewRow, RowFailure, RowRequest, RowToken
 from .row_numbers import INVALID, MOST_END_TOKENS, more_numbers, sampling_plan, write_row
 
@@ -40,7 +41,7 @@ PROMPT_TOKENS = 2048
 # the prompts of others stand between them and their first token.
 _LOOKAHEAD = 1
 _RING_ROWS = 4
-_MOST_GRAPHS = 64
+_MOST_GRAPHS, _MORE_FOR_DRAFTS = 64, 32
 _STATE_NUMBERS = "tokens finished ids_length cache_length step limit eos_ids seed lane turn pad_id".split()
 # Long enough that a thread which waits for the model wakes up and takes it.
 _BREATH = 1e-4
@@ -48,7 +49,7 @@ _BREATH = 1e-4
 
 @dataclass(eq=False)
 class _Row:
-    """A row as the host knows it: ``launched`` tokens are queued or computed, ``read`` of them were returned."""
+    """A row as the host knows it: at least ``launched`` tokens are queued or computed, ``read`` were returned."""
 
     request: RowRequest
     prompt: int
@@ -59,10 +60,11 @@ class _Row:
 
 @dataclass
 class _Step:
-    """A queued step: the rows that take part, and where their tokens will be."""
+    """A queued step: the rows that take part, and where their tokens, or the report of a turn with drafts, will be."""
 
     ring: torch.Tensor
     rows: list[tuple[int, _Row]]
+    drafts: DraftTurn | None = None
     done: torch.cuda.Event | None = None
     logprobs: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
@@ -77,13 +79,14 @@ class CapturedRows:
         model: a ``ChatGLMForConditionalGeneration``.
         rows: most rows at once.
         pages: pages of keys and values, or None if ``place_pages`` says later how many there are.
+        speculate: ids that a step drafts for each of a few rows, as of ``generate``: 0, 3, 7 or "auto".
 
     Raises:
         CannotServe: the captured loop cannot run the model.
         RuntimeError: memory is too short.
     """
 
-    def __init__(self, model: Any, rows: int, pages: int | None = None):
+    def __init__(self, model: Any, rows: int, pages: int | None = None, speculate: int | str = 0):
         self._key = check_model(model)
         check_sizes(model)
         if not model.config.position_encoding_2d:
@@ -98,7 +101,8 @@ class CapturedRows:
             self._full = DecodeStep(model, rows, pages_per_row * PAGE_TOKENS, self._numbers, _NO_CACHE)
             self._sampler = Sampler(rows, self._full.vocab_size, self.device, self._numbers)
             self._ids = torch.zeros(rows, self._longest, dtype=torch.int64, device=self.device)
-            self.graphs = StepGraphs(self.device, _MOST_GRAPHS)
+            self._drafting = Drafting(model, speculate, self._full, self._numbers, _RING_ROWS) if speculate else None
+            self.graphs = StepGraphs(self.device, _MOST_GRAPHS + (_MORE_FOR_DRAFTS if speculate else 0))
         self._steps: dict[int, DecodeStep] = {}
         self._states: dict[int, kernels.DecodeState] = {}
         self._running: dict[int, _Row] = {}
@@ -125,6 +129,8 @@ class CapturedRows:
             if self._prefix:
                 with torch.no_grad():
                     step.cache.place_prefix(self._model.transformer.prefix_encoder.packed(step.packed.dtype))
+            if self._drafting is not None:
+                self._drafting.place(step.cache)
             most_rows = max(PROMPT_TOKENS, self._longest)
             self._prompt = PackedPromptStep(self._model, step, self._numbers, most_rows)
             self._numbers.set(finished=1, seed=0, lane=0, pad_id=0, turn=0, first_key=step.cache.first_key)
@@ -142,9 +148,11 @@ class CapturedRows:
         greedy, drawn = RowRequest((), 1), RowRequest((), 1, temperature=1.0)
         with self.turn():
             for rows in {min(bucket, self.rows) for bucket in (*ROW_BUCKETS, self.rows)}:
-                for request in (greedy, drawn):
-                    # All rows are done, so the step reads and writes no keys.
-                    self._replay(rows, key_bucket(1, self._full.capacity), sampling_plan([request]))
+                for plan in (sampling_plan([greedy]), sampling_plan([drawn])):
+                    drafts = [] if self._drafting is None else self._drafting.turns(rows, plan)
+                    for turn in (None, *drafts):
+                        # All rows are done, so the step reads and writes no keys.
+                        self._replay(rows, key_bucket(1, self._full.capacity), plan, turn)
             for tokens in LENGTHS:
                 self._run_prompts([(0, tokens * (0,))])
         torch.cuda.synchronize(self.device)
@@ -187,6 +195,8 @@ class CapturedRows:
         layout = PromptLayout.of(torch.tensor([new.request.ids]), self._model.config)
         ids = new.request.ids[int(layout.first_slot) :]
         write_row(self._numbers, new, len(ids), layout, self._full.cache, self._full.vocab_size)
+        if self._drafting is not None:
+            self._drafting.seat(new.row, len(ids))
         self._running[new.row] = _Row(new.request, len(ids))
         return ids
 
@@ -214,7 +224,7 @@ class CapturedRows:
             self.graphs.run(prompts.graph_key, run, self._numbers["turn"])
 
     def step(self) -> list[RowToken | RowFailure]:
-        """Queue the next token of every row that has not ended, and return those of the step before."""
+        """Queue the next token of every row that has not ended, or several, and return those of the step before."""
         rows = [(place, row) for place, row in sorted(self._running.items()) if _goes_on(row)]
         if rows:
             self._queue(rows)
@@ -228,8 +238,10 @@ class CapturedRows:
         keys = max(row.prompt + row.launched for _, row in rows) + self._full.cache.prefix_slots
         plan = sampling_plan([row.request for _, row in rows])
         step, state = self._of(bucket)
-        queued = _Step(state.ring[self._turn % _RING_ROWS], rows)
-        self._replay(bucket, key_bucket(keys, self._full.capacity), plan)
+        drafts = None
+        if self._drafting is not None:
+            drafts = self._drafting.next(bucket, plan, [row.request for _, row in rows])
+        queued = _Step(self._replay(bucket, key_bucket(keys, self._full.capacity), plan, drafts), rows, drafts)
         for place, row in rows:
             row.launched += 1
             if row.request.top_logprobs is not None:
@@ -239,13 +251,19 @@ class CapturedRows:
             queued.done.record()
         self._queued.append(queued)
 
-    def _replay(self, bucket: int, most_keys: int, plan: SamplingPlan) -> None:
-        """Queue a step of the first rows."""
+    def _replay(self, bucket: int, most_keys: int, plan: SamplingPlan, drafts: DraftTurn | None = None) -> torch.Tensor:
+        """Queue a step of the first rows, and return where its tokens, or the report with drafts, will be."""
         self._sampler.reserve(plan)
         step, state = self._of(bucket)
+        ring, key = state.ring[self._turn % _RING_ROWS], (bucket, most_keys, plan.graph_key)
         run = functools.partial(self._run, step, state, plan, most_keys)
-        self.graphs.run((bucket, most_keys, plan.graph_key), run, state.step)
-        self._turn += 1
+        if drafts is not None:
+            ring, key = self._drafting.report(drafts), (*key, drafts.graph_key)
+            run = functools.partial(drafts.run, self._model, state, plan, most_keys, run)
+        self.graphs.run(key, run, state.step)
+        # A step that verifies drafts leaves the ring as it is.
+        self._turn += drafts is None or not drafts.several
+        return ring
 
     def _of(self, bucket: int) -> tuple[DecodeStep, kernels.DecodeState]:
         """Return the step and the state of the first rows; their rings differ, because a ring has a place for each."""
@@ -280,8 +298,15 @@ class CapturedRows:
         """Wait for a step and return its tokens, but those of rows that have ended or were stopped."""
         if step.done is not None:
             step.done.synchronize()
-        tokens = step.ring.tolist()
-        return [self._result(place, row, tokens[place], step) for place, row in step.rows if not row.has_ended]
+        if step.drafts is None:
+            brought = [[token] for token in step.ring.tolist()]
+        else:
+            brought = step.drafts.read(step.ring)
+        results = []
+        for place, row in step.rows:
+            row.launched += len(brought[place]) - 1
+            results += [self._result(place, row, token, step) for token in brought[place] if not row.has_ended]
+        return results
 
     def _result(self, place: int, row: _Row, token: int, step: _Step) -> RowToken | RowFailure:
         row.read += 1

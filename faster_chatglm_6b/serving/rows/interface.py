@@ -114,7 +114,9 @@ class Rows(Protocol):
         """
 
     def step(self) -> list[RowToken | RowFailure]:
-        """Compute the next token of every row that has not ended; return the tokens that are known by now.
+        """Compute the next token, or several, of every row that has not ended; return those that are known by now.
+
+        Those of one row come in order.
 
         Raises:
             Exception: no row can go on. All must be stopped.

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...decoding.memory import cache_bytes, free_bytes, shown
 from ...decoding.refusal import CannotServe, check_model, check_place
+from ...decoding.request import check_speculate
 from ...decoding.shortage import is_out_of_memory
 from .interface import Rows
 from .plain import PlainRows, pages_for
@@ -17,34 +18,39 @@ _log = logging.getLogger("faster_chatglm_6b.serving")
 _RESERVED_BYTES = 1 << 30
 
 
-def make_rows(model: Any, rows: int, memory: float) -> Rows:
+def make_rows(model: Any, rows: int, memory: float, speculate: int | str = 0) -> Rows:
     """Return rows in the captured loop if it can run the model, otherwise rows on the plain path.
 
     Args:
         model: a ``ChatGLMForConditionalGeneration``.
         rows: most answers at once.
         memory: share of the free memory for keys and values.
+        speculate: ids that a step in the captured loop drafts for each of a few rows, as of ``generate``: 0, 3, 7 or
+            "auto".
 
     Raises:
-        ValueError: memory is too short; the message says what would do.
+        ValueError: memory is too short, and the message says what would do; or ``speculate`` is another value.
     """
+    check_speculate(speculate)
     try:
         check_place(model)
         check_model(model)
-        captured = _captured_rows(model, rows, memory)
+        captured = _captured_rows(model, rows, memory, speculate)
     except CannotServe as reason:
         _log.warning("Rows run one after the other on the plain path, because %s.", reason)
+        if speculate:
+            _log.warning("speculate is %s, which changes nothing there: only the captured loop drafts.", speculate)
         return PlainRows(model, rows, pages_for(model, rows, memory))
     return captured
 
 
-def _captured_rows(model: Any, rows: int, memory: float) -> Rows:
+def _captured_rows(model: Any, rows: int, memory: float, speculate: int | str) -> Rows:
     # Its kernels need Triton.
     from .captured import PAGE_TOKENS, CapturedRows
 
     before = free_bytes(model.device)
     try:
-        captured = CapturedRows(model, rows)
+        captured = CapturedRows(model, rows, speculate=speculate)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
