@@ -204,7 +204,7 @@ class CheckpointMixin:
         """
         missing = args[0] if args else kwargs.get("missing_keys")
         if missing is not None and self.config.tie_word_embeddings:
-            tied = self.all_tied_weights_keys.items()
+            tied = getattr(self, "all_tied_weights_keys", {}).items()
             missing.update(head for head, embedding in tied if embedding not in missing)
         return super().tie_weights(*args, **kwargs)
 

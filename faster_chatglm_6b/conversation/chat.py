@@ -55,7 +55,7 @@ class ChatMixin:
                 ``max_new_tokens`` of ``kwargs`` or of the checkpoint's generation_config.json.
             num_beams, do_sample, top_p, temperature, logits_processor, kwargs: as in ``generate``, whose default
                 ``top_k=50`` applies too. So do ``stopping_criteria`` and ``stop_strings``, of which the one that ended
-                the answer stays in the response.
+                the answer stays in the response. ``speculate=0`` switches drafts off, which are the default.
 
         Returns:
             the response, and the history with this round appended in the form of the others: a pair, or two messages.
