@@ -167,7 +167,7 @@ def check_seeds_with_drafts(model: Any, most: int) -> None:
 def check_pages_with_drafts(model: Any, most: int) -> None:
     """Drafts cross the end of a page, and those beyond a row's most tokens touch no page of another row."""
     with mock.patch.object(captured, "PAGE_TOKENS", 16):
-        requests = [RowRequest(prompt(model, length, length), 5) for length in (14, 11)]
+        requests = [RowRequest(prompt(model, length, length), 6) for length in (14, 10)]
         expected = tokens(run(PlainRows(model, 1, checks.pages(1)), requests))
         rows, found = checks.make(model, 1, 3), []
         storage = rows._full.cache.storage
@@ -180,7 +180,7 @@ def check_pages_with_drafts(model: Any, most: int) -> None:
                         found[-1] += rows.step()
                     rows.stop(0)
     assert tokens(found) == expected
-    assert model.device.type == "cuda" or counts["several"] < 9, counts
+    assert model.device.type == "cuda" or counts["several"] < 11, counts
     # The row before held page 7 in the place where this one has none.
     changed = (storage.nan_to_num(nan=1e4) != before).any(5).any(4).any(3).any(1).any(0)
     assert changed.nonzero().flatten().tolist() == [2]
