@@ -65,7 +65,7 @@ def product(capability: int, dtype: torch.dtype, bits: int, rows: int, n: int, k
         if rows == 1:
             launch, config = launch_quantized_row, row_config(rows_for(device), bits, n, k)
         elif rows <= 8:
-            launch, config = launch_quantized_few_rows, few_rows_config(device, bits, n, k, workspace)
+            launch, config = launch_quantized_few_rows, few_rows_config(device, bits, n, k, group_size, workspace)
             scratch = workspace.partial, workspace.counters
         else:
             launch, config = launch_quantized_matmul, quantized_config(bits, tiles_of(rows), k)

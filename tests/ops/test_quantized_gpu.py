@@ -82,9 +82,13 @@ def test_configurations(bits, dtype):
 @pytest.mark.parametrize("rows", [2, 7, 8])
 def test_few_rows_configurations(bits, dtype, rows):
     # One part and several, few warps and many, one tile of a program and more, uneven rows and columns, groups.
-    for config in (FewRows(8, 4, 1, 2), FewRows(16, 2, 1, 1, True), FewRows(2, 2, 3, 1), FewRows(1, 1, 1, 4)):
-        for n, k, group_size, epilogue in ((300, 1152, -1, "gelu"), (5000, 2048, 128, "residual"), (70, 256, 128, "")):
-            checks.check_quantized_few_rows(DEVICE, dtype, bits, rows, n, k, group_size, config, epilogue)
+    for config, n, k, group_size, epilogue in (
+        (FewRows(8, 4, 1, 2), 300, 1152, -1, "gelu"),
+        (FewRows(4, 4, 2, 4), 5000, 2048, 128, "residual"),
+        (FewRows(16, 2, 1, 1, True), 5000, 2048, -1, "residual"),
+        (FewRows(1, 1, 1, 4), 70, 384, 128, "gelu"),
+    ):
+        checks.check_quantized_few_rows(DEVICE, dtype, bits, rows, n, k, group_size, config, epilogue)
 
 
 @BITS

@@ -85,6 +85,8 @@ TileTables = dict[int, dict[int, dict[tuple[int, int], Tiles]]]
 _DEFAULT = {2: Quantized(1, 8, 2), 4: Quantized(1, 4, 1), 8: Quantized(1, 4, 1)}
 _HIDDEN, _INNER = 4096, 16384
 _DEFAULT_FEW_ROWS = FewRows(8, 4, 1, 2)
+# With scales of groups a thread needs more registers, so fewer threads of more programs are faster.
+_FEW_ROWS_OF_GROUPS = FewRows(4, 4, 2, 4)
 _HOPPER_FEW_ROWS: FewRowsTables = {
     4: {
         (3 * _HIDDEN, _HIDDEN): FewRows(8, 2, 1, 2),
@@ -216,10 +218,13 @@ def row_config(rows: Rows, bits: int, n: int, k: int) -> Row:
     return replace(config, warps=warps)
 
 
-def few_rows_config(device: torch.device, bits: int, n: int, k: int, workspace: Workspace) -> FewRows | None:
+def few_rows_config(
+    device: torch.device, bits: int, n: int, k: int, group_size: int, workspace: Workspace
+) -> FewRows | None:
     """Choose the product with an integer weight [n, k] and 2 to 8 rows of x; None if there is no room for its sums."""
     table = _HOPPER_FEW_ROWS if configs.capability(device) >= (9, 0) else {}
-    return fit_few_rows(table.get(bits, {}).get((n, k), _DEFAULT_FEW_ROWS), bits, n, k, workspace)
+    config = table.get(bits, {}).get((n, k), _DEFAULT_FEW_ROWS) if group_size < 0 else _FEW_ROWS_OF_GROUPS
+    return fit_few_rows(config, bits, n, k, workspace)
 
 
 def fit_few_rows(config: FewRows, bits: int, n: int, k: int, workspace: Workspace) -> FewRows | None:

@@ -107,7 +107,7 @@ def _kernels_on_tensor_cores(
             row = row_config(rows_for(x.device), bits, n, k)
             yield "row", row, functools.partial(launch_quantized_row, config=row)
         elif rows <= MOST_FEW_ROWS:
-            few = few_rows_config(x.device, bits, n, k, workspace)
+            few = few_rows_config(x.device, bits, n, k, group_size, workspace)
             if few is not None:
                 yield "few rows", few, functools.partial(launch_quantized_few_rows, config=few, **scratch)
         if rows > 1:
