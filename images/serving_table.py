@@ -1,6 +1,7 @@
 """Write the tables of the server and of speculation."""
 
 import json
+import statistics
 from pathlib import Path
 
 from records import DATA, Record, has, read
@@ -57,7 +58,26 @@ def drafts(language: str, data: Path = DATA) -> str:
         lines.append(f"| {' | '.join([*cells, f'{slowest:.3f} x'])} |")
     first = records[0]
     note = words["drafts_conditions"].format(gpu=first["gpu"], torch=first["torch"], date=first["date"])
-    return "\n".join([*lines, "", note])
+    return "\n".join([*lines, "", note, *_copies(words, records)])
+
+
+def _copies(words: dict[str, str], records: list[Record]) -> list[str]:
+    """Return what steps bring where answers repeat a passage, after an empty line; nothing if it was not measured."""
+    found: dict[tuple[str, int | str], list[Record]] = {}
+    for record in records:
+        if record["kind"] == "copies":
+            found.setdefault((record["task"], record["k"]), []).append(record)
+    if not found:
+        return []
+    questions = {record["query"]: record["exact"] for ones in found.values() for record in ones}
+    tasks = []
+    for task in dict.fromkeys(task for task, _ in found):
+        three, seven, auto = (
+            f"{statistics.mean(one['tokens_per_turn'] for one in found[task, k]):.1f}" for k in (3, 7, "auto")
+        )
+        tasks.append(words["drafts_task"].format(task=task, three=three, seven=seven, auto=auto))
+    joined = "; ".join(tasks)
+    return ["", words["drafts_copies"].format(count=len(questions), exact=sum(questions.values()), tasks=joined)]
 
 
 def _same(one: Record, other: Record, name: str) -> bool:

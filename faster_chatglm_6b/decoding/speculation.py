@@ -23,7 +23,7 @@ _STATE_NUMBERS = "finished ids_length cache_length step limit eos_ids seed lane 
 
 # What a step of 1 + k positions costs beyond one of a single position, in eighths of that, by the bits of the weights:
 # the fewer bytes there are to read, the more the other positions weigh. By docs/speed.md, on an H200.
-_PRICES = {None: 2, 8: 3, 4: 7}
+_PRICES = {None: 2, 8: 2, 4: 3}
 
 
 def price_of(model: Any) -> int:
