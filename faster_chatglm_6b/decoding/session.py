@@ -51,10 +51,6 @@ def key_bucket(keys: int, capacity: int) -> int:
     return min(most_keys, capacity)
 
 
-# The numbers that are a part of the state.
-_STATE_NUMBERS = "finished ids_length cache_length step limit eos_ids seed lane turn pad_id".split()
-
-
 class Session:
     """Serve one request after the other on the same buffers.
 
@@ -81,7 +77,7 @@ class Session:
                 tokens=torch.zeros(rows, dtype=torch.int64, device=self.device),
                 ids=torch.zeros(rows, capacity, dtype=torch.int64, device=self.device),
                 ring=ring.pin_memory() if self.on_gpu else ring,
-                **{name: numbers[name] for name in _STATE_NUMBERS},
+                **{name: numbers[name] for name in kernels.DecodeState.NUMBERS},
             )
         self.graphs = StepGraphs(self.device)
         self._early = EarlyPrompt()

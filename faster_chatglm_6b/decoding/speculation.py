@@ -18,9 +18,6 @@ from .sampler import Sampler
 from .steps.decode import DecodeStep
 from .steps.draft import DraftStep
 
-# The numbers that are a part of the positions' state.
-_STATE_NUMBERS = "finished ids_length cache_length step limit eos_ids seed lane turn pad_id".split()
-
 # What a step of 1 + k positions costs beyond one of a single position, in eighths of that, by the bits of the weights:
 # the fewer bytes there are to read, the more the other positions weigh. By docs/speed.md, on an H200.
 _PRICES = {None: 2, 8: 2, 4: 3}
@@ -75,7 +72,7 @@ def position_state(numbers: RequestNumbers, count: int) -> kernels.DecodeState:
         tokens=torch.zeros(count, dtype=torch.int64, device=device),
         ids=torch.zeros(count, 1, dtype=torch.int64, device=device),
         ring=torch.zeros(1, count, dtype=torch.int64, device=device),
-        **{name: numbers[name][:count] for name in _STATE_NUMBERS},
+        **{name: numbers[name][:count] for name in kernels.DecodeState.NUMBERS},
     )
 
 

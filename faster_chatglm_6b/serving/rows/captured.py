@@ -42,7 +42,6 @@ PROMPT_TOKENS = 2048
 _LOOKAHEAD = 1
 _RING_ROWS = 4
 _MOST_GRAPHS, _MORE_FOR_DRAFTS = 64, 32
-_STATE_NUMBERS = "tokens finished ids_length cache_length step limit eos_ids seed lane turn pad_id".split()
 # Long enough that a thread which waits for the model wakes up and takes it.
 _BREATH = 1e-4
 
@@ -271,7 +270,7 @@ class CapturedRows:
             with torch.inference_mode(False):
                 ring = torch.full((_RING_ROWS, bucket), INVALID, dtype=torch.int64)
                 ring = ring.pin_memory() if self.device.type == "cuda" else ring
-            numbers = {name: self._numbers[name] for name in _STATE_NUMBERS}
+            numbers = {name: self._numbers[name] for name in ("tokens", *kernels.DecodeState.NUMBERS)}
             shared = {name: tensor if tensor.shape[0] == 1 else tensor[:bucket] for name, tensor in numbers.items()}
             self._states[bucket] = kernels.DecodeState(ids=self._ids[:bucket], ring=ring, **shared)
             self._steps[bucket] = self._full.narrowed(bucket)

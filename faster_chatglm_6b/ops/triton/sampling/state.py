@@ -1,7 +1,7 @@
 """The state of a decode step, all in device memory, and the bookkeeping at the end of a step."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import triton
@@ -48,7 +48,12 @@ class DecodeState:
         ring: int64 [R, B], pinned host memory or device memory: row turn % R receives the next tokens.
         turn: int32 [1], steps of the batch; grows by 1 per step.
         pad_id: int64 [1], token of finished rows.
+        NUMBERS: the names of those that are numbers of a request or a row, and change with it.
     """
+
+    NUMBERS: ClassVar = (
+        "finished", "ids_length", "cache_length", "step", "limit", "eos_ids", "seed", "lane", "turn", "pad_id"
+    )  # fmt: skip
 
     tokens: torch.Tensor
     finished: torch.Tensor
