@@ -218,7 +218,8 @@ def test_the_weight_is_on_its_way_before_the_wait_and_nothing_else(bits, rows):
         # Triton itself loads only the blocks of scale and bias, and sums of parts; PTX reads x and the residual.
         loads = re.findall(r"%(\w+?)(?:_\d+)? = tt\.load", ir)
         before = re.findall(r"%(\w+?)(?:_\d+)? = tt\.load", ir[:wait])
-        assert before and set(before) <= {"row_scale", "row_bias"}, set(before)
+        # Where programs share the columns of a row, the last of them reads these at the end.
+        assert set(before) == (set() if rows == 8 and k == INNER else {"row_scale", "row_bias"}), set(before)
         assert set(loads) - {"row_scale", "row_bias"} <= ({"total"} if rows == 8 else set()), set(loads)
         for text, word in ((ir, "ld.global"), (ptx, "ld.global.v4")):
             reads = [found.start() for found in re.finditer(re.escape(word), text)]
