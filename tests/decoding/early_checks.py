@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from loop_checks import Recorder, expect, padded, prompt
 
-from faster_chatglm_6b.decoding import refusal
+from faster_chatglm_6b.decoding import refusal, request
 from faster_chatglm_6b.decoding.early import EarlyPrompt
 from faster_chatglm_6b.decoding.graphs import StepGraphs
 from faster_chatglm_6b.decoding.loop import engine_of
@@ -60,6 +60,8 @@ def stand_ins() -> Iterator[None]:
         mock.patch.object(StepGraphs, "_capture", capture),
         mock.patch.object(PromptStep, "run", run_prompt),
         mock.patch.object(Sampler, "run", choose),
+        # What drafts is a kernel of its own, without a stand-in.
+        mock.patch.object(request, "SPECULATE_DEFAULT", 0),
     ):
         yield
 
