@@ -1,7 +1,6 @@
 """Checks of the products with integer weights against float64, shared by the interpreter's and the GPU's tests."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -83,7 +82,7 @@ def check_quantized_config(
     assert error <= {torch.float16: 3e-4, torch.bfloat16: 2.4e-3}[dtype], error
 
 
-def check_quantized_few_rows(
+def check_quantized_parts(
     device: str,
     dtype: torch.dtype,
     bits: int,
@@ -91,31 +90,26 @@ def check_quantized_few_rows(
     n: int,
     k: int,
     group_size: int,
-    config: FewRows,
+    config: FewRows | Tiles,
     epilogue: str = "residual",
 ) -> None:
-    """Check the kernel of few rows in one configuration, twice: the first run must leave the counters at zero."""
+    """Check a kernel that adds up parts of a row, twice: the first run must leave the counters at zero.
+
+    The sums are float32, so only the rounding of the results counts.
+    """
     w, scale, exact = quantized_weight(device, bits, n, k, group_size)
     x, bias = random(device, dtype, rows, k) + 1, random(device, dtype, n)
     residual = random(device, dtype, rows, n) if epilogue == "residual" else None
-    assert serves(x, w, bits, group_size)
     workspace = kernels.Workspace(device, 1, 4, 32, 1024)
-    config = fit_few_rows(config, bits, n, k, workspace)
+    if isinstance(config, FewRows):
+        assert serves(x, w, bits, group_size)
+        launch, config = launch_quantized_few_rows, fit_few_rows(config, bits, n, k, workspace)
+    else:
+        assert serves_tiles(x, w, bits, group_size)
+        launch, config = launch_quantized_tiles, fit_tiles(config, rows, n, k, group_size, workspace)
     arguments = (x, w, scale, bits, group_size, bias, residual, ALPHA, epilogue == "gelu")
-    check_twice(launch_quantized_few_rows, arguments, poison(device, dtype, 2, rows, n), config, workspace, exact)
-
-
-def check_twice(
-    launch: Callable[..., None],
-    arguments: tuple,
-    outs: torch.Tensor,
-    config: FewRows | Tiles,
-    workspace: kernels.Workspace,
-    exact: torch.Tensor,
-) -> None:
-    """Launch into both of ``outs``; the sums are float32, so only the rounding of the results counts."""
-    x, *_, bias, residual, _, gelu = arguments
-    expected = expected_product(x, exact, bias, residual, gelu)
+    expected = expected_product(x, exact, bias, residual, epilogue == "gelu")
+    outs = poison(device, dtype, 2, rows, n)
     for out in outs:
         workspace.partial.fill_(math.nan)
         launch(*arguments, out, config, workspace.partial, workspace.counters)
@@ -123,29 +117,7 @@ def check_twice(
         assert workspace.counters.count_nonzero() == 0
     assert torch.equal(*outs)
     error = (outs[0].double() - expected).norm() / expected.norm()
-    assert error <= {torch.float16: 3e-4, torch.bfloat16: 2.4e-3}[x.dtype], error
-
-
-def check_quantized_tiles(
-    device: str,
-    dtype: torch.dtype,
-    bits: int,
-    rows: int,
-    n: int,
-    k: int,
-    group_size: int,
-    config: Tiles,
-    epilogue: str = "residual",
-) -> None:
-    """Check the kernel of many rows in one configuration, twice: the first run must leave the counters at zero."""
-    w, scale, exact = quantized_weight(device, bits, n, k, group_size)
-    x, bias = random(device, dtype, rows, k) + 1, random(device, dtype, n)
-    residual = random(device, dtype, rows, n) if epilogue == "residual" else None
-    assert serves_tiles(x, w, bits, group_size)
-    workspace = kernels.Workspace(device, 1, 4, 32, 1024)
-    config = fit_tiles(config, rows, n, k, group_size, workspace)
-    arguments = (x, w, scale, bits, group_size, bias, residual, ALPHA, epilogue == "gelu")
-    check_twice(launch_quantized_tiles, arguments, poison(device, dtype, 2, rows, n), config, workspace, exact)
+    assert error <= {torch.float16: 3e-4, torch.bfloat16: 2.4e-3}[dtype], error
 
 
 def check_integers_of_tiles(device: str, dtype: torch.dtype, bits: int) -> None:

@@ -88,7 +88,7 @@ def test_few_rows_configurations(bits, dtype, rows):
         (FewRows(16, 2, 1, 1, True), 5000, 2048, -1, "residual"),
         (FewRows(1, 1, 1, 4), 70, 384, 128, "gelu"),
     ):
-        checks.check_quantized_few_rows(DEVICE, dtype, bits, rows, n, k, group_size, config, epilogue)
+        checks.check_quantized_parts(DEVICE, dtype, bits, rows, n, k, group_size, config, epilogue)
 
 
 @BITS
@@ -108,7 +108,7 @@ def test_tile_configurations(bits, dtype, rows):
             (700, 2048, 128, "gelu"),
             (70, 768, 96, "gelu"),
         ):
-            checks.check_quantized_tiles(DEVICE, dtype, bits, rows, n, k, group_size, config, epilogue)
+            checks.check_quantized_parts(DEVICE, dtype, bits, rows, n, k, group_size, config, epilogue)
 
 
 @BITS

@@ -209,7 +209,8 @@ def quantized_few_rows_kernel(
                 size = tl.where(warp_first + step < chunks, 16, 0)
             place = slot + step * SLOT
             copy_step(place, place + SLOT // 2, above + step * 16, below + step * 16, size)
-    row_scale, row_bias = load_parameters(scale, bias, first + block_row, N, GROUPED, HAS_BIAS)
+    if SPLITS == 1:
+        row_scale, row_bias = load_parameters(scale, bias, first + block_row, N, GROUPED, HAS_BIAS)
     if GROUPED:
         next_scales = load_scales(scale, first, thread, split * PART + warp_first, N, PER_WARP, GROUPS, GROUP_CHUNKS)
     wait_for_predecessor(PDL, HOLDS_BACK)
