@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 
+from .request import MOST_DRAFTED
+
 # Bytes per sequence and id of the vocabulary: scores in float32, and what a full sort for top-p adds.
 _SCORE_BYTES = 64
 # cuBLAS' workspaces, and the scratch memory of the prompt's kernels and of the captured step.
 _FIXED_BYTES = 256 << 20
 _FIXED_BYTES_PER_SEQUENCE = 3 << 20
 # Activations and scratch memory of a step of several positions, of which larger batches have none.
-_DRAFT_BYTES, _DRAFT_BYTES_PER_SEQUENCE, _MOST_DRAFTED_SEQUENCES = 24 << 20, 14 << 20, 16
+_DRAFT_BYTES, _DRAFT_BYTES_PER_SEQUENCE = 24 << 20, 14 << 20
 
 
 def cache_bytes(model: Any, batch: int, capacity: int) -> int:
@@ -43,7 +45,7 @@ def workspace_bytes(model: Any, batch: int, prompt: int) -> int:
 
 def draft_bytes(batch: int) -> int:
     """Return the most bytes that drafts take as well on a GPU; an answer for which these are not free has no drafts."""
-    return 0 if batch > _MOST_DRAFTED_SEQUENCES else _DRAFT_BYTES + batch * _DRAFT_BYTES_PER_SEQUENCE
+    return 0 if batch > max(MOST_DRAFTED) else _DRAFT_BYTES + batch * _DRAFT_BYTES_PER_SEQUENCE
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -14,7 +14,7 @@ MOST_END_TOKENS = 16
 # What ``speculate`` may be, and what it is if nobody says: ids of a draft at every step, or "auto", where they pay.
 SPECULATE, SPECULATE_DEFAULT = (0, 3, 7, "auto"), "auto"
 # The longest draft for up to so many sequences; more rows than these in all take longer than reading the weights.
-_MOST_DRAFTED = {4: 7, 16: 3}
+MOST_DRAFTED = {4: 7, 16: 3}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def drafts_for(speculate: int | str | None, batch: int, plan: SamplingPlan) -> t
     Processors look at the ids before each token, which a draft does not have yet, so such requests get no drafts.
     """
     speculate = SPECULATE_DEFAULT if speculate is None else speculate
-    most = next((drafted for rows, drafted in _MOST_DRAFTED.items() if batch <= rows), 0)
+    most = next((drafted for rows, drafted in MOST_DRAFTED.items() if batch <= rows), 0)
     if plan.has_processors:
         most = 0
     return (most, False) if speculate == "auto" else (min(speculate, most), True)

@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common import gelu, pdl_options, wait_for_predecessor
-from ..configs import interpreted, uses_pdl
+from ..common import gelu, wait_for_predecessor
 from .configs import CHUNK_BYTES, Quantized
+from .launching import shared_options, words_of_rows
 from .mma import multiply, unit, unpack
 
 MOST_ROWS = 64
@@ -195,7 +195,6 @@ def launch_quantized_matmul(
     All tensors are contiguous, and ``serves`` is true.
     """
     n = weight.shape[0]
-    pdl = uses_pdl(x.device)
     quantized_matmul_kernel[(triton.cdiv(n, 16 * config.row_warps),)](
         x.view(torch.int32),
         weight.view(torch.int32),
@@ -206,20 +205,12 @@ def launch_quantized_matmul(
         x.shape[0],
         n,
         float(beta),
-        KW=weight.shape[1] // 4,
-        BITS=bits,
-        BFLOAT=x.dtype == torch.bfloat16,
-        GROUP_CHUNKS=0 if group_size < 0 else group_size * bits // 8 // CHUNK_BYTES,
         TILES=tiles_of(x.shape[0]),
         ROW_WARPS=config.row_warps,
         COLUMN_WARPS=config.column_warps,
         DEPTH=config.depth,
         EVEN_N=n % (16 * config.row_warps) == 0,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        GELU=gelu_epilogue,
-        PDL=pdl,
-        INTERPRETED=interpreted(),
         num_warps=config.row_warps * config.column_warps,
-        **pdl_options(pdl),
+        **words_of_rows(weight, bits, group_size),
+        **shared_options(x, bits, bias, residual, gelu_epilogue),
     )

@@ -15,14 +15,13 @@ import triton.language as tl
 from ..common import (
     add_ends,
     arrive,
-    pdl_options,
     prefetch_to_l2,
     start_successor,
     sum_parts,
     wait_for_predecessor,
 )
-from ..configs import interpreted, uses_pdl
 from .configs import CHUNK_BYTES, Tiles
+from .launching import shared_options
 from .mma import join_lines
 
 # Groups of columns that share a scale are multiples of this.
@@ -230,7 +229,6 @@ def launch_quantized_tiles(
     """
     rows, k = x.shape
     n = weight.shape[0]
-    pdl = uses_pdl(x.device)
     blocks = triton.cdiv(n, config.block_n) * triton.cdiv(rows, config.block_m)
     quantized_tiles_kernel[(blocks, config.splits)](
         x,
@@ -245,8 +243,6 @@ def launch_quantized_tiles(
         n,
         float(beta),
         K=k,
-        BITS=bits,
-        BFLOAT=x.dtype == torch.bfloat16,
         GROUP=max(group_size, 0),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -254,12 +250,7 @@ def launch_quantized_tiles(
         SPLITS=config.splits,
         # Each thread asks for one row.
         PREFETCH=PREFETCH if config.block_n <= 32 * config.num_warps else 0,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        GELU=gelu_epilogue,
-        PDL=pdl,
-        INTERPRETED=interpreted(),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **pdl_options(pdl),
+        **shared_options(x, bits, bias, residual, gelu_epilogue),
     )

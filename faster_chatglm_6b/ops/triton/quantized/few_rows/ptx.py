@@ -7,31 +7,20 @@ Lane 4 g + t has row g of x at the columns of t, and the sums of the weight rows
 import triton
 import triton.language as tl
 
-from ..mma import join_lines, mma
-from ..one_row.ptx import interpreted_products, unpacking_lines
+from ..mma import join_lines
+from ..one_row.ptx import PRODUCT_REGISTERS, interpreted_products, product_lines
 
 
 def _accumulate(bits: int, bfloat: bool) -> tl.constexpr:
     """Return the PTX that adds a step's products to two chains of sums.
 
-    Operands: the chains, 4 words each; the words of row g, then of row g + 8; x; the chains as they were. With four
-    bits of halves the second chain is 16 times as large as the first, otherwise the chains take turns.
+    Operands: the chains, 4 words each; the words of row g, then of row g + 8; x; the chains as they were.
     """
-    dtype = "bf16" if bfloat else "f16"
-    pairs = 16 // bits
-    x, before = 16, 16 + 4 * pairs
+    before = 16 + 64 // bits
     sums = [f"{chain}{i}" for chain in "cd" for i in range(4)]
-    lines = [".reg .b32 p<4>, q<4>, y, z, k;", f".reg .f32 {', '.join(sums)};"]
+    lines = [PRODUCT_REGISTERS, f".reg .f32 {', '.join(sums)};"]
     lines += [f"mov.f32 {name}, ${before + i};" for i, name in enumerate(sums)]
-    for word in range(4):
-        above, below = [f"p{i}" for i in range(pairs)], [f"q{i}" for i in range(pairs)]
-        lines += unpacking_lines(bits, bfloat, f"${8 + word}", above)
-        lines += unpacking_lines(bits, bfloat, f"${12 + word}", below)
-        for half in range(pairs // 2):
-            chain = "cd"[(word * (pairs // 2) + half) % 2]
-            here = tuple(f"${x + pairs * word + 2 * half + i}" for i in range(2))
-            fragment = [above[2 * half], below[2 * half], above[2 * half + 1], below[2 * half + 1]]
-            lines.append(mma(dtype, chain, fragment, here))
+    lines += product_lines(bits, bfloat, 8, 16)
     return join_lines(*lines, *(f"mov.f32 ${i}, {name};" for i, name in enumerate(sums)))
 
 

@@ -13,13 +13,12 @@ from ...common import (
     arrive,
     gelu,
     multiprocessor_count,
-    pdl_options,
     start_successor,
     sum_parts,
     wait_for_predecessor,
 )
-from ...configs import interpreted, uses_pdl
-from ..configs import CHUNK_BYTES, FewRows
+from ..configs import FewRows
+from ..launching import shared_options, words_of_rows
 from ..one_row.ptx import (
     allocate,
     arrange,
@@ -55,17 +54,6 @@ def load_part(
         words = load_x(pointers, (row < M) & (first + step < chunks), BITS, INTERPRETED)
         steps = steps + (arrange(words, BITS, INTERPRETED),)
     return steps
-
-
-@triton.jit
-def surplus_of(steps, zeros, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Return the negated surplus of all steps in columns 2 t and 2 t + 1."""
-    even, odd = zeros, zeros
-    for step in tl.static_range(len(steps)):
-        more_even, more_odd = offset(steps[step], zeros, BITS, INTERPRETED)
-        even += more_even
-        odd += more_odd
-    return even, odd
 
 
 @triton.jit
@@ -220,11 +208,12 @@ def quantized_few_rows_kernel(
     x_part = load_part(
         x + split * (PART * (256 // BITS)), after, M, thread, chunks, KW * (16 // BITS), BITS, PER_WARP, INTERPRETED
     )
+    surplus = surplus_of_each(x_part, zeros, COUNTS, BITS, INTERPRETED)
     even, odd = zeros, zeros
-    if GROUPED:
-        surplus = surplus_of_each(x_part, zeros, COUNTS, BITS, INTERPRETED)
-    elif COUNTS:
-        even, odd = surplus_of(x_part, zeros, BITS, INTERPRETED)
+    if COUNTS and not GROUPED:
+        for step in tl.static_range(PER_WARP):
+            even += surplus[step][0]
+            odd += surplus[step][1]
     added = tl.zeros([128], tl.float32)
     for start in tl.range(first, N, stride, num_stages=1):
         next_above, next_below = weight_pointers(weight, start + stride, 0, thread, N, KW, PER_WARP, EVEN_N)
@@ -308,7 +297,6 @@ def launch_quantized_few_rows(
     program.
     """
     n = weight.shape[0]
-    pdl = uses_pdl(x.device)
     programs = max(multiprocessor_count(x.device) * config.programs // config.splits, 1)
     quantized_few_rows_kernel[(min(triton.cdiv(n, 16), programs), config.splits)](
         x.view(torch.int32),
@@ -322,25 +310,17 @@ def launch_quantized_few_rows(
         x.shape[0],
         n,
         float(beta),
-        KW=weight.shape[1] // 4,
-        BITS=bits,
-        BFLOAT=x.dtype == torch.bfloat16,
-        GROUP_CHUNKS=0 if group_size < 0 else group_size * bits // 8 // CHUNK_BYTES,
         WARPS=config.warps,
         DEPTH=config.depth,
         SPLITS=config.splits,
         RING=ptx_ring(config.warps * config.depth * 1024),
         WAIT=ptx_wait(config.depth),
         EVEN_N=n % 16 == 0,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        GELU=gelu_epilogue,
         HOLDS_BACK=config.holds_back,
-        PDL=pdl,
-        INTERPRETED=interpreted(),
         num_warps=config.warps,
         **_register_options(config, group_size),
-        **pdl_options(pdl),
+        **words_of_rows(weight, bits, group_size),
+        **shared_options(x, bits, bias, residual, gelu_epilogue),
     )
 
 

@@ -62,7 +62,7 @@ def _arrange() -> tl.constexpr:
     return join_lines(*lines)
 
 
-def unpacking_lines(bits: int, bfloat: bool, word: str, targets: list[str]) -> list[str]:
+def _unpacking_lines(bits: int, bfloat: bool, word: str, targets: list[str]) -> list[str]:
     """Return the PTX that turns a word into pairs of numbers.
 
     The pairs are (1, 5), (3, 7), (0, 4), (2, 6) of four bits and (0, 1), (2, 3) of eight. Halves hold counts as
@@ -101,26 +101,40 @@ def unpacking_lines(bits: int, bfloat: bool, word: str, targets: list[str]) -> l
     return lines
 
 
+PRODUCT_REGISTERS = ".reg .b32 p<4>, q<4>, y, z, k;"
+
+
+def product_lines(bits: int, bfloat: bool, words: int, x: int) -> list[str]:
+    """Return the PTX that adds a step's products to the chains of sums c and d; it needs ``PRODUCT_REGISTERS``.
+
+    With four bits of halves d gets the pairs that are 16 times as large, otherwise the chains take turns.
+
+    Args:
+        words: operand of the first word of row g; those of row g + 8 follow its four. x: operand of the first of x.
+    """
+    pairs = 16 // bits
+    lines = []
+    for word in range(4):
+        above, below = [f"p{i}" for i in range(pairs)], [f"q{i}" for i in range(pairs)]
+        lines += _unpacking_lines(bits, bfloat, f"${words + word}", above)
+        lines += _unpacking_lines(bits, bfloat, f"${words + 4 + word}", below)
+        for half in range(pairs // 2):
+            chain = "cd"[(word * (pairs // 2) + half) % 2]
+            here = tuple(f"${x + pairs * word + 2 * half + i}" for i in range(2))
+            fragment = [above[2 * half], below[2 * half], above[2 * half + 1], below[2 * half + 1]]
+            lines.append(mma("bf16" if bfloat else "f16", chain, fragment, here))
+    return lines
+
+
 def _step(bits: int, bfloat: bool, column: int) -> tl.constexpr:
     """Return the PTX of a step's products for rows g and g + 8 in column 2 t + ``column``.
 
     Operands: both results; the words of row g, then of row g + 8; x. There are two chains of sums.
     """
-    dtype = "bf16" if bfloat else "f16"
     sums = [f"{chain}{i}" for chain in "cd" for i in range(4)]
-    lines = [".reg .b32 p<4>, q<4>, y, z, k;", f".reg .f32 {', '.join(sums)};"]
+    lines = [PRODUCT_REGISTERS, f".reg .f32 {', '.join(sums)};"]
     lines += [f"mov.f32 {name}, 0f00000000;" for name in sums]
-    pairs = 16 // bits
-    for word in range(4):
-        above, below = [f"p{i}" for i in range(pairs)], [f"q{i}" for i in range(pairs)]
-        lines += unpacking_lines(bits, bfloat, f"${2 + word}", above) + unpacking_lines(
-            bits, bfloat, f"${6 + word}", below
-        )
-        for half in range(pairs // 2):
-            chain = "cd"[(word * (pairs // 2) + half) % 2]
-            x = tuple(f"${10 + pairs * word + 2 * half + i}" for i in range(2))
-            fragment = [above[2 * half], below[2 * half], above[2 * half + 1], below[2 * half + 1]]
-            lines.append(mma(dtype, chain, fragment, x))
+    lines += product_lines(bits, bfloat, 2, 10)
     for result in range(2):
         c, d = (f"{chain}{2 * result + column}" for chain in "cd")
         # With four bits, d has the pairs that are 16 times as large.

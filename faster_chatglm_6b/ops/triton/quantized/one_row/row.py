@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common import gelu, multiprocessor_count, pdl_options, start_successor, wait_for_predecessor
-from ...configs import interpreted, uses_pdl
+from ...common import gelu, multiprocessor_count, start_successor, wait_for_predecessor
 from ..configs import CHUNK_BYTES, Row
+from ..launching import shared_options, words_of_rows
 from ..reads import read_half, zero_after_wait
 from .norm import NormArguments, ptx_statistics
 from .ptx import (
@@ -300,7 +300,6 @@ def launch_quantized_row(
     first.
     """
     (n, k), bfloat = (weight.shape[0], x.shape[1]), x.dtype == torch.bfloat16
-    pdl = uses_pdl(x.device)
     programs = multiprocessor_count(x.device) * config.programs
     span, lead = turns_under_way(config)
     quantized_row_kernel[(min(triton.cdiv(n, 16), programs),)](
@@ -318,10 +317,6 @@ def launch_quantized_row(
         n,
         float(beta),
         0.0 if norm is None else norm.epsilon,
-        KW=weight.shape[1] // 4,
-        BITS=bits,
-        BFLOAT=bfloat,
-        GROUP_CHUNKS=0 if group_size < 0 else group_size * bits // 8 // CHUNK_BYTES,
         WARPS=config.warps,
         SPAN=span,
         LEAD=lead,
@@ -329,14 +324,10 @@ def launch_quantized_row(
         WAIT=ptx_wait(span * lead),
         STATISTICS="" if norm is None else ptx_statistics(words_kept(bits, k, config.warps), config.warps, bfloat),
         EVEN_N=n % 16 == 0,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        GELU=gelu_epilogue,
         HOLDS_BACK=config.holds_back,
-        PDL=pdl,
-        INTERPRETED=interpreted(),
         num_warps=config.warps,
-        **pdl_options(pdl),
+        **words_of_rows(weight, bits, group_size),
+        **shared_options(x, bits, bias, residual, gelu_epilogue),
     )
 
 
