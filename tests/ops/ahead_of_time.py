@@ -12,6 +12,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction, KernelParam
 
 from faster_chatglm_6b.ops.triton import configs
@@ -71,6 +73,9 @@ def _describe(kernel: JITFunction, arguments: tuple, keywords: dict) -> Launch:
         if parameter.is_constexpr or value is None or (specialised and isinstance(value, int) and value == 1):
             constants.append((path, value))
             return "constexpr"
+        if isinstance(value, TensorDescriptor):
+            element = _TYPES[value.base.dtype][1:]
+            return f"tensordesc<{element}[{', '.join(map(str, value.block_shape))}],{value.layout!r}>"
         if isinstance(value, torch.Tensor):
             aligned.append(path)
             return _TYPES[value.dtype]
@@ -116,7 +121,7 @@ def record(capability: int, call: Callable[[], object]) -> list[Launch]:
 
 def compiled(launch: Launch, capability: int) -> CompiledKernel:
     """Compile the launch's kernel for ``capability``, with the code of every stage."""
-    source = ASTSource(
+    source = (GluonASTSource if launch.kernel.is_gluon() else ASTSource)(
         fn=launch.kernel,
         signature=dict(launch.signature),
         constexprs=dict(launch.constants),
@@ -125,15 +130,22 @@ def compiled(launch: Launch, capability: int) -> CompiledKernel:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
 
 
-def compile_launch(launch: Launch, capability: int) -> Resources:
-    """Return the resources that the launch's machine code for ``capability`` takes."""
-    kernel = compiled(launch, capability)
+def _dump(kernel: CompiledKernel, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [_CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run([_CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def machine_code(kernel: CompiledKernel) -> str:
+    """Return the kernel's instructions."""
+    return _dump(kernel, "--dump-sass")
+
+
+def compile_launch(launch: Launch, capability: int) -> Resources:
+    """Return the resources that the launch's machine code for ``capability`` takes."""
+    kernel = compiled(launch, capability)
+    usage = _dump(kernel, "--dump-resource-usage")
     registers, stack, static = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage).groups())
     return Resources(kernel.metadata.shared + static, registers, stack)
 

@@ -18,6 +18,8 @@ from faster_chatglm_6b.ops.triton.quantized.gemv import launch_quantized_gemv
 from faster_chatglm_6b.ops.triton.quantized.matmul import launch_quantized_matmul, serves
 from faster_chatglm_6b.ops.triton.quantized.one_row.norm import NormArguments
 from faster_chatglm_6b.ops.triton.quantized.one_row.row import launch_quantized_row, normalises
+from faster_chatglm_6b.ops.triton.quantized.pipelined.launch import launch_quantized_pipelined, serves_pipelined
+from faster_chatglm_6b.ops.triton.quantized.pipelined.tables import Pipelined, fit_pipelined
 from faster_chatglm_6b.ops.triton.quantized.tiles import launch_quantized_tiles, serves_tiles
 
 LAUNCHES = {Quantized: launch_quantized_matmul, Row: launch_quantized_row}
@@ -98,7 +100,7 @@ def check_quantized_parts(
     n: int,
     k: int,
     group_size: int,
-    config: FewRows | Tiles,
+    config: FewRows | Pipelined | Tiles,
     epilogue: str = "residual",
 ) -> None:
     """Check a kernel that adds up parts of a row, twice: the first run must leave the counters at zero.
@@ -112,6 +114,9 @@ def check_quantized_parts(
     if isinstance(config, FewRows):
         assert serves(x, w, bits, group_size)
         launch, config = launch_quantized_few_rows, fit_few_rows(config, bits, n, k, workspace)
+    elif isinstance(config, Pipelined):
+        assert serves_pipelined(x, w, group_size)
+        launch, config = launch_quantized_pipelined, fit_pipelined(config, rows, n, workspace)
     else:
         assert serves_tiles(x, w, bits, group_size)
         launch, config = launch_quantized_tiles, fit_tiles(config, rows, n, k, group_size, workspace)

@@ -34,7 +34,7 @@ from faster_chatglm_6b.ops.triton.quantized.gemv import launch_quantized_gemv  #
 from faster_chatglm_6b.ops.triton.quantized.matmul import launch_quantized_matmul, tiles_of  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.one_row.norm import NormArguments  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.one_row.row import launch_quantized_row, quantized_row_kernel, words_kept  # noqa: E402
-from faster_chatglm_6b.ops.triton.quantized.tiles import launch_quantized_tiles, quantized_tiles_kernel  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized.tiles import launch_quantized_tiles  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.trial import find_flaw  # noqa: E402
 
 CAPABILITIES = (80, 86, 89, 90)
@@ -157,8 +157,9 @@ def test_layout_is_what_the_tensor_core_instructions_assume(bits, group_size, dt
         (8, (), ["few rows"], ["quantized_few_rows_kernel"]),
         (8, ("few rows",), ["few rows", "matmul"], ["quantized_matmul_kernel"]),
         (8, ("few rows", "matmul"), ["few rows", "matmul"], ["quantized_gemv_kernel"]),
-        (64, (), ["tiles"], ["quantized_tiles_kernel"]),
-        (64, ("tiles",), ["tiles", "matmul"], ["quantized_matmul_kernel"]),
+        (64, (), ["pipelined"], ["quantized_pipelined_kernel"]),
+        (64, ("pipelined",), ["pipelined", "tiles"], ["quantized_tiles_kernel"]),
+        (64, ("pipelined", "tiles"), ["pipelined", "tiles", "matmul"], ["quantized_matmul_kernel"]),
     ],
 )
 def test_the_next_best_kernel_takes_the_place_of_one_that_fails_its_trial(
@@ -327,13 +328,50 @@ def test_of_many_rows_x_and_the_residual_are_read_after_the_wait(bits, group_siz
     ahead_of_time.check_start_of_the_next(launch, holds_back=False)
 
 
-@pytest.mark.parametrize("rows, kernel", [(8, None), (9, quantized_tiles_kernel), (256, quantized_tiles_kernel)])
-@pytest.mark.parametrize("bits, group_size", [(8, -1), (4, 128), (4, 32)])
-def test_rows_decide_the_kernel(bits, group_size, rows, kernel):
+@pytest.mark.parametrize(
+    "bits, group_size, rows, name",
+    [
+        (8, -1, 9, "quantized_tiles_kernel"),
+        (8, -1, 256, "quantized_pipelined_kernel"),
+        (4, 128, 8, "quantized_few_rows_kernel"),
+        (4, 128, 9, "quantized_tiles_kernel"),
+        (4, 32, 256, "quantized_tiles_kernel"),
+        (4, 32, 8, "quantized_gemv_kernel"),
+    ],
+)
+def test_rows_decide_the_kernel(bits, group_size, rows, name):
     scale = meta(HALF, HIDDEN) if group_size < 0 else meta(HALF, HIDDEN, HIDDEN // group_size)
     arguments = meta(HALF, rows, HIDDEN), meta(torch.int8, HIDDEN, HIDDEN * bits // 8), scale, None, bits, group_size
     launches = ahead_of_time.record(90, lambda: kernels.fused_linear_with_groupwise_quantized_weight(*arguments))
-    assert [launch.kernel is quantized_tiles_kernel for launch in launches] == [kernel is not None]
+    assert [launch.kernel.__name__ for launch in launches] == [name]
+
+
+@pytest.mark.parametrize(
+    "bits, dtype, rows, n, k", [(4, HALF, 256, INNER, HIDDEN), (8, BFLOAT, 64, HIDDEN, INNER), (4, HALF, 30, 100, 384)]
+)
+def test_the_pipelined_product_keeps_the_tensor_cores_busy(bits, dtype, rows, n, k):
+    def call() -> None:
+        arguments = meta(dtype, rows, k), meta(torch.int8, n, k * bits // 8), meta(HALF, n), meta(dtype, n), bits
+        kernels.fused_linear_with_groupwise_quantized_weight(*arguments)
+
+    (launch,) = ahead_of_time.record(90, call)
+    constants = launch.named_constants()
+    stages, warpgroups = constants["STAGES"], constants["WARPGROUPS"]
+    resources = ahead_of_time.compile_launch(launch, 90)
+    assert resources.shared <= ahead_of_time.SHARED_MEMORY[90] and resources.stack == 0, resources
+    kernel = ahead_of_time.compiled(launch, 90)
+    ptx, machine = kernel.asm["ptx"], ahead_of_time.machine_code(kernel)
+    # The compiler would put a wait after each instruction if registers were short.
+    assert machine.count("HGMMA") == warpgroups * constants["BLOCK_K"] // 16
+    assert machine.count("WARPGROUP.DEPBAR") == warpgroups
+    for loop in ptx.split("wgmma.fence")[1:]:
+        wait, unpacking = loop.index("wgmma.wait_group.sync.aligned 0"), re.search(r"ld\.shared\.b(8|16)\b", loop)
+        assert unpacking is None or wait < unpacking.start(), "the next weights go into registers that are still read"
+    # Only the weight's blocks are asked for before the wait.
+    copies = ptx[ptx.index("cp.async.bulk.tensor") :]
+    assert copies[: ahead_of_time.place_of_wait(copies)].count("cp.async.bulk.tensor") == min(
+        stages, k // constants["BLOCK_K"]
+    )
 
 
 @pytest.mark.parametrize("rows", [16, 100, 256])

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to run")
+triton = pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to run")
 
 import quantized_checks as checks  # noqa: E402
 
 from faster_chatglm_6b.ops import triton as kernels  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized import trial  # noqa: E402
 from faster_chatglm_6b.ops.triton.quantized.configs import FewRows, Quantized, Row, Tiles  # noqa: E402
+from faster_chatglm_6b.ops.triton.quantized.pipelined.tables import Pipelined  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -109,6 +110,24 @@ def test_tile_configurations(bits, dtype, rows):
             (70, 768, 96, "gelu"),
         ):
             checks.check_quantized_parts(DEVICE, dtype, bits, rows, n, k, group_size, config, epilogue)
+
+
+@BITS
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("rows", [9, 40, 130, 256])
+def test_pipelined_configurations(bits, dtype, rows):
+    if torch.cuda.get_device_capability() != (9, 0) or not triton.__version__.startswith("3.6."):
+        pytest.skip("this kernel is for compute capability 9.0 and Triton 3.6")
+    # Uneven rows of both and uneven columns, blocks of x rows, turns, splits, fewer blocks than stages.
+    for config in (
+        Pipelined(32, 4, 2, 128, 8),
+        Pipelined(32, 4, 4, 64, 8, 2),
+        Pipelined(64, 2, 2, 128, 4, 3),
+        Pipelined(128, 4, 1, 64, 3),
+        Pipelined(256, 2, 1, 64, 4, 2),
+    ):
+        for n, k, epilogue in ((300, 1152, "residual"), (1000, 2048, "gelu"), (70, 384, "residual")):
+            checks.check_quantized_parts(DEVICE, dtype, bits, rows, n, k, -1, config, epilogue)
 
 
 @BITS

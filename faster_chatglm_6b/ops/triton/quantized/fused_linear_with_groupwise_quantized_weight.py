@@ -25,6 +25,8 @@ from .gemv import launch_quantized_gemv
 from .matmul import launch_quantized_matmul, serves, tiles_of
 from .one_row.norm import NormArguments
 from .one_row.row import launch_quantized_row, normalises
+from .pipelined.launch import launch_quantized_pipelined, serves_pipelined
+from .pipelined.tables import pipelined_config
 from .tiles import launch_quantized_tiles, serves_tiles
 from .trial import holds
 
@@ -99,6 +101,10 @@ def _kernels_on_tensor_cores(
     if rows > 1:
         workspace = workspace or default_workspace(x.device, 1)
         scratch = {"partial": workspace.partial, "counters": workspace.counters}
+    if MOST_FEW_ROWS < rows <= MOST_TILE_ROWS and serves_pipelined(x, w, group_size):
+        pipelined = pipelined_config(bits, rows, n, k, workspace)
+        if pipelined is not None:
+            yield "pipelined", pipelined, functools.partial(launch_quantized_pipelined, config=pipelined, **scratch)
     if MOST_FEW_ROWS < rows <= MOST_TILE_ROWS and serves_tiles(x, w, bits, group_size):
         tiles = tiles_config(x.device, bits, rows, n, k, group_size, workspace)
         yield "tiles", tiles, functools.partial(launch_quantized_tiles, config=tiles, **scratch)
