@@ -29,6 +29,10 @@ gelu = gluon.jit(triton_gelu.fn)
 start_successor = gluon.jit(triton_start_successor.fn)
 wait_for_predecessor = gluon.jit(triton_wait_for_predecessor.fn)
 
+# Later releases have the first names, Triton 3.6 has the second ones.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+copy_block = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
 # Weight rows of a warpgroup, as the matrix instruction takes them.
 ROWS = gl.constexpr(64)
 # Pieces in which sums change their layout: each takes shared memory of its size.
@@ -70,17 +74,17 @@ def copy_ahead(
     for s in gl.static_range(AHEAD):
         mbarrier.expect(full.index(s), BYTES)
         column = first + s * BLOCK_K
-        tma.async_copy_global_to_shared(weight, [first_row, column // 2], full.index(s), weight_ring.index(s))
+        copy_block(weight, [first_row, column // 2], full.index(s), weight_ring.index(s))
     wait_for_predecessor(PDL)
     for s in gl.static_range(AHEAD):
-        tma.async_copy_global_to_shared(x, [first_x_row, first + s * BLOCK_K], full.index(s), x_ring.index(s))
+        copy_block(x, [first_x_row, first + s * BLOCK_K], full.index(s), x_ring.index(s))
     stage, phase = 0, 0
     for block in range(AHEAD, BLOCKS):
         column = first + block * BLOCK_K
         mbarrier.wait(empty.index(stage), phase)
         mbarrier.expect(full.index(stage), BYTES)
-        tma.async_copy_global_to_shared(weight, [first_row, column // 2], full.index(stage), weight_ring.index(stage))
-        tma.async_copy_global_to_shared(x, [first_x_row, column], full.index(stage), x_ring.index(stage))
+        copy_block(weight, [first_row, column // 2], full.index(stage), weight_ring.index(stage))
+        copy_block(x, [first_x_row, column], full.index(stage), x_ring.index(stage))
         stage += 1
         if stage == STAGES:
             stage = 0
@@ -123,7 +127,7 @@ def multiply(
             phase ^= 1
     if TURN > 0:
         others.index(PART * (TURNS - 1) + TURN - 1).store(sums)
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(done.index(PART), count=1)
     else:
         if TURNS > 1:
@@ -166,7 +170,7 @@ def store_results(
             valid = (row < N)[:, None] & (m < M)[None, :]
             gl.store(mine + (m[None, :] * N + row[:, None]), gl.convert_layout(pieces[piece], layout), mask=valid)
         # It puts the stores of all threads before the release of one.
-        gl.thread_barrier()
+        barrier()
         counter = counters + gl.program_id(0) * PARTS + PART
         if gl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
             gl.store(counter, 0)
