@@ -13,7 +13,7 @@ from faster_chatglm_6b.ops.cpu import blocks, library, native
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-ERRORS = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 4e-3}
+ERRORS = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 6e-3}
 # Rows and columns of the weight, columns per scale: blocks of 256, of 64 and of 16, tails of tiles, and odd sizes.
 SHAPES = [
     (64, 512, -1),
