@@ -51,23 +51,23 @@ def choose(dtype: torch.dtype) -> Operators:
             rest = "bfloat16 products of unpacked blocks"
         choices[_QUANTIZED] = ("C kernel", f"{reason}; from {most + 1} rows on {rest}")
         choices[_FLOATS] = ("C kernel", f"{reason}; PyTorch's product for more than {_MOST_FLOAT_ROWS} rows")
-        choices[_ATTENTION] = ("C kernel", f"{reason}; PyTorch's products for prompts")
-        choices[_ROTARY] = ("C kernel", reason)
+        choices[_ATTENTION] = ("C kernel", f"{reason}; PyTorch's attention for prompts")
+        choices[_ROTARY] = choices[_GELU] = ("C kernel", reason)
         functions[_FLOATS] = functools.partial(fused_matmul_bias, kernel)
         functions[_ROTARY] = functools.partial(between.fused_apply_rotary_emb, kernel)
+        functions[_GELU] = functools.partial(between.fast_gelu, kernel)
     else:
         reason, kernel = kernel, None
         if dtype == torch.bfloat16 and hasattr(torch, "_weight_int8pack_mm"):
             choices[_QUANTIZED] = ("torch int4 and int8", f"{reason}; many rows and odd sizes are unpacked in blocks")
         else:
             choices[_QUANTIZED] = ("unpacked in blocks", f"{reason}; PyTorch's kernels are fast in bfloat16 alone")
+        choices[_ATTENTION] = ("PyTorch's attention", reason)
+        if blocks.compute_dtype(dtype) != dtype:
+            functions[_GELU] = functools.partial(between.fast_gelu, None)
+            choices[_GELU] = ("in float32", f"this CPU is slow in {str(dtype).removeprefix('torch.')}")
     functions[_ATTENTION] = functools.partial(between.fused_multi_head_attention_inference_v2, kernel)
     functions[_QUANTIZED] = functools.partial(fused_linear_with_groupwise_quantized_weight, kernel)
-    if blocks.compute_dtype(dtype) != dtype:
-        slow = ("in float32", f"this CPU is slow in {str(dtype).removeprefix('torch.')}")
-        functions[_GELU], choices[_GELU] = between.fast_gelu, slow
-        if kernel is None:
-            choices[_ATTENTION] = slow
     return replace(table, **functions, choices=table.choices | choices)
 
 

@@ -21,7 +21,8 @@ from torch import nn
 
 from .. import reference
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("products.c", "many_rows.c", "many_rows_512.c", "between.c"))
+_FILES = ("products.c", "many_rows.c", "many_rows_512.c", "between.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in _FILES)
 _HEADER = Path(__file__).with_name("common.h")
 KINDS_OF_TENSOR = (torch.Tensor, nn.Parameter)
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -44,6 +45,7 @@ _ARGUMENTS = {
     "many_rows_512_product": [_POINTER, _POINTER, _INT, _POINTER, _POINTER, *[_LONG] * 5, *[_INT] * 5],
     "request_amx": [],
     "float_product": [_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT],
+    "gelu": [_POINTER, _INT, _POINTER, _LONG, _INT],
     "finish": [_POINTER, _POINTER, _INT, _POINTER, _INT, _FLOAT, _POINTER, _INT, _LONG, _LONG, _INT],
     "rotary": [_POINTER, _INT, *[_POINTER] * 4, *[_LONG] * 7, _INT],
     "attention": [*[_POINTER] * 3, _INT, _POINTER, _INT, _POINTER, _POINTER, *[_LONG] * 5, _FLOAT, _INT],
@@ -122,9 +124,9 @@ def block_of(columns: int, bits: int) -> int | None:
     return next((block for block in blocks if columns % block == 0), None)
 
 
-def block_of_many_rows(columns: int) -> int | None:
-    """Return what ``block_of`` does, for ``many_rows_product``."""
-    return next((block for block in range(256, 0, -8) if columns % block == 0), None)
+def block_of_many_rows(columns: int, step: int = 8) -> int | None:
+    """Return what ``block_of`` does, for ``many_rows_product``; many_rows_512.c has blocks in steps of 64."""
+    return next((block for block in range(256, 0, -step) if columns % block == 0), None)
 
 
 def multiplies_bytes(kernel: Kernel, columns: int) -> bool:
@@ -152,9 +154,8 @@ def many_rows_product(
 ) -> torch.Tensor:
     """Return what ``integer_product`` does, faster for many rows and for ``block_of_many_rows``."""
     if multiplies_bytes(kernel, group):
-        block, own = next(block for block in (256, 192, 128, 64) if group % block == 0), kernel.instructions == AMX
-        function, rest = kernel.library.many_rows_512_product, (KINDS[x.dtype], own)
-        return _integer_product(function, x, w, w_scale, bits, group, block, rest)
+        function, rest = kernel.library.many_rows_512_product, (KINDS[x.dtype], kernel.instructions == AMX)
+        return _integer_product(function, x, w, w_scale, bits, group, block_of_many_rows(group, 64), rest)
     return _integer_product(kernel.library.many_rows_product, x, w, w_scale, bits, group, block_of_many_rows(group))
 
 
@@ -236,8 +237,11 @@ def unpack(
 
 
 def _cpu_flags() -> set[str]:
-    """Return what Linux says the CPU has."""
-    lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    """Return what Linux says the CPU has, nothing where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return set()
     return set(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
 
 
@@ -288,8 +292,11 @@ def _open(path: Path) -> ctypes.CDLL:
         ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(path))
     for name, arguments in _ARGUMENTS.items():
-        getattr(library, name).argtypes = arguments
-    library.float_product.restype = library.unpack.restype = library.finish.restype = None
+        # many_rows_512.c is empty for AVX2.
+        if hasattr(library, name):
+            getattr(library, name).argtypes = arguments
+    for name in ("float_product", "unpack", "finish", "gelu"):
+        getattr(library, name).restype = None
     return library
 
 
