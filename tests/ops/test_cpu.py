@@ -13,7 +13,7 @@ from faster_chatglm_6b.ops.cpu import blocks, library, native
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-ERRORS = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 4e-3}
+ERRORS = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 6e-3}
 # Rows and columns of the weight, columns per scale: blocks of 256, of 64 and of 16, tails of tiles, and odd sizes.
 SHAPES = [
     (64, 512, -1),
@@ -235,7 +235,7 @@ def test_without_the_kernel_the_report_says_why_and_products_are_right(tmp_path,
 def test_masked_avx512_leaves_the_avx2_kernel(tmp_path):
     compiled_or_skip()
     said = in_a_process(CHOICE, XDG_CACHE_HOME=str(tmp_path), ATEN_CPU_CAPABILITY="avx2")
-    assert said.count("C kernel (AVX2, compiled by ") == 8
+    assert said.count("C kernel (AVX2, compiled by ") == 10
     # The second process loads what the first one compiled.
     assert [path.suffix for path in (tmp_path / "faster_chatglm_6b").iterdir()] == [".so"]
 
@@ -349,7 +349,7 @@ def test_a_damaged_file_in_the_cache_is_compiled_again(tmp_path):
     compiled_or_skip()
     for _ in range(2):
         said = in_a_process(CHOICE, XDG_CACHE_HOME=str(tmp_path))
-        assert said.count("C kernel (") == 8
+        assert said.count("C kernel (") == 10
         (file,) = (tmp_path / "faster_chatglm_6b").iterdir()
         file.write_bytes(b"nothing")
 

@@ -11,8 +11,9 @@ from .. import reference
 from ..availability import switch_refusal
 from ..table import Operators, reference_operators
 
-# Up to here the kernel of few rows is as fast as that of many.
+# Up to here the kernel of few rows is as fast as that of many, of which those for newer CPUs take less.
 _MOST_INTEGER_ROWS = {torch.float32: 8, torch.float16: 16, torch.bfloat16: 16}
+_MOST_ROWS_BEFORE_BYTES = {"AVX-512 VNNI": 8, "AVX-512 VNNI and AMX": 3}
 _MOST_FLOAT_ROWS = 8
 _MOST_LIBRARY_ROWS = 8
 _DTYPES = tuple(_MOST_INTEGER_ROWS)
@@ -42,31 +43,31 @@ def choose(dtype: torch.dtype) -> Operators:
     functions: dict[str, Callable] = {}
     choices: dict[str, tuple[str, str]] = {}
     if isinstance(kernel, native.Kernel):
-        reason = f"{kernel.instructions}, compiled by {kernel.compiler}"
-        most = _MOST_INTEGER_ROWS[dtype]
+        reason = str(kernel)
+        most = _most_integer_rows(kernel, dtype, None)
         rest = "one of many rows; odd sizes are unpacked in blocks"
-        if blocks.compute_dtype(dtype) == torch.bfloat16:
+        if blocks.compute_dtype(dtype) == torch.bfloat16 and kernel.instructions == native.AVX2:
             # Such instructions multiply twice as many numbers.
             rest = "bfloat16 products of unpacked blocks"
         choices[_QUANTIZED] = ("C kernel", f"{reason}; from {most + 1} rows on {rest}")
         choices[_FLOATS] = ("C kernel", f"{reason}; PyTorch's product for more than {_MOST_FLOAT_ROWS} rows")
-        choices[_ATTENTION] = ("C kernel", f"{reason}; PyTorch's products for prompts")
-        choices[_ROTARY] = ("C kernel", reason)
+        choices[_ATTENTION] = ("C kernel", f"{reason}; PyTorch's attention for prompts")
+        choices[_ROTARY] = choices[_GELU] = ("C kernel", reason)
         functions[_FLOATS] = functools.partial(fused_matmul_bias, kernel)
         functions[_ROTARY] = functools.partial(between.fused_apply_rotary_emb, kernel)
+        functions[_GELU] = functools.partial(between.fast_gelu, kernel)
     else:
         reason, kernel = kernel, None
         if dtype == torch.bfloat16 and hasattr(torch, "_weight_int8pack_mm"):
             choices[_QUANTIZED] = ("torch int4 and int8", f"{reason}; many rows and odd sizes are unpacked in blocks")
         else:
             choices[_QUANTIZED] = ("unpacked in blocks", f"{reason}; PyTorch's kernels are fast in bfloat16 alone")
+        choices[_ATTENTION] = ("PyTorch's attention", reason)
+        if blocks.compute_dtype(dtype) != dtype:
+            functions[_GELU] = functools.partial(between.fast_gelu, None)
+            choices[_GELU] = ("in float32", f"this CPU is slow in {str(dtype).removeprefix('torch.')}")
     functions[_ATTENTION] = functools.partial(between.fused_multi_head_attention_inference_v2, kernel)
     functions[_QUANTIZED] = functools.partial(fused_linear_with_groupwise_quantized_weight, kernel)
-    if blocks.compute_dtype(dtype) != dtype:
-        slow = ("in float32", f"this CPU is slow in {str(dtype).removeprefix('torch.')}")
-        functions[_GELU], choices[_GELU] = between.fast_gelu, slow
-        if kernel is None:
-            choices[_ATTENTION] = slow
     return replace(table, **functions, choices=table.choices | choices)
 
 
@@ -93,19 +94,34 @@ def fused_linear_with_groupwise_quantized_weight(
     group = columns if group_size < 0 else group_size
     flat, scale = x.reshape(-1, columns).contiguous(), w_scale.view(w.shape[0], columns // group)
     rows = flat.shape[0]
-    if kernel is not None and rows <= _MOST_INTEGER_ROWS[x.dtype] and native.block_of(group, num_bits) is not None:
+    few = kernel is not None and rows <= _most_integer_rows(kernel, x.dtype, group)
+    if few and native.block_of(group, num_bits) is not None:
         out = native.integer_product(kernel, flat, w, scale, num_bits, group)
-    elif (
-        kernel is not None
-        and blocks.compute_dtype(x.dtype) == torch.float32
-        and native.block_of_many_rows(group) is not None
-    ):
+    elif kernel is not None and _is_for_many_rows(kernel, x.dtype, group):
         out = native.many_rows_product(kernel, flat, w, scale, num_bits, group)
     elif kernel is None and rows <= _MOST_LIBRARY_ROWS and library.serves(flat, w, num_bits, group):
         out = library.product(flat, w, scale, num_bits, group)
     else:
         out = blocks.integer_product(kernel, flat, w, scale, num_bits, group)
     return between.finish(kernel, out, x, b, _add_to_output, beta)
+
+
+def _most_integer_rows(kernel: Any, dtype: torch.dtype, group: int | None) -> int:
+    """Return up to how many rows the kernel of few rows serves, for groups of columns or for most models' (None)."""
+    from . import native
+
+    if group is None or native.multiplies_bytes(kernel, group):
+        return _MOST_ROWS_BEFORE_BYTES.get(kernel.instructions, _MOST_INTEGER_ROWS[dtype])
+    return _MOST_INTEGER_ROWS[dtype]
+
+
+def _is_for_many_rows(kernel: Any, dtype: torch.dtype, group: int) -> bool:
+    """Tell whether the C kernel is faster than products of unpacked blocks, for x in ``dtype`` and its groups."""
+    from . import blocks, native
+
+    if native.multiplies_bytes(kernel, group):
+        return True
+    return blocks.compute_dtype(dtype) == torch.float32 and native.block_of_many_rows(group) is not None
 
 
 def fused_matmul_bias(

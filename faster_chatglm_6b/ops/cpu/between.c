@@ -1,4 +1,4 @@
-/* What stands between the products: rotary positions, attention of few rows, bias and residual.
+/* What stands between the products: GELU, rotary positions, attention of few rows, bias and residual.
  *
  * Numbers are read in their own kind, computed in float32, and rounded once. The caller checks shapes and kinds.
  */
@@ -28,9 +28,49 @@ ALWAYS void store_eight(void *p, long i, int kind, __m256 v) {
     if (kind == FLOAT32) _mm256_storeu_ps((float *)p + i, v);
     else if (kind == FLOAT16) _mm_storeu_si128((__m128i *)((uint16_t *)p + i), _mm256_cvtps_ph(v, 0));
     else {
-        float lanes[8];
-        _mm256_storeu_ps(lanes, v);
-        for (int j = 0; j < 8; j++) ((uint16_t *)p)[i + j] = to_bfloat16(lanes[j]);
+        /* As to_bfloat16. */
+        const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        __m256i wide = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+        wide = _mm256_blendv_epi8(wide, _mm256_set1_epi32(0x7fc0), nan);
+        wide = _mm256_permute4x64_epi64(_mm256_packus_epi32(wide, wide), 8);
+        _mm_storeu_si128((__m128i *)((uint16_t *)p + i), _mm256_castsi256_si128(wide));
+    }
+}
+
+/* e^v to a few units in the last place, from 2^-126 to 2^127. */
+ALWAYS __m256 exponential(__m256 v) {
+    v = _mm256_max_ps(_mm256_set1_ps(-87), _mm256_min_ps(_mm256_set1_ps(88), v));
+    const __m256 power = _mm256_round_ps(_mm256_mul_ps(v, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+    /* ln 2 in two parts, and the polynomial of Cephes for what is left. */
+    __m256 rest = _mm256_fnmadd_ps(power, _mm256_set1_ps(0.693359375f), v), sum = _mm256_set1_ps(1.9875691500e-4f);
+    rest = _mm256_fnmadd_ps(power, _mm256_set1_ps(-2.12194440e-4f), rest);
+    const float factors[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f, 1, 1};
+    UNROLL for (int i = 0; i < 7; i++) sum = _mm256_fmadd_ps(sum, rest, _mm256_set1_ps(factors[i]));
+    const __m256i scale = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(power), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(sum, _mm256_castsi256_ps(scale));
+}
+
+/* 0.5 x (1 + tanh u) = x / (1 + e^-2u), u = 0.79788456 (x + 0.044715 x^3). */
+ALWAYS __m256 gelu_of(__m256 x) {
+    const __m256 cubic = _mm256_fmadd_ps(_mm256_mul_ps(x, x), _mm256_set1_ps(0.044715f), _mm256_set1_ps(1));
+    const __m256 power = exponential(_mm256_mul_ps(_mm256_mul_ps(x, cubic), _mm256_set1_ps(-2 * 0.79788456f)));
+    return _mm256_div_ps(x, _mm256_add_ps(power, _mm256_set1_ps(1)));
+}
+
+/* x, out: [count] of a kind. */
+void gelu(const void *x, int kind, void *out, long count, int threads) {
+    #pragma omp parallel for schedule(static) num_threads(threads) if (count > 65536)
+    for (long first = 0; first < count; first += 4096) {
+        const long end = first + 4096 < count ? first + 4096 : count;
+        long i = first;
+        for (; i + 8 <= end; i += 8) store_eight(out, i, kind, gelu_of(eight_floats(x, i, kind)));
+        if (i < end) {
+            float last[8] = {0};
+            for (long j = i; j < end; j++) last[j - i] = to_float(x, j, kind);
+            _mm256_storeu_ps(last, gelu_of(_mm256_loadu_ps(last)));
+            for (long j = i; j < end; j++) store(out, j, kind, last[j - i]);
+        }
     }
 }
 
@@ -68,7 +108,14 @@ int rotary(const void *x, int kind, const int64_t *positions, const void *cos, c
             const long place = positions[(b * parts + part) * rows + m] * half;
             const long from = ((at * heads + h) * 3 + index) * width + part * half * 2;
             const long to = ((b * heads + h) * rows + m) * width + part * half * 2;
-            for (long i = 0; i < half; i++) {
+            long i = 0;
+            for (; i + 8 <= half; i += 8) {
+                const __m256 c = eight_floats(cos, place + i, kind), s = eight_floats(sin, place + i, kind);
+                const __m256 first = eight_floats(x, from + i, kind), second = eight_floats(x, from + half + i, kind);
+                store_eight(out, to + i, kind, _mm256_fmsub_ps(first, c, _mm256_mul_ps(second, s)));
+                store_eight(out, to + half + i, kind, _mm256_fmadd_ps(second, c, _mm256_mul_ps(first, s)));
+            }
+            for (; i < half; i++) {
                 const float c = to_float(cos, place + i, kind), s = to_float(sin, place + i, kind);
                 const float first = to_float(x, from + i, kind), second = to_float(x, from + half + i, kind);
                 store(out, to + i, kind, first * c - second * s);

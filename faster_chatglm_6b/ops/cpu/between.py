@@ -1,4 +1,4 @@
-"""The operators between the products, by between.c: rotary positions, attention of few rows, bias and residual."""
+"""The operators between the products, by between.c: GELU, rotary positions, attention of few rows, the ends."""
 
 import ctypes
 import functools
@@ -12,13 +12,18 @@ from torch.nn import functional
 from .. import reference
 from . import blocks, native
 
-# Longer prompts multiply matrices of queries and keys, which PyTorch does in blocks.
+# Longer prompts multiply matrices of queries and keys, which PyTorch does in blocks, with float32 sums in any dtype.
 _MOST_ATTENDING_ROWS = 8
 
 
-def fast_gelu(x: torch.Tensor) -> torch.Tensor:
-    """Compute the operator as ``ops.reference`` defines it, in float32: PyTorch is slow in half precision."""
-    return functional.gelu(x.float(), approximate="tanh").to(x.dtype)
+def fast_gelu(kernel: native.Kernel | None, x: torch.Tensor) -> torch.Tensor:
+    """Compute the operator as ``ops.reference`` defines it, without a kernel in the dtype in which PyTorch is fast."""
+    if kernel is not None and native.may_read(x) and not native.is_traced() and x.dtype in native.KINDS:
+        out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+        kernel.library.gelu(x.data_ptr(), native.KINDS[x.dtype], out.data_ptr(), x.numel(), torch.get_num_threads())
+        return out
+    fast = blocks.compute_dtype(x.dtype) if x.dtype in native.KINDS else x.dtype
+    return reference.fast_gelu(x.to(fast)).to(x.dtype)
 
 
 def fused_apply_rotary_emb(
@@ -67,18 +72,24 @@ def fused_multi_head_attention_inference_v2(
     scale: float | None = None,
     **rest: Any,
 ) -> torch.Tensor:
-    """Compute the operator as ``ops.reference`` defines it; without a kernel in the dtype whose products are fast."""
+    """Compute the operator as ``ops.reference`` defines it, for many rows or without a kernel by PyTorch's own."""
     tensors = (query, key, value)
+    if not (
+        query.dtype == key.dtype == value.dtype in native.KINDS
+        and all(tensor.dim() == 4 for tensor in tensors)
+        and query.numel() > 0
+        and key.shape == value.shape == (*query.shape[:2], key.shape[2], query.shape[3])
+        and key.shape[2] > 0
+    ):
+        return reference.fused_multi_head_attention_inference_v2(
+            query=query, key=key, value=value, attn_bias=attn_bias, scale=scale
+        )
     if (
         kernel is not None
         and all(type(one) in native.KINDS_OF_TENSOR and one.is_cpu and one.stride(-1) == 1 for one in tensors)
         and not native.is_traced()
-        and query.numel() > 0
-        and query.dtype == key.dtype == value.dtype in native.KINDS
-        and all(tensor.dim() == 4 for tensor in tensors)
-        and 0 < query.shape[2] <= _MOST_ATTENDING_ROWS
+        and query.shape[2] <= _MOST_ATTENDING_ROWS
         and query.shape[3] % 8 == 0
-        and key.shape == value.shape == (*query.shape[:2], key.shape[2], query.shape[3])
         and (attn_bias is None or _is_bias(attn_bias, query, key))
     ):
         (batch, heads, rows, width), keys = query.shape, key.shape[2]
@@ -100,11 +111,9 @@ def fused_multi_head_attention_inference_v2(
         if failed:
             raise MemoryError(f"There is no memory for the scores of {keys} keys.")
         return out
-    fast = blocks.compute_dtype(query.dtype) if query.dtype in native.KINDS else query.dtype
-    out = reference.fused_multi_head_attention_inference_v2(
-        query=query.to(fast), key=key.to(fast), value=value.to(fast), attn_bias=attn_bias, scale=scale
-    )
-    return out.to(query.dtype)
+    bias = None if attn_bias is None else attn_bias.to(query.dtype)
+    context = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    return context.transpose(1, 2).flatten(2)
 
 
 def _is_bias(bias: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:
@@ -192,8 +201,10 @@ def _trials(kernel: native.Kernel) -> dict[str, tuple[Callable[[], torch.Tensor]
     rotated = reference.fused_apply_rotary_emb(
         packed.double(), position_ids=positions, cos=cos.double(), sin=sin.double(), **rotary
     )
+    numbers = make(777) * 4
     ended = y.double() + extra.double() + 0.5 * residual.double()
     return {
+        "GELU": (functools.partial(fast_gelu, kernel, numbers), reference.fast_gelu(numbers.double())),
         "attention": (attention, exact),
         "rotary": (rotate, rotated),
         "finish": (functools.partial(finish, kernel, y.clone(), y, extra, residual, 0.5), ended),

@@ -21,18 +21,31 @@ from torch import nn
 
 from .. import reference
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("products.c", "many_rows.c", "between.c"))
+_FILES = ("products.c", "many_rows.c", "many_rows_512.c", "between.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in _FILES)
 _HEADER = Path(__file__).with_name("common.h")
 KINDS_OF_TENSOR = (torch.Tensor, nn.Parameter)
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-mavx2", "-mfma", "-mf16c")
-_VNNI_FLAGS = ("-DVNNI", "-mavx512f", "-mavx512vl", "-mavx512vnni")
+_VNNI_FLAGS = (*_FLAGS, "-DVNNI", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512vnni")
+_AMX_FLAGS = (*_VNNI_FLAGS, "-DAMX", "-mamx-tile", "-mamx-int8")
+AVX2, VNNI, AMX = "AVX2", "AVX-512 VNNI", "AVX-512 VNNI and AMX"
+_VNNI_NEEDS = {"avx512vl", "avx512bw", "avx512_vnni"}
+# The fastest first: name, compiler's flags, what Linux must list.
+_VARIANTS = (
+    (AMX, _AMX_FLAGS, _VNNI_NEEDS | {"amx_tile", "amx_int8"}),
+    (VNNI, _VNNI_FLAGS, _VNNI_NEEDS),
+    (AVX2, _FLAGS, set()),
+)
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 # The C files have the meaning of each argument.
 _ARGUMENTS = {
     "integer_product": [_POINTER, _POINTER, _INT, _POINTER, _POINTER, *[_LONG] * 5, _INT, _INT, _INT],
     "many_rows_product": [_POINTER, _POINTER, _INT, _POINTER, _POINTER, *[_LONG] * 5, _INT, _INT, _INT],
+    "many_rows_512_product": [_POINTER, _POINTER, _INT, _POINTER, _POINTER, *[_LONG] * 5, *[_INT] * 5],
+    "request_amx": [],
     "float_product": [_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT],
+    "gelu": [_POINTER, _INT, _POINTER, _LONG, _INT],
     "finish": [_POINTER, _POINTER, _INT, _POINTER, _INT, _FLOAT, _POINTER, _INT, _LONG, _LONG, _INT],
     "rotary": [_POINTER, _INT, *[_POINTER] * 4, *[_LONG] * 7, _INT],
     "attention": [*[_POINTER] * 3, _INT, _POINTER, _INT, _POINTER, _POINTER, *[_LONG] * 5, _FLOAT, _INT],
@@ -41,11 +54,19 @@ _ARGUMENTS = {
 
 
 class Kernel(NamedTuple):
-    """The loaded library: ``instructions`` says for which CPU it was compiled, ``compiler`` by what."""
+    """The loaded library: ``instructions`` says for which CPU it was compiled, ``compiler`` by what.
+
+    ``rejected`` says why a faster variant, for which the CPU has the instructions, does not serve.
+    """
 
     library: ctypes.CDLL
     instructions: str
     compiler: str
+    rejected: str = ""
+
+    def __str__(self) -> str:
+        """Return what ``status()`` says of it."""
+        return f"{self.instructions}, compiled by {self.compiler}{self.rejected}"
 
 
 @functools.cache
@@ -59,14 +80,27 @@ def load() -> Kernel | str:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "gcc", "cc", "clang"))), None)
     if compiler is None:
         return "the C kernel needs a C compiler and none is on the PATH; install gcc"
+    flags, rejected = _cpu_flags() if capability.startswith("AVX512") else set(), ""
+    for instructions, options, needs in _VARIANTS:
+        if needs <= flags:
+            found = _variant(compiler, instructions, options)
+            if isinstance(found, Kernel):
+                return found._replace(rejected=rejected)
+            rejected += f"; not {instructions}: {found}"
+    return found
+
+
+def _variant(compiler: str, instructions: str, options: tuple[str, ...]) -> Kernel | str:
+    """Return the kernel with these instructions, or one clause that says why there is none."""
     try:
-        has_vnni = capability.startswith("AVX512") and {"avx512vl", "avx512_vnni"} <= _cpu_flags()
-        library = _library(compiler, (*_FLAGS, *_VNNI_FLAGS) if has_vnni else _FLAGS)
+        library = _library(compiler, options)
     # Path.home() has a RuntimeError for a user without one.
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         lines = str(getattr(error, "stderr", None) or error).strip().splitlines() or [type(error).__name__]
         return f"the C kernel could not be made: {lines[0][:200]}"
-    kernel = Kernel(library, "AVX-512 VNNI" if has_vnni else "AVX2", Path(compiler).name)
+    if instructions == AMX and library.request_amx():
+        return "Linux does not let this process use it"
+    kernel = Kernel(library, instructions, Path(compiler).name)
     wrong = _trial(kernel)
     return kernel if wrong is None else f"the C kernel is wrong on this machine: {wrong}"
 
@@ -90,9 +124,14 @@ def block_of(columns: int, bits: int) -> int | None:
     return next((block for block in blocks if columns % block == 0), None)
 
 
-def block_of_many_rows(columns: int) -> int | None:
-    """Return what ``block_of`` does, for ``many_rows_product``."""
-    return next((block for block in range(256, 0, -8) if columns % block == 0), None)
+def block_of_many_rows(columns: int, step: int = 8) -> int | None:
+    """Return what ``block_of`` does, for ``many_rows_product``; many_rows_512.c has blocks in steps of 64."""
+    return next((block for block in range(256, 0, -step) if columns % block == 0), None)
+
+
+def multiplies_bytes(kernel: Kernel, columns: int) -> bool:
+    """Tell whether many_rows_512.c serves ``many_rows_product`` for groups of ``columns``, which is faster."""
+    return kernel.instructions != AVX2 and columns % 64 == 0
 
 
 def integer_product(
@@ -114,14 +153,26 @@ def many_rows_product(
     kernel: Kernel, x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group: int
 ) -> torch.Tensor:
     """Return what ``integer_product`` does, faster for many rows and for ``block_of_many_rows``."""
+    if multiplies_bytes(kernel, group):
+        function, rest = kernel.library.many_rows_512_product, (KINDS[x.dtype], kernel.instructions == AMX)
+        return _integer_product(function, x, w, w_scale, bits, group, block_of_many_rows(group, 64), rest)
     return _integer_product(kernel.library.many_rows_product, x, w, w_scale, bits, group, block_of_many_rows(group))
 
 
 def _integer_product(
-    function: Callable, x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group: int, block: int
+    function: Callable,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    bits: int,
+    group: int,
+    block: int,
+    rest: tuple[int, ...] = (),
 ) -> torch.Tensor:
     # Half precision is coarser than fixed point without the last digit.
-    (rows, columns), precise, x = x.shape, x.dtype == torch.float32, x.float()
+    (rows, columns), precise = x.shape, x.dtype == torch.float32
+    # A function that takes more reads x in its own dtype.
+    x = x if rest else x.float()
     # Not torch's defaults, which the user may set: the kernel writes float32 into this process' memory.
     out = torch.empty(rows, w.shape[0], dtype=torch.float32, device="cpu")
     failed = function(
@@ -138,6 +189,7 @@ def _integer_product(
         bits,
         precise,
         torch.get_num_threads(),
+        *rest,
     )
     if failed:
         raise MemoryError(f"There is no memory for {rows} rows of {columns} numbers in fixed point; use fewer rows.")
@@ -185,8 +237,11 @@ def unpack(
 
 
 def _cpu_flags() -> set[str]:
-    """Return what Linux says the CPU has."""
-    lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    """Return what Linux says the CPU has, nothing where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return set()
     return set(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
 
 
@@ -237,8 +292,11 @@ def _open(path: Path) -> ctypes.CDLL:
         ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(path))
     for name, arguments in _ARGUMENTS.items():
-        getattr(library, name).argtypes = arguments
-    library.float_product.restype = library.unpack.restype = library.finish.restype = None
+        # many_rows_512.c is empty for AVX2.
+        if hasattr(library, name):
+            getattr(library, name).argtypes = arguments
+    for name in ("float_product", "unpack", "finish", "gelu"):
+        getattr(library, name).restype = None
     return library
 
 
@@ -253,13 +311,13 @@ def _trial(kernel: Kernel) -> str | None:
     for bits in (4, 8):
         size = out, columns * bits // 8
         w = torch.randint(-128, 128, size, dtype=torch.int8, generator=generator, device="cpu")
-        for group in (512, 128, 64):
+        for group in (512, 128, 64, 32):
             scale = make(out, columns // group).half()
             exact = reference.fused_linear_with_groupwise_quantized_weight(
                 x.double(), w, scale.double(), num_bits=bits, group_size=group
             )
             for dtype in (torch.float32, torch.bfloat16):
-                for product in (integer_product, many_rows_product):
+                for product in (integer_product, many_rows_product) if group >= 64 else (many_rows_product,):
                     call = functools.partial(product, kernel, x.to(dtype), w, scale, bits, group)
                     checks[f"{product.__name__}, int{bits} in groups of {group}, {dtype}"] = (call, exact)
     for dtype in KINDS:
