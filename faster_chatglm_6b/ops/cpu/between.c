@@ -29,7 +29,8 @@ ALWAYS void store_eight(void *p, long i, int kind, __m256 v) {
     else if (kind == FLOAT16) _mm_storeu_si128((__m128i *)((uint16_t *)p + i), _mm256_cvtps_ph(v, 0));
     else {
         /* As to_bfloat16. */
-        const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i bits = _mm256_castps_si256(v);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
         __m256i wide = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
         const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
         wide = _mm256_blendv_epi8(wide, _mm256_set1_epi32(0x7fc0), nan);
@@ -45,7 +46,8 @@ ALWAYS __m256 exponential(__m256 v) {
     /* ln 2 in two parts, and the polynomial of Cephes for what is left. */
     __m256 rest = _mm256_fnmadd_ps(power, _mm256_set1_ps(0.693359375f), v), sum = _mm256_set1_ps(1.9875691500e-4f);
     rest = _mm256_fnmadd_ps(power, _mm256_set1_ps(-2.12194440e-4f), rest);
-    const float factors[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f, 1, 1};
+    const float factors[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                             5.0000001201e-1f, 1, 1};
     UNROLL for (int i = 0; i < 7; i++) sum = _mm256_fmadd_ps(sum, rest, _mm256_set1_ps(factors[i]));
     const __m256i scale = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(power), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(sum, _mm256_castsi256_ps(scale));

@@ -1,12 +1,13 @@
-/* Products of many rows of x with an int4 or int8 weight, as in many_rows.c, on CPUs that multiply bytes four at a time:
- * those with AVX-512 VNNI, and with AMX, whose instruction multiplies 16 x 64 with 64 x 16 bytes.
+/* Products of many rows of x with an int4 or int8 weight, as in many_rows.c, on CPUs that multiply bytes: four at a
+ * time with AVX-512 VNNI, 16 x 64 with 64 x 16 with AMX. Without VNNI the file is empty.
  *
  * A digit of x has 16 bits with a scale per block of columns, and is held as two signed bytes. A weight is one: an int4
- * one times 16, which is how a shift leaves it. VNNI wants one side unsigned: it adds 128 to the weights. What they add
- * is the same for all rows of w, and sums start without it. Integers may wrap on the way, a block's sum fits into 32 bits.
+ * one times 16, which is how a shift leaves it. VNNI wants one side unsigned, so there weights are 128 larger. What
+ * this adds is the same for all rows of w, and sums start without it. Integers may wrap on the way: a block's sum fits
+ * into 32 bits.
  *
- * Rows of w are broadcast and rows of x lie side by side in a vector: so w is unpacked in order, and only x, once, and y
- * are transposed. A tile of x has 16 rows.
+ * Rows of w are broadcast and rows of x lie side by side in a vector: so w is unpacked in order, and only x, once, and
+ * y are transposed. A tile of x has 16 rows.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -80,17 +81,21 @@ static void fix_block(const many_t *a, long row, long b) {
     const __m512 inverse = _mm512_set1_ps(most > 1e-25f ? unit / most : 0.0f);
     a->x_scale[place * TILE + r] = (most > 1e-25f ? most / LARGEST : 0.0f) + _mm512_reduce_add_ps(finite);
     /* An int4 weight is unpacked to the even columns of a step and then the odd ones. */
-    const __m512i in_lane = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+    const __m128i evens_first = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    const __m512i in_lane = _mm512_broadcast_i32x4(evens_first), zero = _mm512_setzero_si512();
     const __m512i lanes = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), ones = _mm512_set1_epi8(1);
-    const __m512i every_row = _mm512_mullo_epi32(_mm512_set1_epi32(TILE), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8,
-                                                 9, 10, 11, 12, 13, 14, 15));
+    const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i every_row = _mm512_mullo_epi32(_mm512_set1_epi32(TILE), count);
     int8_t *to = a->x + place * a->digits * 2 * a->block * TILE;
-    __m512i sums[2][2] = {{_mm512_setzero_si512(), _mm512_setzero_si512()}, {_mm512_setzero_si512(), _mm512_setzero_si512()}};
+    __m512i sums[2][2] = {{zero, zero}, {zero, zero}};
     for (long i = 0; i < a->block; i += STEP) {
         int8_t bytes[2][2][STEP] __attribute__((aligned(64)));
         for (int part = 0; part < STEP; part += 16) {
-            __m512i v = _mm512_setzero_si512(), digit[2];
-            if (real) v = _mm512_cvtps_epi32(_mm512_mul_ps(sixteen_floats(a->from, at + i + part, a->from_kind), inverse));
+            __m512i v = zero, digit[2];
+            if (real) {
+                const __m512 numbers = sixteen_floats(a->from, at + i + part, a->from_kind);
+                v = _mm512_cvtps_epi32(_mm512_mul_ps(numbers, inverse));
+            }
             digit[0] = a->digits == 1 ? v : _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(DIGIT / 2)), 15);
             digit[1] = _mm512_sub_epi32(v, _mm512_slli_epi32(digit[0], 15));
             for (int d = 0; d < a->digits; d++) {
@@ -180,8 +185,8 @@ ALWAYS void add_two(const late_t *late, long j) {
     }
 }
 
-/* Leave the sums of a call in ``late``. Between the tiles' products, which take 16 cycles each, those of the call before
- * are added; behind them they would wait, because a CPU has few tiles to look ahead with. */
+/* Leave the sums of a call in ``late``. Those of the call before are added between the tiles' products, which take 16
+ * cycles each; behind them they would wait, because a CPU has few tiles to look ahead with. */
 static __attribute__((noinline)) void amx_product(const call_t *c, late_t *late) {
     const uint8_t *w = c->w, *other = w + c->steps * BYTES;
     const int8_t *upper = c->x, *lower = upper + c->steps * BYTES;
@@ -289,8 +294,8 @@ static void task_product(const many_t *a, long first, long start, uint8_t *w, fl
     write_task(a, first, start, end, columns, y);
 }
 
-/* Arguments as in many_rows.c, but for block, a multiple of STEP, x [rows, k] of a kind of its own, and amx, 1 to use it.
- * Return 1 for lack of memory. */
+/* Arguments as in many_rows.c, but for block, a multiple of STEP, x [rows, k] of a kind of its own, and amx, 1 to use
+ * it. Return 1 for lack of memory. */
 int many_rows_512_product(const uint8_t *w, const void *scale, int kind, const void *x, float *y, long rows, long n,
                           long k, long group, long block, int bits, int precise, int threads, int x_kind, int amx) {
     const long tiles = (rows + TILE - 1) / TILE, blocks = k / block, digits = 1 + precise;
