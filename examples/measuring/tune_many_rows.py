@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4], choices=[8, 4])
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("this measures kernels and needs an NVIDIA GPU")
+        parser.error("this needs an NVIDIA GPU")
     for bits in arguments.bits:
         for rows in arguments.rows:
             for name, (n, k) in _WEIGHTS.items():

@@ -1,4 +1,4 @@
-"""Both tuners of ``examples/measuring`` time the right step and search well, with a tiny model in the interpreter.
+"""The tuners of ``examples/measuring`` time the right step and search well, with a tiny model in the interpreter.
 
 An environment variable chooses Triton's interpreter when the kernels are imported. So the checks run in a process of
 their own: this file starts itself as a program. Nothing is timed: a step runs once, and its time is made up.
@@ -228,9 +228,9 @@ def test_in_the_interpreter(results, name):
     assert results[name] is None, results[name]
 
 
-@pytest.mark.parametrize("name", ["tune_kernels", "tune_quantized_kernels"])
+@pytest.mark.parametrize("name", ["tune_kernels --chain", "tune_quantized_kernels --chain", "tune_many_rows"])
 def test_without_a_gpu_the_command_says_so(name):
-    command = [sys.executable, "-m", f"examples.measuring.{name}", "--chain"]
+    command = [sys.executable, "-m", *f"examples.measuring.{name}".split()]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.endswith("error: this needs an NVIDIA GPU\n"), done.stderr

@@ -346,34 +346,6 @@ def test_rows_decide_the_kernel(bits, group_size, rows, name):
     assert [launch.kernel.__name__ for launch in launches] == [name]
 
 
-@pytest.mark.parametrize(
-    "bits, dtype, rows, n, k", [(4, HALF, 256, INNER, HIDDEN), (8, BFLOAT, 64, HIDDEN, INNER), (4, HALF, 30, 100, 384)]
-)
-def test_the_pipelined_product_keeps_the_tensor_cores_busy(bits, dtype, rows, n, k):
-    def call() -> None:
-        arguments = meta(dtype, rows, k), meta(torch.int8, n, k * bits // 8), meta(HALF, n), meta(dtype, n), bits
-        kernels.fused_linear_with_groupwise_quantized_weight(*arguments)
-
-    (launch,) = ahead_of_time.record(90, call)
-    constants = launch.named_constants()
-    stages, warpgroups = constants["STAGES"], constants["WARPGROUPS"]
-    resources = ahead_of_time.compile_launch(launch, 90)
-    assert resources.shared <= ahead_of_time.SHARED_MEMORY[90] and resources.stack == 0, resources
-    kernel = ahead_of_time.compiled(launch, 90)
-    ptx, machine = kernel.asm["ptx"], ahead_of_time.machine_code(kernel)
-    # The compiler would put a wait after each instruction if registers were short.
-    assert machine.count("HGMMA") == warpgroups * constants["BLOCK_K"] // 16
-    assert machine.count("WARPGROUP.DEPBAR") == warpgroups
-    for loop in ptx.split("wgmma.fence")[1:]:
-        wait, unpacking = loop.index("wgmma.wait_group.sync.aligned 0"), re.search(r"ld\.shared\.b(8|16)\b", loop)
-        assert unpacking is None or wait < unpacking.start(), "the next weights go into registers that are still read"
-    # Only the weight's blocks are asked for before the wait.
-    copies = ptx[ptx.index("cp.async.bulk.tensor") :]
-    assert copies[: ahead_of_time.place_of_wait(copies)].count("cp.async.bulk.tensor") == min(
-        stages, k // constants["BLOCK_K"]
-    )
-
-
 @pytest.mark.parametrize("rows", [16, 100, 256])
 def test_splits_fit_into_the_workspace(rows):
     workspace = kernels.Workspace("meta", 1)

@@ -50,6 +50,8 @@ LISTED = {
     "ray start --head": "it changes the machine",
     "ray start --address HEAD:6379": "a second machine",
     "serve deploy examples/serve_ray.yaml": f"a cluster; {_OF_RAY}",
+    "export RAY_SERVE_ENABLE_HA_PROXY=1": "tests/serving/test_ray_serve.py sets it for its own cluster",
+    "export RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD=0": "tests/serving/test_ray_serve.py sets it, too",
     "docker build -t faster-chatglm-6b -f examples/deployment/Dockerfile .": f"a network; {_OF_FILES}",
     "docker run --gpus all -p 8000:8000 -v models:/models -e FASTER_CHATGLM_6B_API_KEY faster-chatglm-6b "
     "THUDM/chatglm-6b --bits 4": f"a GPU; {_OF_FILES}",
@@ -77,8 +79,8 @@ LISTED = {
 BENCHMARK = "python examples/benchmark.py "
 # The tuners of the benchmark log also need a GPU, and the comparison of cards two.
 ON_A_GPU = re.compile(
-    re.escape(BENCHMARK)
-    + r"|python (-m examples\.measuring\.|examples/)(tune_(quantized_)?kernels|cards|speculation)(\.py)?( |$)"
+    re.escape(BENCHMARK) + r"|python "
+    r"(-m examples\.measuring\.|examples/)(tune_(kernels|quantized_kernels|many_rows)|cards|speculation)(\.py)?( |$)"
 )
 # tests/serving/test_command.py runs these against a server.
 TO_A_SERVER = "curl -s http://127.0.0.1:8000/"
