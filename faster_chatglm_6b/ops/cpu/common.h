@@ -1,4 +1,4 @@
-/* What the kernels share: kinds of floats, how to read one, sums of a vector, and x's largest number in fixed point. */
+/* What the kernels share: kinds of floats, how to read and write one, sums of a vector, and x's largest number in fixed point. */
 #include <immintrin.h>
 #include <stdint.h>
 
@@ -30,3 +30,24 @@ ALWAYS float sum_of(__m256 v) {
 }
 
 ALWAYS __m256i load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+
+ALWAYS uint16_t to_bfloat16(float value) {
+    union { float value; uint32_t bits; } wide = {value};
+    if (value != value) return 0x7fc0;
+    return (uint16_t)((wide.bits + 0x7fff + ((wide.bits >> 16) & 1)) >> 16);
+}
+
+ALWAYS void store(void *p, long i, int kind, float value) {
+    if (kind == FLOAT32) ((float *)p)[i] = value;
+    else ((uint16_t *)p)[i] = kind == FLOAT16 ? _cvtss_sh(value, 0) : to_bfloat16(value);
+}
+
+ALWAYS void store_eight(void *p, long i, int kind, __m256 v) {
+    if (kind == FLOAT32) _mm256_storeu_ps((float *)p + i, v);
+    else if (kind == FLOAT16) _mm_storeu_si128((__m128i *)((uint16_t *)p + i), _mm256_cvtps_ph(v, 0));
+    else {
+        float lanes[8];
+        _mm256_storeu_ps(lanes, v);
+        for (int j = 0; j < 8; j++) ((uint16_t *)p)[i + j] = to_bfloat16(lanes[j]);
+    }
+}

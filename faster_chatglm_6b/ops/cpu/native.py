@@ -21,7 +21,7 @@ from torch import nn
 
 from .. import reference
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("products.c", "many_rows.c", "between.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("products.c", "many_rows.c", "between.c", "steps.c"))
 _HEADER = Path(__file__).with_name("common.h")
 KINDS_OF_TENSOR = (torch.Tensor, nn.Parameter)
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -36,6 +36,9 @@ _ARGUMENTS = {
     "finish": [_POINTER, _POINTER, _INT, _POINTER, _INT, _FLOAT, _POINTER, _INT, _LONG, _LONG, _INT],
     "rotary": [_POINTER, _INT, *[_POINTER] * 4, *[_LONG] * 7, _INT],
     "attention": [*[_POINTER] * 3, _INT, _POINTER, _INT, _POINTER, _POINTER, *[_LONG] * 5, _FLOAT, _INT],
+    "step_attention": [_POINTER, _INT, *[_POINTER] * 14, _FLOAT, _INT],
+    "rotate_append": [_POINTER, _INT, *[_POINTER] * 8, *[_LONG] * 6, _INT],
+    "gumbel": [_POINTER, _POINTER, _LONG, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, _INT],
     "unpack": [_POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _INT, _INT],
 }
 
@@ -96,34 +99,55 @@ def block_of_many_rows(columns: int) -> int | None:
 
 
 def integer_product(
-    kernel: Kernel, x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group: int
+    kernel: Kernel,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    bits: int,
+    group: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return float32 [rows, out] of a few rows of x [rows, in] and an integer weight, all contiguous and on the CPU.
 
     Args:
         x: a float dtype. w: int8 [out, in * bits / 8]. w_scale: [out, in / group], of a dtype in ``KINDS``.
         group: columns that share a scale, of which ``block_of`` knows a block; all columns for whole rows.
+        out: what is filled and returned.
 
     Raises:
         MemoryError: there is no memory for x in fixed point.
     """
-    return _integer_product(kernel.library.integer_product, x, w, w_scale, bits, group, block_of(group, bits))
+    return _integer_product(kernel.library.integer_product, x, w, w_scale, bits, group, block_of(group, bits), out)
 
 
 def many_rows_product(
-    kernel: Kernel, x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group: int
+    kernel: Kernel,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    bits: int,
+    group: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return what ``integer_product`` does, faster for many rows and for ``block_of_many_rows``."""
-    return _integer_product(kernel.library.many_rows_product, x, w, w_scale, bits, group, block_of_many_rows(group))
+    block = block_of_many_rows(group)
+    return _integer_product(kernel.library.many_rows_product, x, w, w_scale, bits, group, block, out)
 
 
 def _integer_product(
-    function: Callable, x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group: int, block: int
+    function: Callable,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    bits: int,
+    group: int,
+    block: int,
+    out: torch.Tensor | None,
 ) -> torch.Tensor:
     # Half precision is coarser than fixed point without the last digit.
     (rows, columns), precise, x = x.shape, x.dtype == torch.float32, x.float()
     # Not torch's defaults, which the user may set: the kernel writes float32 into this process' memory.
-    out = torch.empty(rows, w.shape[0], dtype=torch.float32, device="cpu")
+    out = torch.empty(rows, w.shape[0], dtype=torch.float32, device="cpu") if out is None else out
     failed = function(
         w.data_ptr(),
         w_scale.data_ptr(),
@@ -144,11 +168,11 @@ def _integer_product(
     return out
 
 
-def float_product(kernel: Kernel, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+def float_product(kernel: Kernel, x: torch.Tensor, w: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Return float32 [rows, out] of x [rows, in] and w [out, in] of a dtype in ``KINDS``, both contiguous."""
     (rows, columns), x = x.shape, x.float()
     # Not torch's defaults, which the user may set: the kernel writes float32 into this process' memory.
-    out = torch.empty(rows, w.shape[0], dtype=torch.float32, device="cpu")
+    out = torch.empty(rows, w.shape[0], dtype=torch.float32, device="cpu") if out is None else out
     kernel.library.float_product(
         w.data_ptr(),
         KINDS[w.dtype],
@@ -238,7 +262,8 @@ def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     for name, arguments in _ARGUMENTS.items():
         getattr(library, name).argtypes = arguments
-    library.float_product.restype = library.unpack.restype = library.finish.restype = None
+    for name in ("float_product", "unpack", "finish", "rotate_append", "gumbel"):
+        getattr(library, name).restype = None
     return library
 
 
