@@ -1,12 +1,10 @@
 """The decode loop on a CPU with its own kernels: the checks of the interpreter and the GPU, in this process."""
 
 import copy
-import json
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "ops")]
 import draft_checks  # noqa: E402

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +16,7 @@ import sampling_checks  # noqa: E402
 import speculation_checks  # noqa: E402
 
 from faster_chatglm_6b.ops.cpu import steps  # noqa: E402
-from faster_chatglm_6b.ops.cpu.steps import attention, kernel, places, random, sampling  # noqa: E402
+from faster_chatglm_6b.ops.cpu.steps import kernel  # noqa: E402
 
 MODULES = (operator_checks, page_checks, sampling_checks, speculation_checks)
 HALF, SINGLE, BFLOAT = torch.float16, torch.float32, torch.bfloat16

@@ -7,6 +7,7 @@ import torch
 
 from ...network.blocks import RESIDUAL_ALPHA
 from ...network.prompt_layout import PromptLayout
+from ...ops import operators_for
 from ...ops.steps import step_kernels
 from ..numbers import RequestNumbers
 from .kv_cache import KVCache, PagedKVCache
@@ -34,6 +35,9 @@ class DecodeStep:
         device, dtype, hidden = weight.device, weight.dtype, config.hidden_size
         heads, head_size = config.num_attention_heads, config.head_size
         self.kernels = kernels = step_kernels(device)
+        if not kernels.CAPTURES:
+            # These products are the operators' own, and status() lists the ones that were chosen.
+            operators_for(device, dtype, head_size, differentiable=False)
         self._numbers = numbers
         self.batch, self.capacity, self.vocab_size = batch, capacity, model.lm_head.weight.shape[0]
         self.cache = cache or KVCache(config.num_layers, batch, heads, capacity, head_size, dtype, device)

@@ -5,6 +5,7 @@ import functools
 import torch
 
 from .. import between, native
+from . import new_rows, places
 
 # For rounding of float32; a wrong address shows as far more.
 _TOLERANCE = 1e-5
@@ -18,8 +19,6 @@ def kernel() -> native.Kernel | None:
 
 
 def _is_right(found: native.Kernel) -> bool:
-    from . import attention, places
-
     generator = torch.Generator("cpu").manual_seed(0)
     make = functools.partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
     batch, rows, heads, width, slots = 2, 2, 3, 24, 9
@@ -29,8 +28,8 @@ def _is_right(found: native.Kernel) -> bool:
     results = []
     for one in (found, None):
         mine, out = [cache.clone() for cache in caches], torch.empty(batch, rows, heads * width, device="cpu")
-        step = attention.Step(qkv, *mine, *numbers, cos, sin, None, None, out)
-        attention.run(one, step)
+        step = new_rows.Step(qkv, *mine, *numbers, cos, sin, None, None, out)
+        new_rows.run(one, step)
         query, appended = torch.zeros(batch * rows, heads * width, device="cpu"), [cache.clone() for cache in caches]
         offsets = torch.tensor([0, -1, 2 * width, slots * width], device="cpu")
         turns = [torch.tensor([0, 1, 2, 3], dtype=torch.int32, device="cpu") for _ in range(2)]
