@@ -192,6 +192,8 @@ class Session:
     def _speculation_of(self, model: Any, request: Request) -> Speculation | None:
         """Return what drafts for the request; None if it asks for none or there is no memory for more positions."""
         drafted = request.draft_tokens
+        if not request.draft_always and not step_kernels(self.device).DRAFTS_PAY:
+            return None
         if drafted and drafted not in self._speculations:
             try:
                 made = Speculation(model, self.step, self.state, self.numbers, drafted, _RING_ROWS)

@@ -32,9 +32,12 @@ from .workspace import Workspace
 
 # Whether CUDA graphs may hold these functions: rows and prompts are then padded to a few sizes.
 CAPTURES = True
+# Whether steps of several positions pay where drafts come true now and then.
+DRAFTS_PAY = True
 
 __all__ = [
     "CAPTURES",
+    "DRAFTS_PAY",
     "DecodeState",
     "DraftState",
     "Workspace",

@@ -92,9 +92,12 @@ class CapturedRows:
         if not model.config.position_encoding_2d:
             raise CannotServe("position_encoding_2d is False")
         config, self.device = model.config, model.lm_head.weight.device
+        kernels = step_kernels(self.device)
+        if speculate == "auto" and not kernels.DRAFTS_PAY:
+            speculate = 0
         self._model, self._lock = model, engine_of(model)
         self.rows, self.page_tokens = rows, PAGE_TOKENS
-        self._captures = step_kernels(self.device).CAPTURES
+        self._captures = kernels.CAPTURES
         # A CPU computes a step when it is asked for.
         self._lookahead = _LOOKAHEAD if self._captures else 0
         self._prefix, self._longest = config.pre_seq_len or 0, config.max_sequence_length

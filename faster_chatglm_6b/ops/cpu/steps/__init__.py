@@ -20,9 +20,12 @@ from .sampling import full_sample, greedy_sample, top_k_sample
 
 # Nothing is captured, so rows and prompts are not padded either.
 CAPTURES = False
+# Four rows cost two to five times one row: a draft that fails now and then is a loss.
+DRAFTS_PAY = False
 
 __all__ = [
     "CAPTURES",
+    "DRAFTS_PAY",
     "DecodeState",
     "DraftState",
     "Workspace",

@@ -71,7 +71,7 @@ def propose(state: DecodeState, drafts: DraftState, *, spent: bool, workspace: A
         report[row, 0], report[row, 1] = length - seen, WANTS * wants + FINISHED * done
         report[row, REPORT_HEAD : REPORT_HEAD + len(fresh)] = torch.from_numpy(fresh)
         drafts.seen[row] = length
-        drafts.steps.view(batch, rows)[row] = state.step[row] + torch.arange(rows, dtype=torch.int32, device="cpu")
+        drafts.steps.view(-1, rows)[row] = state.step[row] + torch.arange(rows, dtype=torch.int32, device="cpu")
     drafts.turn += 1
 
 
