@@ -26,8 +26,8 @@ from unittest import mock
 
 import torch
 
-from faster_chatglm_6b.decoding import speculation
 from faster_chatglm_6b.decoding.loop import engine_of
+from faster_chatglm_6b.ops import triton as kernels
 
 from .machine import synchronize
 from .models import make_prompt, random_model, weights_of
@@ -83,7 +83,7 @@ def ms_per_token(model: torch.nn.Module, ids: torch.Tensor, speculate: int | str
 @contextlib.contextmanager
 def forced(accepted: int) -> Iterator[None]:
     """Make the first ``accepted`` ids of every draft come true, and not the next one."""
-    normal = speculation.kernels.accept
+    normal = kernels.accept
 
     def accept(sampled: torch.Tensor, state: Any, drafts: Any) -> None:
         rows = drafts.tokens.shape[1]
@@ -94,7 +94,7 @@ def forced(accepted: int) -> Iterator[None]:
         drafts.count.fill_(rows - 1)
         normal(sampled, state, drafts)
 
-    with mock.patch.object(speculation.kernels, "accept", accept):
+    with mock.patch.object(kernels, "accept", accept):
         yield
 
 

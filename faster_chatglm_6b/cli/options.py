@@ -59,7 +59,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--served-model-name", action="append", metavar="NAME", help="name for clients (default: the checkpoint's)"
     )
-    parser.add_argument("--max-rows", type=_count, default=256, help="answers at once (%(default)s)", metavar="N")
+    parser.add_argument("--max-rows", type=_count, help="answers at once (default: 256, on a CPU 16)", metavar="N")
     parser.add_argument(
         "--memory", type=_share, default=0.9, help="share of free memory for keys and values (%(default)s)", metavar="P"
     )

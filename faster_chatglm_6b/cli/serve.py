@@ -3,7 +3,7 @@
 import argparse
 import importlib.util
 
-from ..serving.defaults import api_keys, served_names
+from ..serving.defaults import api_keys, most_rows, served_names
 from .checkpoint import load_asked
 from .errors import CommandError
 from .options import HUB_ID
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
         port=arguments.port,
         names=names,
         keys=api_keys(arguments.api_key),
-        rows=arguments.max_rows,
+        rows=arguments.max_rows or most_rows(model),
         memory=arguments.memory,
         most_waiting=arguments.max_waiting,
         shutdown_timeout=arguments.shutdown_timeout,

@@ -4,6 +4,7 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
+from ..ops.steps import step_kernels
 from .early import Whereabouts
 from .memory import cache_bytes, shown
 from .refusal import CannotServe, check_sizes, too_little_for_the_loop
@@ -96,7 +97,7 @@ class DecodeEngine:
         if self._whereabouts is None:
             self._whereabouts = Whereabouts(model)
         # The previous session gets no name here: a name would hold its cache while the new one is made.
-        for rows in (rows_for(batch), batch):
+        for rows in (_rows_for(model, batch), batch):
             if rows in self._sessions and self._sessions[rows].capacity >= tokens:
                 self._sessions.move_to_end(rows)
                 return self._sessions[rows]
@@ -113,7 +114,7 @@ class DecodeEngine:
         return None if self._whereabouts is None else session
 
     def _make(self, model: Any, batch: int, capacity: int) -> Session:
-        rows = rows_for(batch)
+        rows = _rows_for(model, batch)
         self._forget(rows)
         needed = cache_bytes(model, rows, capacity)
         while self._sessions and (
@@ -147,3 +148,8 @@ class DecodeEngine:
         session = self._sessions.pop(rows, None)
         if session is not None:
             session.wait()
+
+
+def _rows_for(model: Any, batch: int) -> int:
+    """Return the rows of a session of the model for ``batch`` sequences."""
+    return rows_for(batch, step_kernels(model.lm_head.weight.device).CAPTURES)

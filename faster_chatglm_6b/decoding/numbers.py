@@ -69,10 +69,10 @@ class RequestNumbers:
         with torch.inference_mode(False):
             self._sent = torch.zeros(size, dtype=torch.uint8)
             self._there = torch.zeros(size, dtype=torch.uint8, device=device)
-        here, self._tensors = (
-            {name: memory[places[name]].view(dtype).view(shape) for name, (dtype, shape) in fields.items()}
-            for memory in (self._sent, self._there)
-        )
+            here, self._tensors = (
+                {name: memory[places[name]].view(dtype).view(shape) for name, (dtype, shape) in fields.items()}
+                for memory in (self._sent, self._there)
+            )
         self._here = {name: tensor.numpy() for name, tensor in here.items()}
         self._words = _words_of_a_row({name: fields[name] for name in fields if name not in _OF_ALL_ROWS}, places)
 

@@ -14,7 +14,7 @@ from ..layers.prefix_encoder import PrefixEncoder
 from ..layers.quantized import QuantizedLinear
 from ..network.blocks import GLU, GLMBlock, SelfAttention
 from ..network.model import ChatGLMModel, ChatGLMWithHead
-from ..ops.availability import kernels_refusal
+from ..ops.steps import steps_refusal
 from . import memory
 
 _log = logging.getLogger("faster_chatglm_6b")
@@ -158,10 +158,10 @@ def check_place(model: Any) -> None:
     """
     places = spread_over(model)
     if places is not None:
-        raise CannotServe(f"device_map spreads the model over {places}; the captured loop needs it on one GPU")
+        raise CannotServe(f"device_map spreads the model over {places}; the captured loop needs it on one device")
     check_ends(model)
     weight = model.transformer.word_embeddings.weight
-    reason = kernels_refusal(weight.device, weight.dtype)
+    reason = steps_refusal(weight.device, weight.dtype)
     if reason is not None:
         raise CannotServe(reason)
 
@@ -274,6 +274,6 @@ def too_little_for_the_loop(model: Any, what: str, batch: int, prompt: int, tota
     """
     free = memory.free_bytes(model.device)
     fits = "" if free is None else f" ({memory.what_fits(model, batch, prompt, total, free)})"
-    reason = f"there is not enough GPU memory for {what}"
+    reason = f"there is not enough memory for {what}"
     _log.warning("The captured loop cannot serve, because %s%s; the slower plain path does.", reason, fits)
     return CannotServe(reason)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..ops import triton as kernels
+from ..ops.steps import step_kernels
 from .numbers import RequestNumbers
 from .request import SamplingPlan
 
@@ -14,6 +14,7 @@ class Sampler:
 
     def __init__(self, batch: int, vocab_size: int, device: torch.device, numbers: RequestNumbers):
         self._shape, self._device, self._numbers = (batch, vocab_size), device, numbers
+        self._kernels = step_kernels(device)
         self._scores: torch.Tensor | None = None
         self._biased: torch.Tensor | None = None
 
@@ -41,7 +42,7 @@ class Sampler:
 
     def run(self, plan: SamplingPlan, logits: torch.Tensor, state: Any, workspace: Any) -> None:
         """Choose the next tokens from logits [B, V] and advance ``state`` (a ``DecodeState``)."""
-        batch, numbers = logits.shape[0], self._numbers
+        batch, numbers, kernels = logits.shape[0], self._numbers, self._kernels
         if plan.has_bias:
             biased = self._biased[:batch]
             kernels.copy_scores(logits, biased)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from ..network.prompt_layout import PromptLayout
-from ..ops import triton as kernels
+from ..ops.states import DecodeState
+from ..ops.steps import step_kernels
 from .early import EarlyPrompt
 from .graphs import StepGraphs
 from .numbers import RequestNumbers
@@ -38,8 +39,10 @@ def capacity_for(tokens: int) -> int:
     return max(capacity, -(-tokens // step) * step if tokens > capacity else 0)
 
 
-def rows_for(batch: int) -> int:
-    """Round a number of sequences up to one of a few, each with buffers and graphs of its own."""
+def rows_for(batch: int, captures: bool = True) -> int:
+    """Round a number of sequences up to one of a few, each with buffers and graphs of its own, if there are graphs."""
+    if not captures:
+        return batch
     return next((rows for rows in ROW_BUCKETS if batch <= rows), batch)
 
 
@@ -54,8 +57,8 @@ def key_bucket(keys: int, capacity: int) -> int:
 class Session:
     """Serve one request after the other on the same buffers.
 
-    On a GPU each kind of step runs eagerly once, which compiles its kernels, and is then captured as a CUDA graph. In
-    Triton's interpreter every step runs eagerly.
+    On a GPU each kind of step runs eagerly once, which compiles its kernels, and is then captured as a CUDA graph. On
+    a CPU and in Triton's interpreter every step runs eagerly.
 
     Args:
         model: a ``ChatGLMForConditionalGeneration`` that ``refusal.check_model`` accepts.
@@ -67,17 +70,19 @@ class Session:
         self.device = model.lm_head.weight.device
         self.rows, self.capacity = rows, capacity
         self._prefix = model.config.pre_seq_len or 0
+        # A CPU computes a step when it is asked for: earlier would only be sooner than needed.
+        self._lookahead = LOOKAHEAD if step_kernels(self.device).CAPTURES else 0
         self.numbers = numbers = RequestNumbers(rows, self.device)
         self.step = DecodeStep(model, rows, capacity, numbers)
         self.prompt = PromptStep(model, self.step, numbers)
         self.sampler = Sampler(rows, self.step.vocab_size, self.device, numbers)
         with torch.inference_mode(False):
             ring = torch.full((_RING_ROWS, rows), -1, dtype=torch.int64)
-            self.state = kernels.DecodeState(
+            self.state = DecodeState(
                 tokens=torch.zeros(rows, dtype=torch.int64, device=self.device),
                 ids=torch.zeros(rows, capacity, dtype=torch.int64, device=self.device),
                 ring=ring.pin_memory() if self.on_gpu else ring,
-                **{name: numbers[name] for name in kernels.DecodeState.NUMBERS},
+                **{name: numbers[name] for name in DecodeState.NUMBERS},
             )
         self.graphs = StepGraphs(self.device)
         self._early = EarlyPrompt()
@@ -187,6 +192,8 @@ class Session:
     def _speculation_of(self, model: Any, request: Request) -> Speculation | None:
         """Return what drafts for the request; None if it asks for none or there is no memory for more positions."""
         drafted = request.draft_tokens
+        if not request.draft_always and not step_kernels(self.device).DRAFTS_PAY:
+            return None
         if drafted and drafted not in self._speculations:
             try:
                 made = Speculation(model, self.step, self.state, self.numbers, drafted, _RING_ROWS)
@@ -202,8 +209,8 @@ class Session:
         """Tell whether to queue another turn before token ``index`` of at most ``limit`` is read."""
         speculation = self._speculation
         if speculation is None:
-            return self._launched < min(index + 1 + LOOKAHEAD, limit)
-        wanted = speculation.turns_read + LOOKAHEAD + (not speculation.has(index))
+            return self._launched < min(index + 1 + self._lookahead, limit)
+        wanted = speculation.turns_read + self._lookahead + (not speculation.has(index))
         return self._launched < wanted and not speculation.is_enough(self._launched, limit)
 
     def advance(self, model: Any) -> None:

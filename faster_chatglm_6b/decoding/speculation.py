@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..ops import triton as kernels
-from ..ops.triton.speculation.propose import FIRST_BALANCE, FIRST_NEED
-from ..ops.triton.speculation.state import FINISHED, REPORT_HEAD, WANTS
+from ..ops.states import FINISHED, FIRST_BALANCE, FIRST_NEED, REPORT_HEAD, WANTS, DecodeState, DraftState
+from ..ops.steps import step_kernels
 from .numbers import RequestNumbers
 from .request import Request, SamplingPlan
 from .sampler import Sampler
@@ -47,14 +46,14 @@ def draft_state(
     tokens: torch.Tensor,
     steps: torch.Tensor,
     reports: int,
-) -> kernels.DraftState:
+) -> DraftState:
     """Return the drafts of the first ``batch`` rows; ``first``, ``tokens`` and ``steps`` are a ``DraftState``'s.
 
     Args:
         reports: turns that the host may fall behind.
     """
     ring = torch.full((reports, batch, REPORT_HEAD + tokens.shape[1]), -1, dtype=torch.int64)
-    return kernels.DraftState(
+    return DraftState(
         tokens=tokens,
         count=numbers["draft_count"],
         first=first,
@@ -65,14 +64,14 @@ def draft_state(
     )
 
 
-def position_state(numbers: RequestNumbers, count: int) -> kernels.DecodeState:
+def position_state(numbers: RequestNumbers, count: int) -> DecodeState:
     """Return the state of ``count`` positions. They share no ids: none of their tokens is kept there."""
     device = numbers["step"].device
-    return kernels.DecodeState(
+    return DecodeState(
         tokens=torch.zeros(count, dtype=torch.int64, device=device),
         ids=torch.zeros(count, 1, dtype=torch.int64, device=device),
         ring=torch.zeros(1, count, dtype=torch.int64, device=device),
-        **{name: numbers[name][:count] for name in kernels.DecodeState.NUMBERS},
+        **{name: numbers[name][:count] for name in DecodeState.NUMBERS},
     )
 
 
@@ -98,14 +97,14 @@ class Speculation:
         self,
         model: Any,
         step: DecodeStep,
-        state: kernels.DecodeState,
+        state: DecodeState,
         numbers: RequestNumbers,
         drafted: int,
         reports: int,
     ):
         batch, rows, device = step.batch, 1 + drafted, step.packed.device
         self.rows, self._state, self._numbers = rows, state, numbers
-        self.has_accepted = False
+        self.has_accepted, self._kernels = False, step_kernels(device)
         self._price = price_of(model)
         self._step = DraftStep(model, step, rows, numbers)
         self._each = RequestNumbers(batch * rows, device)
@@ -134,13 +133,13 @@ class Speculation:
         """Compute or queue a turn of 1 + k positions."""
         logits = self._step.run(model, self._drafts.tokens, self._state.cache_length, most_keys)
         self._sampler.run(plan, logits, self._positions, self._step.workspace)
-        kernels.accept(self._positions.tokens, self._state, self._drafts)
+        self._kernels.accept(self._positions.tokens, self._state, self._drafts)
         self.has_accepted = True
         self.report(spent=True)
 
     def report(self, spent: bool = False) -> None:
         """Compute or queue what ends each turn: the report, and the next drafts."""
-        kernels.propose(self._state, self._drafts, spent=spent, workspace=self._step.workspace)
+        self._kernels.propose(self._state, self._drafts, spent=spent, workspace=self._step.workspace)
 
     @property
     def asks(self) -> bool:

@@ -16,6 +16,7 @@ from faster_chatglm_6b.decoding import loop, session, speculation
 from faster_chatglm_6b.decoding.steps.decode import DecodeStep
 from faster_chatglm_6b.decoding.steps.prompt import PromptStep
 from faster_chatglm_6b.generation.processors import InvalidScoreLogitsProcessor
+from faster_chatglm_6b.ops.steps import step_kernels
 
 STATES, FIRST_ID, LAST_ID = 61, 10, 22
 
@@ -72,7 +73,7 @@ class Babbler:
         # The interpreter takes long for each row of a sampler, and has checks of its own for those.
         quick = contextlib.nullcontext()
         if model.device.type != "cuda":
-            quick = mock.patch.object(speculation.kernels, "greedy_sample", quick_greedy)
+            quick = mock.patch.object(step_kernels(model.device), "greedy_sample", quick_greedy)
         try:
             with prompts, tokens, quick:
                 yield
@@ -292,7 +293,7 @@ def drafts_from(answer, wrong=()):
     told = answer.clone()
     for column in wrong:
         told[:, column] = 7
-    normal = speculation.kernels.propose
+    normal = step_kernels(answer.device).propose
 
     def propose(state, drafts, **options):
         normal(state, drafts, **options)
@@ -301,7 +302,7 @@ def drafts_from(answer, wrong=()):
         drafts.tokens[:batch, 1:] = told.gather(1, columns.clamp(max=told.shape[1] - 1))
         drafts.count.fill_(rows - 1)
 
-    with mock.patch.object(speculation.kernels, "propose", propose):
+    with mock.patch.object(step_kernels(answer.device), "propose", propose):
         yield
 
 

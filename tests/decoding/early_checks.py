@@ -20,6 +20,7 @@ from faster_chatglm_6b.decoding.loop import engine_of
 from faster_chatglm_6b.decoding.sampler import Sampler
 from faster_chatglm_6b.decoding.session import Session
 from faster_chatglm_6b.decoding.steps.prompt import PromptStep
+from faster_chatglm_6b.ops.cpu import steps
 
 GREEDY = {"do_sample": False, "max_new_tokens": 1, "eos_token_id": None}
 SAMPLED = {"do_sample": True, "max_new_tokens": 1, "top_k": 5, "temperature": 3.0, "eos_token_id": None}
@@ -55,7 +56,8 @@ def stand_ins() -> Iterator[None]:
         return SimpleNamespace(replay=step)
 
     with (
-        mock.patch.object(refusal, "kernels_refusal", lambda device, dtype: None),
+        mock.patch.object(refusal, "steps_refusal", lambda device, dtype: None),
+        mock.patch.object(steps, "CAPTURES", True),
         mock.patch.object(StepGraphs, "__init__", make),
         mock.patch.object(StepGraphs, "_capture", capture),
         mock.patch.object(PromptStep, "run", run_prompt),

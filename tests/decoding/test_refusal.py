@@ -38,7 +38,7 @@ class Subclass(torch.Tensor):
 
 @pytest.fixture
 def model(tiny_model, monkeypatch):
-    monkeypatch.setattr(refusal, "kernels_refusal", lambda device, dtype: None)
+    monkeypatch.setattr(refusal, "steps_refusal", lambda device, dtype: None)
     model = copy.deepcopy(tiny_model)
     assert len(check_model(model)) > 2
     return model

@@ -23,11 +23,11 @@ def test_the_hook_makes_exactly_so_many_ids_come_true(measurement, accepted):
     drafts = SimpleNamespace(tokens=tokens, count=torch.zeros(2, dtype=torch.int32))
     sampled, taken = torch.full((8,), -1), []
     with mock.patch.object(
-        measurement.speculation.kernels, "accept", lambda sampled, state, drafts: taken.append(sampled.view(2, 4))
+        measurement.kernels, "accept", lambda sampled, state, drafts: taken.append(sampled.view(2, 4))
     ):
         with measurement.forced(accepted):
-            measurement.speculation.kernels.accept(sampled, None, drafts)
-        assert measurement.speculation.kernels.accept is not measurement.forced
+            measurement.kernels.accept(sampled, None, drafts)
+        assert measurement.kernels.accept is not measurement.forced
     (chosen,) = taken
     right = (chosen[:, :3] == tokens[:, 1:]).long().cumprod(1).sum(1)
     assert right.tolist() == [accepted] * 2 and drafts.count.tolist() == [3, 3]

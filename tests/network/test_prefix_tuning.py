@@ -88,10 +88,14 @@ def test_streaming_chat_and_round_trip(tuned, tiny_tokenizer, tmp_path):
     assert again.chat(tiny_tokenizer, "你好", do_sample=False, max_new_tokens=6)[0] == response
 
 
-def test_assisted_decoding_is_refused(tuned):
+def test_assisted_decoding_is_the_loops_or_refused(tuned, monkeypatch):
     model, tensors = tuned
+    prompt, settings = tensors["gmask.input_ids"][None], {"do_sample": False, "max_new_tokens": 4}
+    looked_up = model.generate(prompt, **settings, prompt_lookup_num_tokens=2)
+    assert looked_up.tolist() == model.generate(prompt, **settings).tolist()
+    monkeypatch.setenv("FASTER_CHATGLM_6B_KERNELS", "off")
     with pytest.raises(ValueError, match="which a P-Tuning prefix shifts"):
-        model.generate(tensors["gmask.input_ids"][None], do_sample=False, max_new_tokens=4, prompt_lookup_num_tokens=2)
+        model.generate(prompt, **settings, prompt_lookup_num_tokens=2)
 
 
 @pytest.mark.parametrize("settings", [{}, {"quantization_bit": 8}, {"quantization_bit": 4}], ids=str)

@@ -10,6 +10,7 @@ from transformers.generation.logits_process import (
 )
 
 from faster_chatglm_6b.ops import triton as kernels
+from faster_chatglm_6b.ops.cpu import steps as cpu_kernels
 from faster_chatglm_6b.ops.triton.sampling import threshold
 
 PAD = 3
@@ -286,6 +287,28 @@ def check_repeatable(device: str, sampler: str, vocab: int) -> None:
     assert first == again
     assert first[0] != first[1] and first[0] != other[0]
     assert len(set(first[0])) > 5
+
+
+def check_same_draws(device: str, sampler: str, batch: int, vocab: int) -> None:
+    """Check that the kernels of a CPU draw the same tokens from the same scores and states over three steps."""
+    draw = torch.Generator().manual_seed(batch)
+    scores = torch.randn(3, batch, vocab, generator=draw) * 3
+    heat = torch.rand(batch, generator=draw) + 0.4
+    k, p = torch.randint(2, 50, (batch,), dtype=torch.int32, generator=draw), torch.rand(batch, generator=draw) * 0.5
+    found = []
+    for where, table in ((device, kernels), ("cpu", cpu_kernels)):
+        state = make_state(where, batch, seed=-(2**62) + 3)
+        state.eos_ids.fill_(-1)
+        state.lane.add_(7)
+        tokens = []
+        for step in range(3):
+            sample = table.top_k_sample if sampler == "top_k" else table.full_sample
+            given = (one.to(where) for one in (heat, k, p + 0.45))
+            sample(scores[step].to(where), state, *given, workspace=table.Workspace(where, batch, 2, 32, vocab))
+            tokens.append(state.tokens.tolist())
+        found.append(tokens)
+    assert found[0] == found[1]
+    assert len({token for row in found[0] for token in row}) > batch
 
 
 def check_processors(device: str, dtype: torch.dtype, batch: int, vocab: int) -> None:

@@ -9,14 +9,15 @@ from page_checks import contiguous, paged
 from sampling_checks import EOS, make_state
 
 from faster_chatglm_6b.ops import triton as kernels
-from faster_chatglm_6b.ops.triton.speculation.propose import (
+from faster_chatglm_6b.ops.states import (
     BEST_BALANCE,
+    FINISHED,
     FIRST_BALANCE,
     FIRST_NEED,
     LAST_NEED,
     LONGEST_STREAK,
+    WANTS,
 )
-from faster_chatglm_6b.ops.triton.speculation.state import FINISHED, WANTS
 
 PRICE = 3
 
@@ -199,10 +200,10 @@ def expected_account(account: list[int], matched: int, had_draft: bool, spent: b
     streak, need, balance = account
     if not had_draft:
         return [max(streak - 1, 0), need, balance]
-    streak = min(streak + matched, LONGEST_STREAK.value) if matched else streak // 2
+    streak = min(streak + matched, LONGEST_STREAK) if matched else streak // 2
     if spent:
-        balance = min(balance + 8 * matched - PRICE, BEST_BALANCE.value)
-        need = FIRST_NEED if balance == BEST_BALANCE.value else need
+        balance = min(balance + 8 * matched - PRICE, BEST_BALANCE)
+        need = FIRST_NEED if balance == BEST_BALANCE else need
         if balance < 0:
             streak, need, balance = 0, min(2 * need, LAST_NEED), 0
     return [streak, need, balance]

@@ -76,6 +76,8 @@ CASES = [
     ("thresholds", SINGLE, [700, "far", 0.9, 40, 0.99999, 8]),
     ("thresholds", "bfloat16", [700, "few values", 1.0, 100, 0.8, 8]),
     ("repeatable", None, ["full", 60]),
+    ("same_draws", None, ["top_k", 4, 300]),
+    ("same_draws", None, ["full", 4, 300]),
     *(("rows_of_their_own", None, [sampler, 3, 60]) for sampler in ("greedy", "top_k", "full")),
 ]
 

@@ -125,7 +125,8 @@ def check_places(model: Any, most: int) -> None:
         rows.stop(1)
         failed += rows.start([NewRow(1, (), bad[1])])
         assert [(type(one), one.row, type(one.error)) for one in failed] == 2 * [(RowFailure, 1, ValueError)]
-        assert rows.step() == []
+        # A step that is queued is read after the next one; a CPU computes and reads it at once.
+        assert len(rows.step()) == (rows._lookahead == 0)
         rows.stop(0)
         assert rows.start([NewRow(0, mine, other)]) == []
         found = []

@@ -16,7 +16,8 @@ from captured_checks import prompt, run, tokens
 from draft_checks import FIRST_ID, Babbler, quick_greedy
 
 from faster_chatglm_6b.decoding.steps.decode import DecodeStep
-from faster_chatglm_6b.serving.rows import captured, drafting
+from faster_chatglm_6b.ops.steps import step_kernels
+from faster_chatglm_6b.serving.rows import captured
 from faster_chatglm_6b.serving.rows.interface import NewRow, RowRequest
 from faster_chatglm_6b.serving.rows.plain import PlainRows
 
@@ -41,7 +42,7 @@ class RowBabbler(Babbler):
             stack.enter_context(mock.patch.object(captured.CapturedRows, "_run_prompts", read))
             stack.enter_context(mock.patch.object(DecodeStep, "run", lambda *arguments: self.run(*arguments)))
             if model.device.type != "cuda":
-                stack.enter_context(mock.patch.object(drafting.kernels, "greedy_sample", quick_greedy))
+                stack.enter_context(mock.patch.object(step_kernels(model.device), "greedy_sample", quick_greedy))
             yield
 
 
@@ -66,9 +67,10 @@ def turns() -> Iterator[dict[str, int]]:
 
 
 @contextlib.contextmanager
-def told(requests: Sequence[RowRequest], answers: Sequence[Sequence[int]]) -> Iterator[None]:
+def told(model: Any, requests: Sequence[RowRequest], answers: Sequence[Sequence[int]]) -> Iterator[None]:
     """Draft each request's answer, but for one token, for the rows that hold its prompt; steps must not be captured."""
-    normal = drafting.kernels.propose
+    steps = step_kernels(model.device)
+    normal = steps.propose
 
     def propose(state: Any, drafts: Any, **options: Any) -> None:
         normal(state, drafts, **options)
@@ -83,7 +85,7 @@ def told(requests: Sequence[RowRequest], answers: Sequence[Sequence[int]]) -> It
                     drafts.tokens[row, 1:] = drafts.tokens.new_tensor(draft)
                     drafts.count[row] = positions - 1
 
-    with mock.patch.object(drafting.kernels, "propose", propose):
+    with mock.patch.object(steps, "propose", propose):
         yield
 
 
@@ -99,7 +101,7 @@ def same(
     with turns() as counts:
         expected, taken = run(checks.make(model, rows), requests, order), [counts]
     for kind in kinds:
-        with told(requests, tokens(expected)) if tells else contextlib.nullcontext(), turns() as counts:
+        with told(model, requests, tokens(expected)) if tells else contextlib.nullcontext(), turns() as counts:
             found = run(checks.make(model, rows, kind), requests, order)
         assert tokens(found) == tokens(expected)
         assert [[one.end for one in answer] for answer in found] == [[one.end for one in answer] for answer in expected]
@@ -171,7 +173,10 @@ def check_pages_with_drafts(model: Any, most: int) -> None:
         expected = tokens(run(PlainRows(model, 1, checks.pages(1)), requests))
         rows, found = checks.make(model, 1, 3), []
         storage = rows._full.cache.storage
-        with told(requests, expected) if model.device.type == "cpu" else contextlib.nullcontext(), turns() as counts:
+        with (
+            told(model, requests, expected) if model.device.type == "cpu" else contextlib.nullcontext(),
+            turns() as counts,
+        ):
             for request, pages in zip(requests, ((4, 7), (2,)), strict=True):
                 before = storage.nan_to_num(nan=1e4)
                 with rows.turn():

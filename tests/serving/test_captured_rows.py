@@ -1,4 +1,4 @@
-"""Rows in the captured loop: in Triton's interpreter, where steps run eagerly, and captured on a GPU."""
+"""Rows in the captured loop: on a CPU and in Triton's interpreter, where steps run eagerly, and captured on a GPU."""
 
 import functools
 import json
@@ -84,6 +84,15 @@ def results() -> dict[str, str | None]:
 @pytest.mark.parametrize("name", (*NAMES, *DRAFTED))
 def test_interpreted(name: str, results: dict[str, str | None]) -> None:
     assert results[name] is None, results[name]
+
+
+@pytest.mark.parametrize("name", (*NAMES, *DRAFTED))
+def test_on_a_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from faster_chatglm_6b.ops.cpu import steps
+
+    # Otherwise nobody drafts who does not insist on it.
+    monkeypatch.setattr(steps, "DRAFTS_PAY", True)
+    run_check(name, load(100 if name == "prefix" else 0), 12)
 
 
 @pytest.mark.gpu

@@ -21,11 +21,22 @@ def gpu_case(*values):
     return pytest.param(*values, marks=on_gpu)
 
 
-def test_without_a_gpu_rows_are_plain_and_the_log_says_why(chat_model, caplog):
+def test_on_a_cpu_rows_share_a_step(chat_model, caplog, monkeypatch):
+    with caplog.at_level(logging.INFO):
+        rows = make_rows(chat_model, 2, 0.5, "auto")
+    assert type(rows).__name__ == "CapturedRows" and rows.rows == 2 and rows.pages == 2 * 32
+    assert "2 rows, keys and values of 4096 tokens" in caplog.text and "steps were captured" not in caplog.text
+    monkeypatch.setattr(making, "free_bytes", lambda device: 1 << 20)
+    with pytest.raises(ValueError, match="Raise --memory"):
+        make_rows(chat_model, 2, 0.5)
+
+
+def test_without_kernels_rows_are_plain_and_the_log_says_why(chat_model, caplog, monkeypatch):
+    monkeypatch.setenv("FASTER_CHATGLM_6B_KERNELS", "off")
     with caplog.at_level(logging.WARNING):
         rows = make_rows(chat_model, 2, 0.5)
     assert type(rows) is PlainRows and rows.rows == 2
-    assert "one after the other" in caplog.text and "cpu" in caplog.text and "speculate" not in caplog.text
+    assert "one after the other" in caplog.text and "KERNELS=off" in caplog.text and "speculate" not in caplog.text
     with caplog.at_level(logging.WARNING):
         make_rows(chat_model, 2, 0.5, "auto")
     assert caplog.text.count("speculate is auto, which changes nothing there") == 1

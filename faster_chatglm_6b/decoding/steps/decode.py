@@ -7,7 +7,8 @@ import torch
 
 from ...network.blocks import RESIDUAL_ALPHA
 from ...network.prompt_layout import PromptLayout
-from ...ops import triton as kernels
+from ...ops import operators_for
+from ...ops.steps import step_kernels
 from ..numbers import RequestNumbers
 from .kv_cache import KVCache, PagedKVCache
 from .products import normed_product, product
@@ -33,6 +34,10 @@ class DecodeStep:
         config, weight = model.config, model.transformer.word_embeddings.weight
         device, dtype, hidden = weight.device, weight.dtype, config.hidden_size
         heads, head_size = config.num_attention_heads, config.head_size
+        self.kernels = kernels = step_kernels(device)
+        if not kernels.CAPTURES:
+            # These products are the operators' own, and status() lists the ones that were chosen.
+            operators_for(device, dtype, head_size, differentiable=False)
         self._numbers = numbers
         self.batch, self.capacity, self.vocab_size = batch, capacity, model.lm_head.weight.shape[0]
         self.cache = cache or KVCache(config.num_layers, batch, heads, capacity, head_size, dtype, device)
@@ -75,7 +80,7 @@ class DecodeStep:
         # Inside a graph only the projection is written while attention waits, so everything else may be read early.
         # Eager steps may overlap the previous step, so there it may not.
         stable_state = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
-        kernels.embedding(tokens, network.word_embeddings.weight, out=self._hidden)
+        self.kernels.embedding(tokens, network.word_embeddings.weight, out=self._hidden)
         for index, layer in enumerate(network.layers):
             self._normed_product(layer.input_layernorm, layer.attention.query_key_value, self.packed)
             self.finish_layer(index, layer, length, most_keys, stable_state)
@@ -90,7 +95,7 @@ class DecodeStep:
             stable_state: whether nothing that may still run writes what attention reads, but for the projection.
         """
         attention, mlp, workspace, numbers = layer.attention, layer.mlp, self.workspace, self._numbers
-        kernels.decode_attention(
+        self.kernels.decode_attention(
             self.packed,
             *self.cache.layer(index),
             length,
@@ -107,9 +112,9 @@ class DecodeStep:
             workspace=workspace,
             out=self._context,
         )
-        product(attention.dense, self._context, self._hidden, workspace, self.normed, RESIDUAL_ALPHA)
+        product(self.kernels, attention.dense, self._context, self._hidden, workspace, self.normed, RESIDUAL_ALPHA)
         self._normed_product(layer.post_attention_layernorm, mlp.dense_h_to_4h, self._inner, gelu=True)
-        product(mlp.dense_4h_to_h, self._inner, self._hidden, workspace, self.normed, RESIDUAL_ALPHA)
+        product(self.kernels, mlp.dense_4h_to_h, self._inner, self._hidden, workspace, self.normed, RESIDUAL_ALPHA)
 
     def finish(self, model: Any) -> torch.Tensor:
         """Run what follows the last layer, and return the logits [B, V]."""
@@ -118,4 +123,4 @@ class DecodeStep:
 
     def _normed_product(self, norm: Any, linear: Any, out: torch.Tensor, gelu: bool = False) -> None:
         """Compute out = linear(norm(hidden)), and keep the normalised rows for the residual after it."""
-        normed_product(norm, linear, self._hidden, gelu, self.normed, out, self.workspace)
+        normed_product(self.kernels, norm, linear, self._hidden, gelu, self.normed, out, self.workspace)

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 
 from ...network.blocks import RESIDUAL_ALPHA
-from ...ops import triton as kernels
 from ..numbers import RequestNumbers
 from .decode import DecodeStep
 from .products import product
@@ -32,12 +31,13 @@ class DraftStep(DecodeStep):
     ):
         config, like = model.config, step.packed
         hidden, heads = config.hidden_size, config.num_attention_heads
+        self.kernels = step.kernels
         self._numbers, self._sequences, self.positions = numbers, step.batch, positions
         self._limit = limit
         self.batch, self.capacity, self.vocab_size = step.batch * positions, step.capacity, step.vocab_size
         self.cache, self.cos, self.sin = step.cache, step.cos, step.sin
         with torch.inference_mode(False):
-            self.workspace = kernels.Workspace(like.device, self.batch, heads, config.head_size, self.vocab_size)
+            self.workspace = self.kernels.Workspace(like.device, self.batch, heads, config.head_size, self.vocab_size)
             widths = (hidden, hidden, 3 * hidden, hidden, config.inner_hidden_size, self.vocab_size)
             self._hidden, self.normed, self.packed, self._context, self._inner, self.logits = (
                 torch.empty(self.batch, width, dtype=like.dtype, device=like.device) for width in widths
@@ -67,7 +67,7 @@ class DraftStep(DecodeStep):
     ) -> None:
         """Run what follows the packed projection in a layer; arguments as of ``DecodeStep.finish_layer``."""
         attention, mlp, workspace, numbers = layer.attention, layer.mlp, self.workspace, self._numbers
-        kernels.draft_attention(
+        self.kernels.draft_attention(
             self.packed.view(self._sequences, self.positions, -1),
             *self.cache.layer(index),
             length,
@@ -85,6 +85,6 @@ class DraftStep(DecodeStep):
             workspace=workspace,
             out=self._context.view(self._sequences, self.positions, -1),
         )
-        product(attention.dense, self._context, self._hidden, workspace, self.normed, RESIDUAL_ALPHA)
+        product(self.kernels, attention.dense, self._context, self._hidden, workspace, self.normed, RESIDUAL_ALPHA)
         self._normed_product(layer.post_attention_layernorm, mlp.dense_h_to_4h, self._inner, gelu=True)
-        product(mlp.dense_4h_to_h, self._inner, self._hidden, workspace, self.normed, RESIDUAL_ALPHA)
+        product(self.kernels, mlp.dense_4h_to_h, self._inner, self._hidden, workspace, self.normed, RESIDUAL_ALPHA)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...ops import triton as kernels
 from ..numbers import RequestNumbers
 from . import prompt
 from .decode import DecodeStep
@@ -55,7 +54,8 @@ class PackedPromptStep:
     def __init__(self, model: Any, decode: DecodeStep, numbers: RequestNumbers, most_rows: int):
         self._decode, self._numbers, self.most_rows = decode, numbers, _aligned(most_rows)
         self._buffers = prompt.row_buffers(model.config, self.most_rows, decode.packed)
-        self._captured_rows = prompt.most_captured_rows(model)
+        self._kernels = kernels = decode.kernels
+        self._captured_rows = prompt.most_captured_rows(model) if kernels.CAPTURES else 0
         device = decode.packed.device
         block = kernels.packed_prompt_block(1, device, decode.packed.element_size())
         # Every token may be a prompt of its own.
@@ -72,8 +72,10 @@ class PackedPromptStep:
         lengths = [len(ids) for _, ids in prompts]
         rows = sum(lengths)
         bucket = next((one for one in prompt.LENGTHS if rows <= one <= self._captured_rows), None)
-        padded, longest = bucket or _aligned(rows), bucket or max(lengths)
-        block = kernels.packed_prompt_block(longest, self._there.device, self._decode.packed.element_size())
+        padded, longest = bucket or rows, bucket or max(lengths)
+        if bucket is None and self._kernels.CAPTURES:
+            padded = _aligned(rows)
+        block = self._kernels.packed_prompt_block(longest, self._there.device, self._decode.packed.element_size())
         blocks = sum(-(-length // block) for length in lengths)
         if bucket is not None:
             most_blocks = bucket // block + _MOST_PROMPTS
@@ -104,7 +106,7 @@ class PackedPromptStep:
 
     def run(self, model: Any, prompts: PackedPrompts) -> None:
         """Fill the pages of all prompts' tokens."""
-        decode, numbers, cache = self._decode, self._numbers, self._decode.cache
+        decode, numbers, cache, kernels = self._decode, self._numbers, self._decode.cache, self._kernels
         rows = prompts.ids.shape[0]
         hidden, normed, wide = self._buffers
         hidden, normed = hidden[:rows], normed[:rows]
@@ -127,7 +129,7 @@ class PackedPromptStep:
             )  # fmt: skip
 
         kernels.embedding(prompts.ids, model.transformer.word_embeddings.weight, out=hidden)
-        prompt.run_layers(model.transformer.layers, (hidden, normed, wide), decode.workspace, append, attend)
+        prompt.run_layers(kernels, model.transformer.layers, (hidden, normed, wide), decode.workspace, append, attend)
 
 
 def _aligned(rows: int) -> int:

@@ -1,14 +1,15 @@
 """Compute a step's products with float or integer weights; the kernel is chosen at capture."""
 
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from ...layers.quantized import QuantizedLinear
-from ...ops import triton as kernels
 
 
 def product(
+    kernels: ModuleType,
     linear: Any,
     x: torch.Tensor,
     out: torch.Tensor,
@@ -17,7 +18,11 @@ def product(
     beta: float = 1.0,
     gelu: bool = False,
 ) -> None:
-    """Compute out = linear(x), then ``fast_gelu`` or + beta * residual; x is [M, K], residual and out are [M, N]."""
+    """Compute out = linear(x), then ``fast_gelu`` or + beta * residual; x is [M, K], residual and out are [M, N].
+
+    Args:
+        kernels: from ``step_kernels``.
+    """
     rest = {"residual": residual, "beta": beta, "gelu": gelu, "out": out, "workspace": workspace}
     if isinstance(linear, QuantizedLinear):
         kernels.fused_linear_with_groupwise_quantized_weight(
@@ -28,7 +33,14 @@ def product(
 
 
 def normed_product(
-    norm: Any, linear: Any, x: torch.Tensor, gelu: bool, normed_out: torch.Tensor, out: torch.Tensor, workspace: Any
+    kernels: ModuleType,
+    norm: Any,
+    linear: Any,
+    x: torch.Tensor,
+    gelu: bool,
+    normed_out: torch.Tensor,
+    out: torch.Tensor,
+    workspace: Any,
 ) -> None:
     """Compute normed_out = norm(x) and out = linear(normed_out), then ``fast_gelu`` if asked; x is [M, K]."""
     parameters = (x, norm.weight, norm.bias, norm.eps, linear.weight)

@@ -1,6 +1,7 @@
 """Run a batch of prompts through the whole network and fill the cache, up to the logits of their last rows."""
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from ...configuration_chatglm import ChatGLMConfig
 from ...layers.quantized import QuantizedLinear
 from ...network.blocks import RESIDUAL_ALPHA
 from ...network.prompt_layout import PromptLayout
-from ...ops import triton as kernels
+from ...ops.steps import step_kernels
 from ..numbers import RequestNumbers
 from .decode import DecodeStep
 from .products import product
@@ -46,7 +47,8 @@ class PromptStep:
         self._decode, self._numbers = decode, numbers
         self._prefix, self._config = config.pre_seq_len or 0, config
         self._captured: tuple[torch.Tensor, ...] | None = None
-        self._most_rows = most_captured_rows(model)
+        self._kernels = step_kernels(device)
+        self._most_rows = most_captured_rows(model) if self._kernels.CAPTURES else 0
         with torch.inference_mode(False):
             self._ids = torch.zeros(MOST_CAPTURED_ROWS, dtype=torch.int64, device=device)
 
@@ -89,7 +91,7 @@ class PromptStep:
         Returns:
             Logits of all rows of the decode step; those of the prompts come first. The next run overwrites them.
         """
-        (batch, rows), decode, network = ids.shape, self._decode, model.transformer
+        (batch, rows), decode, network, kernels = ids.shape, self._decode, model.transformer, self._kernels
         hidden, normed, wide = self._buffers(batch * rows)
         size, workspace = hidden.shape[1], decode.workspace
         packed = wide[: batch * rows * 3 * size].view(batch, rows, 3 * size)
@@ -106,7 +108,7 @@ class PromptStep:
             kernels.prompt_attention(query, *cache, *place, last_row, prefix=self._prefix, out=context)
 
         kernels.embedding(ids.reshape(-1), network.word_embeddings.weight, out=hidden)
-        run_layers(network.layers, (hidden, normed, wide), workspace, append, attend)
+        run_layers(kernels, network.layers, (hidden, normed, wide), workspace, append, attend)
         for source, target in ((packed, decode.packed), (normed.view(batch, rows, size), decode.normed)):
             torch.index_select(source, 1, last_row, out=target[:batch, None])
         decode.finish_layer(len(network.layers) - 1, network.layers[-1], cache_length, most_keys)
@@ -137,6 +139,7 @@ def most_captured_rows(model: Any) -> int:
 
 
 def run_layers(
+    kernels: ModuleType,
     layers: Sequence[Any],
     buffers: tuple[torch.Tensor, ...],
     workspace: Any,
@@ -146,6 +149,7 @@ def run_layers(
     """Run the rows of prompts through all layers, up to the keys and values of the last one.
 
     Args:
+        kernels: from ``step_kernels``.
         buffers: from ``row_buffers``. The first one holds the embedded rows [M, hidden]. In a layer the projection
             [M, 3 * hidden] stands at the start of the third one and the rotated queries [M, hidden] in the first, then
             the attention's result [M, hidden] at the start of the third one. At the end the projection of the last
@@ -159,20 +163,22 @@ def run_layers(
     for index, layer in enumerate(layers):
         attention, mlp = layer.attention, layer.mlp
         # The residual of the layer before is added here.
-        _normalise(layer.input_layernorm, hidden, normed if index else None, normed)
-        product(attention.query_key_value, normed, packed, workspace)
+        _normalise(kernels, layer.input_layernorm, hidden, normed if index else None, normed)
+        product(kernels, attention.query_key_value, normed, packed, workspace)
         append(index)
         if index == len(layers) - 1:
             return
         attend(index)
         # The projection is no longer needed once the queries are rotated.
-        product(attention.dense, context, hidden, workspace)
-        _normalise(layer.post_attention_layernorm, hidden, normed, normed)
+        product(kernels, attention.dense, context, hidden, workspace)
+        _normalise(kernels, layer.post_attention_layernorm, hidden, normed, normed)
         inner = wide[: rows * mlp.dense_h_to_4h.out_features].view(rows, -1)
-        product(mlp.dense_h_to_4h, normed, inner, workspace, gelu=True)
-        product(mlp.dense_4h_to_h, inner, hidden, workspace)
+        product(kernels, mlp.dense_h_to_4h, normed, inner, workspace, gelu=True)
+        product(kernels, mlp.dense_4h_to_h, inner, hidden, workspace)
 
 
-def _normalise(norm: Any, x: torch.Tensor, residual: torch.Tensor | None, out: torch.Tensor) -> None:
+def _normalise(
+    kernels: ModuleType, norm: Any, x: torch.Tensor, residual: torch.Tensor | None, out: torch.Tensor
+) -> None:
     """Compute out = norm(x + RESIDUAL_ALPHA * residual); ``out`` may be ``residual``."""
     kernels.skip_layer_norm(x, norm.weight, norm.bias, residual, norm.eps, RESIDUAL_ALPHA, out=out)

@@ -82,28 +82,35 @@ def fused_linear_with_groupwise_quantized_weight(
     group_size: int = -1,
     _add_to_output: torch.Tensor | None = None,
     beta: float = 1.0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute the operator as ``ops.reference`` defines it, with a kernel of ``native`` or None."""
+    """Compute the operator as ``ops.reference`` defines it, with a kernel of ``native`` or None.
+
+    Args:
+        out: contiguous, in the dtype of x and the result's shape, is filled and returned.
+    """
     from . import between, blocks, library, native
 
     if not (_may_take(x, w, w_scale) and _fits(x, w, w_scale, num_bits, group_size)):
-        return reference.fused_linear_with_groupwise_quantized_weight(
+        result = reference.fused_linear_with_groupwise_quantized_weight(
             x, w, w_scale, b=b, num_bits=num_bits, group_size=group_size, _add_to_output=_add_to_output, beta=beta
         )
+        return result if out is None else out.copy_(result)
     columns = x.shape[-1]
     group = columns if group_size < 0 else group_size
     flat, scale = x.reshape(-1, columns).contiguous(), w_scale.view(w.shape[0], columns // group)
     rows = flat.shape[0]
+    floats = _floats(out, rows)
     few = kernel is not None and rows <= _most_integer_rows(kernel, x.dtype, group)
     if few and native.block_of(group, num_bits) is not None:
-        out = native.integer_product(kernel, flat, w, scale, num_bits, group)
+        product = native.integer_product(kernel, flat, w, scale, num_bits, group, floats)
     elif kernel is not None and _is_for_many_rows(kernel, x.dtype, group):
-        out = native.many_rows_product(kernel, flat, w, scale, num_bits, group)
+        product = native.many_rows_product(kernel, flat, w, scale, num_bits, group, floats)
     elif kernel is None and rows <= _MOST_LIBRARY_ROWS and library.serves(flat, w, num_bits, group):
-        out = library.product(flat, w, scale, num_bits, group)
+        product = library.product(flat, w, scale, num_bits, group)
     else:
-        out = blocks.integer_product(kernel, flat, w, scale, num_bits, group)
-    return between.finish(kernel, out, x, b, _add_to_output, beta)
+        product = blocks.integer_product(kernel, flat, w, scale, num_bits, group)
+    return between.finish(kernel, product, x, b, _add_to_output, beta, out)
 
 
 def _most_integer_rows(kernel: Any, dtype: torch.dtype, group: int | None) -> int:
@@ -131,19 +138,31 @@ def fused_matmul_bias(
     bias: torch.Tensor | None,
     _add_to_output: torch.Tensor | None = None,
     beta: float = 1.0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute the operator as ``ops.reference`` defines it, with a kernel of ``native``."""
+    """Compute the operator as ``ops.reference`` defines it, with a kernel of ``native``.
+
+    Args:
+        out: contiguous, in the dtype of x and the result's shape, is filled and returned.
+    """
     from . import between, blocks, native
 
     fits = weight.dtype == x.dtype and weight.dim() == 2 and weight.shape[1] == x.shape[-1]
     if not fits or not _may_take(x, weight):
-        return reference.fused_matmul_bias(x, weight, bias, _add_to_output, beta)
+        result = reference.fused_matmul_bias(x, weight, bias, _add_to_output, beta)
+        return result if out is None else out.copy_(result)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
+    floats = _floats(out, flat.shape[0])
     if flat.shape[0] <= _MOST_FLOAT_ROWS:
-        out = native.float_product(kernel, flat, weight)
+        product = native.float_product(kernel, flat, weight, floats)
     else:
-        out = blocks.float_product(flat, weight)
-    return between.finish(kernel, out, x, bias, _add_to_output, beta)
+        product = blocks.float_product(flat, weight, floats)
+    return between.finish(kernel, product, x, bias, _add_to_output, beta, out)
+
+
+def _floats(out: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+    """Return the memory for a product in float32 if it may stand in ``out`` itself."""
+    return None if out is None or out.dtype != torch.float32 else out.view(rows, -1)
 
 
 def _may_take(x: torch.Tensor, *weights: torch.Tensor) -> bool:

@@ -13,32 +13,6 @@
 
 int omp_get_thread_num(void);
 
-ALWAYS uint16_t to_bfloat16(float value) {
-    union { float value; uint32_t bits; } wide = {value};
-    if (value != value) return 0x7fc0;
-    return (uint16_t)((wide.bits + 0x7fff + ((wide.bits >> 16) & 1)) >> 16);
-}
-
-ALWAYS void store(void *p, long i, int kind, float value) {
-    if (kind == FLOAT32) ((float *)p)[i] = value;
-    else ((uint16_t *)p)[i] = kind == FLOAT16 ? _cvtss_sh(value, 0) : to_bfloat16(value);
-}
-
-ALWAYS void store_eight(void *p, long i, int kind, __m256 v) {
-    if (kind == FLOAT32) _mm256_storeu_ps((float *)p + i, v);
-    else if (kind == FLOAT16) _mm_storeu_si128((__m128i *)((uint16_t *)p + i), _mm256_cvtps_ph(v, 0));
-    else {
-        /* As to_bfloat16. */
-        const __m256i bits = _mm256_castps_si256(v);
-        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        __m256i wide = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
-        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-        wide = _mm256_blendv_epi8(wide, _mm256_set1_epi32(0x7fc0), nan);
-        wide = _mm256_permute4x64_epi64(_mm256_packus_epi32(wide, wide), 8);
-        _mm_storeu_si128((__m128i *)((uint16_t *)p + i), _mm256_castsi256_si128(wide));
-    }
-}
-
 /* e^v to a few units in the last place, from 2^-126 to 2^127. */
 ALWAYS __m256 exponential(__m256 v) {
     v = _mm256_max_ps(_mm256_set1_ps(-87), _mm256_min_ps(_mm256_set1_ps(88), v));

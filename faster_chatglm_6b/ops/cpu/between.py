@@ -134,8 +134,13 @@ def finish(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     beta: float,
+    done: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the product [rows, out] in the shape and dtype of x, with bias and beta * residual added before it."""
+    """Return the product [rows, out] in the shape and dtype of x, with bias and beta * residual added before it.
+
+    Args:
+        done: of that shape and dtype, contiguous, is filled and returned; it may be ``out``.
+    """
     (rows, columns), shape = out.shape, (*x.shape[:-1], out.shape[-1])
     if (
         kernel is not None
@@ -146,8 +151,9 @@ def finish(
             or (native.may_read(residual) and residual.dtype in native.KINDS and residual.shape == shape)
         )
     ):
-        done = out if x.dtype == torch.float32 else torch.empty(rows, columns, dtype=x.dtype, device="cpu")
-        if done is out and bias is None and residual is None:
+        if done is None:
+            done = out if x.dtype == torch.float32 else torch.empty(rows, columns, dtype=x.dtype, device="cpu")
+        if done.data_ptr() == out.data_ptr() and bias is None and residual is None:
             return out.view(shape)
         kernel.library.finish(
             out.data_ptr(),
@@ -164,7 +170,7 @@ def finish(
         out += bias
     if residual is not None:
         out.add_(residual, alpha=beta)
-    return out.to(x.dtype)
+    return out.to(x.dtype) if done is None else done.view(shape).copy_(out)
 
 
 @functools.cache

@@ -51,13 +51,17 @@ def integer_product(
     return out * w_scale.view(-1).float() if scales_sums else out
 
 
-def float_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Return [rows, out] of x [rows, in] and w [out, in] of one dtype, in the dtype that ``compute_dtype`` names."""
+def float_product(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return [rows, out] of x [rows, in] and w [out, in] of one dtype, in the dtype that ``compute_dtype`` names.
+
+    Args:
+        out: of that dtype, is filled and returned.
+    """
     dtype = compute_dtype(x.dtype)
     if dtype == w.dtype:
-        return functional.linear(x, w)
+        return functional.linear(x, w) if out is None else torch.mm(x, w.T, out=out)
     x = x.to(dtype)
-    out = x.new_empty(x.shape[0], w.shape[0])
+    out = x.new_empty(x.shape[0], w.shape[0]) if out is None else out
     step = _rows_of_block(x.shape[-1])
     for start in range(0, w.shape[0], step):
         torch.mm(x, w[start : start + step].to(dtype).T, out=out[:, start : start + step])

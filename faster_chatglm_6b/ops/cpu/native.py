@@ -21,7 +21,7 @@ from torch import nn
 
 from .. import reference
 
-_FILES = ("products.c", "many_rows.c", "many_rows_512.c", "between.c")
+_FILES = ("products.c", "many_rows.c", "many_rows_512.c", "between.c", "steps.c")
 SOURCES = tuple(Path(__file__).with_name(name) for name in _FILES)
 _HEADER = Path(__file__).with_name("common.h")
 KINDS_OF_TENSOR = (torch.Tensor, nn.Parameter)
@@ -49,6 +49,9 @@ _ARGUMENTS = {
     "finish": [_POINTER, _POINTER, _INT, _POINTER, _INT, _FLOAT, _POINTER, _INT, _LONG, _LONG, _INT],
     "rotary": [_POINTER, _INT, *[_POINTER] * 4, *[_LONG] * 7, _INT],
     "attention": [*[_POINTER] * 3, _INT, _POINTER, _INT, _POINTER, _POINTER, *[_LONG] * 5, _FLOAT, _INT],
+    "step_attention": [_POINTER, _INT, *[_POINTER] * 14, _FLOAT, _INT],
+    "rotate_append": [_POINTER, _INT, *[_POINTER] * 8, *[_LONG] * 6, _INT],
+    "gumbel": [_POINTER, _POINTER, _LONG, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, _INT],
     "unpack": [_POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _INT, _INT],
 }
 
@@ -135,28 +138,42 @@ def multiplies_bytes(kernel: Kernel, columns: int) -> bool:
 
 
 def integer_product(
-    kernel: Kernel, x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group: int
+    kernel: Kernel,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    bits: int,
+    group: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return float32 [rows, out] of a few rows of x [rows, in] and an integer weight, all contiguous and on the CPU.
 
     Args:
         x: a float dtype. w: int8 [out, in * bits / 8]. w_scale: [out, in / group], of a dtype in ``KINDS``.
         group: columns that share a scale, of which ``block_of`` knows a block; all columns for whole rows.
+        out: what is filled and returned.
 
     Raises:
         MemoryError: there is no memory for x in fixed point.
     """
-    return _integer_product(kernel.library.integer_product, x, w, w_scale, bits, group, block_of(group, bits))
+    return _integer_product(kernel.library.integer_product, x, w, w_scale, bits, group, block_of(group, bits), out)
 
 
 def many_rows_product(
-    kernel: Kernel, x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bits: int, group: int
+    kernel: Kernel,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    bits: int,
+    group: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return what ``integer_product`` does, faster for many rows and for ``block_of_many_rows``."""
     if multiplies_bytes(kernel, group):
         function, rest = kernel.library.many_rows_512_product, (KINDS[x.dtype], kernel.instructions == AMX)
-        return _integer_product(function, x, w, w_scale, bits, group, block_of_many_rows(group, 64), rest)
-    return _integer_product(kernel.library.many_rows_product, x, w, w_scale, bits, group, block_of_many_rows(group))
+        return _integer_product(function, x, w, w_scale, bits, group, block_of_many_rows(group, 64), out, rest)
+    block = block_of_many_rows(group)
+    return _integer_product(kernel.library.many_rows_product, x, w, w_scale, bits, group, block, out)
 
 
 def _integer_product(
@@ -167,6 +184,7 @@ def _integer_product(
     bits: int,
     group: int,
     block: int,
+    out: torch.Tensor | None,
     rest: tuple[int, ...] = (),
 ) -> torch.Tensor:
     # Half precision is coarser than fixed point without the last digit.
@@ -174,7 +192,7 @@ def _integer_product(
     # A function that takes more reads x in its own dtype.
     x = x if rest else x.float()
     # Not torch's defaults, which the user may set: the kernel writes float32 into this process' memory.
-    out = torch.empty(rows, w.shape[0], dtype=torch.float32, device="cpu")
+    out = torch.empty(rows, w.shape[0], dtype=torch.float32, device="cpu") if out is None else out
     failed = function(
         w.data_ptr(),
         w_scale.data_ptr(),
@@ -196,11 +214,11 @@ def _integer_product(
     return out
 
 
-def float_product(kernel: Kernel, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+def float_product(kernel: Kernel, x: torch.Tensor, w: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Return float32 [rows, out] of x [rows, in] and w [out, in] of a dtype in ``KINDS``, both contiguous."""
     (rows, columns), x = x.shape, x.float()
     # Not torch's defaults, which the user may set: the kernel writes float32 into this process' memory.
-    out = torch.empty(rows, w.shape[0], dtype=torch.float32, device="cpu")
+    out = torch.empty(rows, w.shape[0], dtype=torch.float32, device="cpu") if out is None else out
     kernel.library.float_product(
         w.data_ptr(),
         KINDS[w.dtype],
@@ -295,7 +313,7 @@ def _open(path: Path) -> ctypes.CDLL:
         # many_rows_512.c is empty for AVX2.
         if hasattr(library, name):
             getattr(library, name).argtypes = arguments
-    for name in ("float_product", "unpack", "finish", "gelu"):
+    for name in ("float_product", "unpack", "finish", "gelu", "rotate_append", "gumbel"):
         getattr(library, name).restype = None
     return library
 

@@ -4,6 +4,7 @@ A CUDA graph can capture every function: none synchronises, and none allocates i
 On compute capability 9.0 and later, kernels are launched before their predecessor ends and wait inside.
 """
 
+from ..states import DecodeState, DraftState
 from .decode_attention import decode_attention
 from .embedding import embedding
 from .fast_gelu import fast_gelu
@@ -22,16 +23,21 @@ from .sampling.full import full_sample
 from .sampling.greedy import greedy_sample
 from .sampling.penalties import logit_bias, token_count_penalty
 from .sampling.processors import copy_scores, min_length, no_repeat_ngram, repetition_penalty
-from .sampling.state import DecodeState
 from .sampling.top_k import top_k_sample
 from .skip_layer_norm import skip_layer_norm
 from .speculation.accept import accept
 from .speculation.draft_attention import draft_attention
 from .speculation.propose import propose
-from .speculation.state import DraftState
 from .workspace import Workspace
 
+# Whether CUDA graphs may hold these functions: rows and prompts are then padded to a few sizes.
+CAPTURES = True
+# Whether steps of several positions pay where drafts come true now and then.
+DRAFTS_PAY = True
+
 __all__ = [
+    "CAPTURES",
+    "DRAFTS_PAY",
     "DecodeState",
     "DraftState",
     "Workspace",

@@ -28,7 +28,8 @@ from ...decoding.steps.kv_cache import PagedKVCache
 from ...decoding.steps.packed_prompt import PackedPromptStep
 from ...decoding.steps.prompt import LENGTHS
 from ...network.prompt_layout import PromptLayout
-from ...ops import triton as kernels
+from ...ops.states import DecodeState
+from ...ops.steps import step_kernels
 from .choice import scores_not_finite
 from .drafting import Drafting, DraftTurn
 from .interface import Logprobs, NewRow, RowFailure, RowRequest, RowToken
@@ -91,8 +92,14 @@ class CapturedRows:
         if not model.config.position_encoding_2d:
             raise CannotServe("position_encoding_2d is False")
         config, self.device = model.config, model.lm_head.weight.device
+        kernels = step_kernels(self.device)
+        if speculate == "auto" and not kernels.DRAFTS_PAY:
+            speculate = 0
         self._model, self._lock = model, engine_of(model)
         self.rows, self.page_tokens = rows, PAGE_TOKENS
+        self._captures = kernels.CAPTURES
+        # A CPU computes a step when it is asked for.
+        self._lookahead = _LOOKAHEAD if self._captures else 0
         self._prefix, self._longest = config.pre_seq_len or 0, config.max_sequence_length
         pages_per_row = -(-self._prefix // PAGE_TOKENS) + -(-self._longest // PAGE_TOKENS)
         self._numbers = RequestNumbers(rows, self.device, more_numbers(pages_per_row), MOST_END_TOKENS)
@@ -103,7 +110,7 @@ class CapturedRows:
             self._drafting = Drafting(model, speculate, self._full, self._numbers, _RING_ROWS) if speculate else None
             self.graphs = StepGraphs(self.device, _MOST_GRAPHS + (_MORE_FOR_DRAFTS if speculate else 0))
         self._steps: dict[int, DecodeStep] = {}
-        self._states: dict[int, kernels.DecodeState] = {}
+        self._states: dict[int, DecodeState] = {}
         self._running: dict[int, _Row] = {}
         self._queued: deque[_Step] = deque()
         self._turn = 0
@@ -228,12 +235,12 @@ class CapturedRows:
         if rows:
             self._queue(rows)
         results = []
-        while len(self._queued) > (_LOOKAHEAD if rows else 0):
+        while len(self._queued) > (self._lookahead if rows else 0):
             results += self._read(self._queued.popleft())
         return results
 
     def _queue(self, rows: list[tuple[int, _Row]]) -> None:
-        bucket = min(rows_for(rows[-1][0] + 1), self.rows)
+        bucket = min(rows_for(rows[-1][0] + 1, self._captures), self.rows)
         keys = max(row.prompt + row.launched for _, row in rows) + self._full.cache.prefix_slots
         plan = sampling_plan([row.request for _, row in rows])
         step, state = self._of(bucket)
@@ -264,19 +271,19 @@ class CapturedRows:
         self._turn += drafts is None or not drafts.several
         return ring
 
-    def _of(self, bucket: int) -> tuple[DecodeStep, kernels.DecodeState]:
+    def _of(self, bucket: int) -> tuple[DecodeStep, DecodeState]:
         """Return the step and the state of the first rows; their rings differ, because a ring has a place for each."""
         if bucket not in self._steps:
             with torch.inference_mode(False):
                 ring = torch.full((_RING_ROWS, bucket), INVALID, dtype=torch.int64)
                 ring = ring.pin_memory() if self.device.type == "cuda" else ring
-            numbers = {name: self._numbers[name] for name in ("tokens", *kernels.DecodeState.NUMBERS)}
+            numbers = {name: self._numbers[name] for name in ("tokens", *DecodeState.NUMBERS)}
             shared = {name: tensor if tensor.shape[0] == 1 else tensor[:bucket] for name, tensor in numbers.items()}
-            self._states[bucket] = kernels.DecodeState(ids=self._ids[:bucket], ring=ring, **shared)
+            self._states[bucket] = DecodeState(ids=self._ids[:bucket], ring=ring, **shared)
             self._steps[bucket] = self._full.narrowed(bucket)
         return self._steps[bucket], self._states[bucket]
 
-    def _run(self, step: DecodeStep, state: kernels.DecodeState, plan: SamplingPlan, most_keys: int) -> None:
+    def _run(self, step: DecodeStep, state: DecodeState, plan: SamplingPlan, most_keys: int) -> None:
         logits = step.run(self._model, state.tokens, state.cache_length, most_keys)
         self._sampler.run(plan, logits, state, step.workspace)
 

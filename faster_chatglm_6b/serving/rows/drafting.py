@@ -18,8 +18,7 @@ from ...decoding.speculation import draft_state, first_numbers, position_state, 
 from ...decoding.steps.decode import DecodeStep
 from ...decoding.steps.draft import DraftStep
 from ...decoding.steps.kv_cache import PagedKVCache
-from ...ops import triton as kernels
-from ...ops.triton.speculation.state import WANTS
+from ...ops.states import WANTS, DecodeState, DraftState
 from .interface import RowRequest
 
 # What a row's positions are told of it.
@@ -46,7 +45,7 @@ class DraftTurn:
     def run(
         self,
         model: Any,
-        state: kernels.DecodeState,
+        state: DecodeState,
         plan: SamplingPlan,
         most_keys: int,
         one: Callable[[], None],
@@ -85,7 +84,7 @@ class RowDrafts:
         self._tokens = torch.zeros(rows, positions, dtype=torch.int64, device=device)
         self._first = torch.zeros(rows, dtype=torch.int32, device=device)
         self._places = torch.arange(positions, dtype=torch.int32, device=device)
-        self._states: dict[int, tuple[DraftStep, kernels.DraftState, kernels.DecodeState]] = {}
+        self._states: dict[int, tuple[DraftStep, DraftState, DecodeState]] = {}
         # Whether a row has asked for several positions by what was read last.
         self.asks = False
 
@@ -112,18 +111,16 @@ class RowDrafts:
             numbers["seen"].copy_(numbers["ids_length"])
             numbers["draft_count"].zero_()
 
-    def run(
-        self, model: Any, rows: int, state: kernels.DecodeState, plan: SamplingPlan, most_keys: int, several: bool
-    ) -> None:
+    def run(self, model: Any, rows: int, state: DecodeState, plan: SamplingPlan, most_keys: int, several: bool) -> None:
         """Compute or queue the end of a turn of the first ``rows`` rows, and all of it if it verifies drafts."""
         step, drafts, positions = self._of(rows)
         if several:
             logits = step.run(model, drafts.tokens, state.cache_length, most_keys)
             self._sampler.run(plan, logits, positions, step.workspace)
-            kernels.accept(positions.tokens, state, drafts)
-        kernels.propose(state, drafts, spent=several, workspace=step.workspace)
+            step.kernels.accept(positions.tokens, state, drafts)
+        step.kernels.propose(state, drafts, spent=several, workspace=step.workspace)
 
-    def _of(self, rows: int) -> tuple[DraftStep, kernels.DraftState, kernels.DecodeState]:
+    def _of(self, rows: int) -> tuple[DraftStep, DraftState, DecodeState]:
         """Return the step, the drafts and the positions of the first rows."""
         if rows not in self._states:
             with torch.inference_mode(False):

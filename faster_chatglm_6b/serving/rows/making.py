@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Any
 
-from ...decoding.memory import cache_bytes, free_bytes, shown
+from ...decoding.memory import cache_bytes, free_bytes, shown, workspace_bytes
 from ...decoding.refusal import CannotServe, check_model, check_place
 from ...decoding.request import check_speculate
 from ...decoding.shortage import is_out_of_memory
@@ -14,7 +14,7 @@ from .interface import Rows
 from .plain import PlainRows, pages_for
 
 _log = logging.getLogger("faster_chatglm_6b.serving")
-# For captured graphs, the workspaces of library kernels, and weights that a long prompt dequantises.
+# On a GPU, for captured graphs, the workspaces of library kernels, and weights that a long prompt dequantises.
 _RESERVED_BYTES = 1 << 30
 
 
@@ -45,7 +45,6 @@ def make_rows(model: Any, rows: int, memory: float, speculate: int | str = 0) ->
 
 
 def _captured_rows(model: Any, rows: int, memory: float, speculate: int | str) -> Rows:
-    # Its kernels need Triton.
     from .captured import PAGE_TOKENS, CapturedRows
 
     before = free_bytes(model.device)
@@ -60,22 +59,21 @@ def _captured_rows(model: Any, rows: int, memory: float, speculate: int | str) -
         ) from None
     longest = -(-model.config.max_sequence_length // PAGE_TOKENS)
     most, page = rows * longest, cache_bytes(model, 1, PAGE_TOKENS)
-    free = free_bytes(model.device)
-    pages = most if free is None else min(int(free * memory - _RESERVED_BYTES) // page, most)
+    free, reserved = free_bytes(model.device), _RESERVED_BYTES
+    if model.device.type != "cuda":
+        reserved = workspace_bytes(model, 1, model.config.max_sequence_length)
+    pages = most if free is None else min(int(free * memory - reserved) // page, most)
     if pages < longest:
         raise ValueError(
             f"{shown(free)} of memory is free beside the buffers of {rows} rows, of which the server may take "
             f"{memory:.0%}; a sequence of {model.config.max_sequence_length} tokens needs "
-            f"{shown(page * longest + _RESERVED_BYTES)}. Raise --memory, lower --max-rows, load with --bits 4 or free "
+            f"{shown(page * longest + reserved)}. Raise --memory, lower --max-rows, load with --bits 4 or free "
             "memory."
         )
     captured.place_pages(pages)
     start = time.monotonic()
     captured.warm_up()
-    _log.info(
-        "Rows run in the captured loop: %d rows, keys and values of %d tokens; its steps were captured in %.0f s.",
-        rows,
-        pages * PAGE_TOKENS,
-        time.monotonic() - start,
-    )
+    _log.info("Rows run in the captured loop: %d rows, keys and values of %d tokens.", rows, pages * PAGE_TOKENS)
+    if captured.graphs.captures:
+        _log.info("Its steps were captured in %.0f s.", time.monotonic() - start)
     return captured

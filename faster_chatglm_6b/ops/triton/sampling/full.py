@@ -7,12 +7,13 @@ import torch
 import triton
 import triton.language as tl
 
+from ...states import DecodeState
 from ..common import arrive, candidate_index, order_key, pack_candidate, pdl_options, wait_for_predecessor
 from ..configs import uses_pdl
 from ..workspace import SAMPLING_BLOCK, Workspace, default_workspace
 from .greedy import INFINITE, LOWEST, check_sampling, load_scores
 from .histogram import CUT, FIELDS, FLOOR, row_maximum
-from .state import DecodeState, advance_row
+from .state import advance_row
 from .threshold import find_thresholds
 
 

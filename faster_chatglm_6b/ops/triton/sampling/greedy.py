@@ -4,10 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ...states import DecodeState
 from ..common import arrive, candidate_index, candidate_key, pack_candidate, pdl_options, require, wait_for_predecessor
 from ..configs import uses_pdl
 from ..workspace import SAMPLING_BLOCK, Workspace, default_workspace
-from .state import DecodeState, advance_row
+from .state import advance_row
 
 # order_key(+inf): a row whose largest key reaches it holds +inf or NaN.
 INFINITE = tl.constexpr(0x7F800000)

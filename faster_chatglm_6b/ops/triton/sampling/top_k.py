@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...states import DecodeState
 from ..common import (
     arrive,
     candidate_index,
@@ -17,7 +18,7 @@ from ..common import (
 from ..configs import uses_pdl
 from ..workspace import Workspace, default_workspace
 from .greedy import INFINITE, LOWEST, check_sampling, load_scores
-from .state import DecodeState, advance_row
+from .state import advance_row
 
 BLOCK = 2048
 CAPACITIES = (64, 128)

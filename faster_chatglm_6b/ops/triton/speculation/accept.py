@@ -4,10 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ...states import DecodeState, DraftState
 from ..common import pdl_options, require, wait_for_predecessor
 from ..configs import uses_pdl
-from ..sampling.state import DecodeState
-from .state import DraftState
 
 
 @triton.jit

@@ -3,24 +3,18 @@
 import triton
 import triton.language as tl
 
+from ... import states
+from ...states import FIRST_NEED, LAST_NEED, REPORT_HEAD, DecodeState, DraftState
 from ..common import pdl_options, require, wait_for_predecessor
 from ..configs import uses_pdl
-from ..sampling.state import DecodeState
 from ..workspace import Workspace, default_workspace
-from .state import FINISHED as FINISHED_FLAG
-from .state import REPORT_HEAD, DraftState
-from .state import WANTS as WANTS_FLAG
 
 BLOCK = 1024
-# Last ids that are looked up: the most, and the fewest for which a match counts.
-LONGEST, SHORTEST = tl.constexpr(4), tl.constexpr(2)
+LONGEST, SHORTEST = tl.constexpr(states.LONGEST_MATCH), tl.constexpr(states.SHORTEST_MATCH)
 # A match's length and place in one number, so that the longest wins and of those the latest.
 PLACES = tl.constexpr(1 << 26)
-HEAD, WANTS, FINISHED = tl.constexpr(REPORT_HEAD), tl.constexpr(WANTS_FLAG), tl.constexpr(FINISHED_FLAG)
-# What a row must have seen come true before it asks for steps of R positions, at first and after many losses; the
-# balance at which it starts, and at which losses are forgotten.
-FIRST_NEED, LAST_NEED, LONGEST_STREAK = 3, 48, tl.constexpr(64)
-FIRST_BALANCE, BEST_BALANCE = 8, tl.constexpr(32)
+HEAD, WANTS, FINISHED = tl.constexpr(REPORT_HEAD), tl.constexpr(states.WANTS), tl.constexpr(states.FINISHED)
+LONGEST_STREAK, BEST_BALANCE = tl.constexpr(states.LONGEST_STREAK), tl.constexpr(states.BEST_BALANCE)
 LEAST, MOST = tl.constexpr(FIRST_NEED), tl.constexpr(LAST_NEED)
 
 
