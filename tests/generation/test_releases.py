@@ -205,7 +205,6 @@ def test_outputs_hold_the_cache_under_the_releases_name(tiny_model, quiet):
 
 @pytest.mark.parametrize("check", release_checks.EVERYWHERE, ids=lambda check: check.__name__)
 def test_a_newer_release_on_the_plain_path(tiny_model, check, monkeypatch):
-    # tests/decoding/test_loop_cpu.py has these checks on the loop.
     monkeypatch.setenv("FASTER_CHATGLM_6B_KERNELS", "off")
     check(tiny_model, captured=False)
 

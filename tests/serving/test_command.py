@@ -23,7 +23,7 @@ from conftest import wait_until
 from faster_chatglm_6b.checkpoint import by_name
 from faster_chatglm_6b.cli import build_parser, main
 from faster_chatglm_6b.cli.serve import _names
-from faster_chatglm_6b.serving.rows import plain as plain_rows
+from faster_chatglm_6b.serving.rows import making
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1500, "ignore_eos": True, "stream": True}
@@ -193,7 +193,7 @@ def test_a_taken_port_and_too_little_memory_are_one_sentence(capsys, monkeypatch
         code = main(["serve", "--tiny", "--device", "cpu", "--port", str(port)])
     last = capsys.readouterr().err.splitlines()[-1]
     assert code == 1 and last == f"The server could not be started on 127.0.0.1:{port}."
-    monkeypatch.setattr(plain_rows, "free_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(making, "free_bytes", lambda device: 1 << 20)
     assert main(["serve", "--tiny", "--device", "cpu"]) == 1
     assert "1.0 MiB of memory is free" in capsys.readouterr().err.splitlines()[-1]
 
