@@ -58,3 +58,17 @@ def test_auto_drafts_nothing(model, monkeypatch):
         assert count["several"] == 0
         assert model.generate(ids, do_sample=False, max_new_tokens=8, speculate=3).tolist() == one.tolist()
     assert count["several"] > 0
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integers(bits, tiny_model):
+    quantized = copy.deepcopy(tiny_model).quantize(bits)
+    for check in (loop_checks.greedy, loop_checks.left_padded_batch, loop_checks.prompt_that_goes_on_behind_sop):
+        check(quantized)
+
+
+@pytest.mark.parametrize("projection", [0, 1])
+def test_a_prefix(projection, load_tuned):
+    tuned = load_tuned(projection)
+    loop_checks.greedy(tuned)
+    loop_checks.left_padded_batch(tuned)

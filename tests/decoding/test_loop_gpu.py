@@ -243,7 +243,7 @@ def test_moved_weights(load_on_gpu):
     ours, theirs = loop_checks.both(model, input_ids=ids, **EXACT)
     assert_equal_up_to_near_ties(model, ours, theirs, 10, NEAR_TIE)
     model.cpu()
-    with expect(plain=1):
+    with expect(captured=1):
         model.generate(ids.cpu(), **EXACT)
     model.float().cuda()
     other = {name: value.roll(1, 0) for name, value in model.state_dict().items()}

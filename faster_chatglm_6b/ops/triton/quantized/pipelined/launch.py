@@ -10,7 +10,7 @@ from ...common import pdl_options
 from .tables import Pipelined
 
 # The releases whose code was read and run. Gluon is experimental: others may mean something else by the same words.
-_RELEASES = ("3.6.", "3.9.")
+_RELEASES = ("3.6.",)
 # Registers of a thread that multiplies, by warpgroups; one that has the sums of 256 rows of x needs more.
 _REGISTERS, _MORE_REGISTERS = {2: 168, 4: 112}, 216
 _ALIGNMENT = 16
