@@ -15,7 +15,7 @@ import page_checks  # noqa: E402
 import sampling_checks  # noqa: E402
 import speculation_checks  # noqa: E402
 
-from faster_chatglm_6b.ops.cpu import steps  # noqa: E402
+from faster_chatglm_6b.ops.cpu import between, steps  # noqa: E402
 from faster_chatglm_6b.ops.cpu.steps import kernel  # noqa: E402
 
 MODULES = (operator_checks, page_checks, sampling_checks, speculation_checks)
@@ -91,15 +91,24 @@ def test_in_torch_alone(case, monkeypatch):
 
 
 def check(case, compiled, monkeypatch):
-    if compiled and kernel.kernel() is None:
-        pytest.skip("there is no C kernel here")
+    if compiled and isinstance(between.load(), str):
+        pytest.skip(between.load())
+    assert not compiled or kernel.kernel() is not None, "the C functions of the steps fail their trial"
     if not compiled:
         for module in [module for name, module in sys.modules.items() if name.startswith(f"{steps.__name__}.")]:
-            if hasattr(module, "kernel") and module is not kernel:
-                monkeypatch.setattr(module, "kernel", lambda: None)
+            for name in ("kernel", "_kernel"):
+                if hasattr(module, name) and module is not kernel:
+                    monkeypatch.setattr(module, name, lambda: None)
     table = SimpleNamespace(**{**vars(steps), "Workspace": Scratch})
     for module in MODULES:
         monkeypatch.setattr(module, "kernels", table)
     torch.manual_seed(0)
     name, *arguments = case
     next(getattr(module, f"check_{name}") for module in MODULES if hasattr(module, f"check_{name}"))("cpu", *arguments)
+
+
+def test_the_trial_is_the_same_every_time():
+    """Threads take the rows: a trial whose rows shared a place failed now and then, and all products became slow."""
+    if isinstance(between.load(), str):
+        pytest.skip(between.load())
+    assert all(kernel._is_right(between.load()) for _ in range(200))

@@ -4,6 +4,7 @@ import functools
 
 import torch
 
+from .... import report
 from .. import between, native
 from . import new_rows, places
 
@@ -15,7 +16,15 @@ _TOLERANCE = 1e-5
 def kernel() -> native.Kernel | None:
     """Return the compiled kernel if there is one and it is right."""
     found = between.load()
-    return found if isinstance(found, native.Kernel) and _is_right(found) else None
+    if not isinstance(found, native.Kernel):
+        return None
+    if not _is_right(found):
+        report.record_notice(
+            f"The C kernel ({found}) is wrong on this machine in attention and rotary positions of the decode loop; "
+            "PyTorch computes them."
+        )
+        return None
+    return found
 
 
 def _is_right(found: native.Kernel) -> bool:
@@ -31,7 +40,8 @@ def _is_right(found: native.Kernel) -> bool:
         step = new_rows.Step(qkv, *mine, *numbers, cos, sin, None, None, out)
         new_rows.run(one, step)
         query, appended = torch.zeros(batch * rows, heads * width, device="cpu"), [cache.clone() for cache in caches]
-        offsets = torch.tensor([0, -1, 2 * width, slots * width], device="cpu")
+        # Threads take the rows, so no two rows may have one place.
+        offsets = torch.tensor([0, -1, 2 * width, heads * slots * width], device="cpu")
         turns = [torch.tensor([0, 1, 2, 3], dtype=torch.int32, device="cpu") for _ in range(2)]
         flat = qkv.view(batch * rows, -1)
         places.run(one, flat, query, *appended, offsets, *turns, cos, sin)

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 
 from ... import cpu, reference
-from .. import between
-from .kernel import kernel
+from .. import between, native
 from .rows import skip_layer_norm
 
 
@@ -25,7 +24,7 @@ def fused_matmul_bias(
     Args:
         x: [M, K]. weight: [N, K]. bias: [N] or None. residual: [M, N] or None. out: [M, N], contiguous.
     """
-    compiled = kernel()
+    compiled = _kernel()
     if compiled is not None:
         out = cpu.fused_matmul_bias(compiled, x, weight, bias, residual, beta, out)
     else:
@@ -55,7 +54,7 @@ def fused_linear_with_groupwise_quantized_weight(
         out: [M, N], contiguous.
     """
     rest = {"b": b, "num_bits": num_bits, "group_size": group_size, "_add_to_output": residual, "beta": beta}
-    out = cpu.fused_linear_with_groupwise_quantized_weight(kernel(), x, w, w_scale, **rest, out=out)
+    out = cpu.fused_linear_with_groupwise_quantized_weight(_kernel(), x, w, w_scale, **rest, out=out)
     return _widened(out) if gelu else out
 
 
@@ -99,6 +98,11 @@ def layer_norm_quantized_linear(
     return product, normed
 
 
+def _kernel() -> native.Kernel | None:
+    found = between.load()
+    return found if isinstance(found, native.Kernel) else None
+
+
 def _widened(x: torch.Tensor) -> torch.Tensor:
     """Apply tanh GELU in place."""
-    return x.copy_(between.fast_gelu(kernel(), x))
+    return x.copy_(between.fast_gelu(_kernel(), x))
