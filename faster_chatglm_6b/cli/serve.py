@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
         port=arguments.port,
         names=names,
         keys=api_keys(arguments.api_key),
-        rows=arguments.max_rows or most_rows(model),
+        rows=arguments.max_rows or most_rows(model.device.type),
         memory=arguments.memory,
         most_waiting=arguments.max_waiting,
         shutdown_timeout=arguments.shutdown_timeout,

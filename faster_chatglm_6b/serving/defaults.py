@@ -20,9 +20,9 @@ def sampling_defaults(model: Any) -> dict[str, float]:
     return {**_OF_CHAT, **{name: value for name, value in given.items() if value is not None}}
 
 
-def most_rows(model: Any) -> int:
+def most_rows(device_type: str) -> int:
     """Return how many answers run at once if nobody says; on a CPU each of them makes all others slower."""
-    return 256 if model.device.type == "cuda" else 16
+    return 256 if device_type == "cuda" else 16
 
 
 def end_ids(model: Any) -> tuple[int, ...]:

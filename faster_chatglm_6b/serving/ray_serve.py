@@ -17,7 +17,7 @@ from ..checkpoint import by_name
 from ..decoding.request import check_speculate
 from ..recognition import HUB_ID
 from .api.server import Settings, application, set_up_log
-from .defaults import api_keys, served_names
+from .defaults import api_keys, most_rows, served_names
 from .rows.making import make_rows
 
 # Requests to a replica beyond those that its door lets in: it turns them away itself, and answers /health meanwhile.
@@ -35,6 +35,7 @@ class Options(BaseModel):
     Attributes:
         min_replicas, max_replicas: Ray adds replicas, up to the most, while each has more ongoing requests than
             ``target_ongoing_requests``.
+        max_rows: left out, what the command takes for a GPU or a CPU.
         target_ongoing_requests: three quarters of the rows if left out.
         num_gpus: of a replica; left out, 1 if there is any now and ``device`` is not the CPU.
         num_cpus: of a replica; without a GPU, the threads that it computes with.
@@ -48,7 +49,7 @@ class Options(BaseModel):
     device: Word | None = None
     api_key: Words = Field(None, repr=False)
     served_model_name: Words = None
-    max_rows: int = Field(256, ge=1)
+    max_rows: int | None = Field(None, ge=1)
     memory: float = Field(0.9, gt=0, le=1)
     max_waiting: int = Field(1024, ge=0)
     shutdown_timeout: int = Field(30, ge=0)
@@ -79,7 +80,7 @@ class Options(BaseModel):
         return Settings(
             names=tuple(self.served_model_name or served_names(None if self.tiny else self.model)),
             keys=api_keys(self.api_key),
-            rows=self.max_rows,
+            rows=self._rows(),
             memory=self.memory,
             most_waiting=self.max_waiting,
             shutdown_timeout=self.shutdown_timeout,
@@ -90,7 +91,7 @@ class Options(BaseModel):
 
     def deployment(self) -> dict[str, Any]:
         """Return Ray's settings of the deployment."""
-        inside = self.max_rows + self.max_waiting
+        inside = self._rows() + self.max_waiting
         return {
             "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self._gpus()},
             "max_ongoing_requests": inside + _BESIDE,
@@ -102,6 +103,9 @@ class Options(BaseModel):
             "logging_config": {"enable_access_log": False},
             **self._replicas(),
         }
+
+    def _rows(self) -> int:
+        return self.max_rows or most_rows("cuda" if self._gpus() else "cpu")
 
     def _gpus(self) -> float:
         if self.num_gpus is not None:
@@ -116,7 +120,7 @@ class Options(BaseModel):
             "autoscaling_config": {
                 "min_replicas": self.min_replicas,
                 "max_replicas": self.max_replicas,
-                "target_ongoing_requests": self.target_ongoing_requests or max(1.0, 0.75 * self.max_rows),
+                "target_ongoing_requests": self.target_ongoing_requests or max(1.0, 0.75 * self._rows()),
             }
         }
 
