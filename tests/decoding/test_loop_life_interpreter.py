@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to interpret")
+# They run on a CPU's own kernels in seconds (test_loop_cpu.py); test_triton_interpreter.py runs Triton's alone.
+pytestmark = pytest.mark.long
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "ops")]
 import draft_checks  # noqa: E402

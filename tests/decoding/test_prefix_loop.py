@@ -90,11 +90,11 @@ def trained_prefix(model: torch.nn.Module) -> None:
 
 def prefix_switched_off(model: torch.nn.Module) -> None:
     """Check that a session made with a prefix does not serve without it; the cache's unused keys would."""
-    from prompt_checks import check_logits, poison
+    from prompt_checks import check_logits, poison, session_for
 
     ids, length = prompt(model, 6), model.config.pre_seq_len
     check_logits(model, input_ids=ids)
-    poison(model, 1)
+    poison(session_for(model, 1))
     try:
         model.config.pre_seq_len = None
         check_logits(model, input_ids=ids)

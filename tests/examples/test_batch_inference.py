@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from faster_chatglm_6b.serving.rows.captured import CapturedRows
+from faster_chatglm_6b.serving.rows.plain import PlainRows
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PROMPTS = [
@@ -77,18 +81,18 @@ def test_files_that_cannot_be_used(batch, files, capsys):
 
 @pytest.mark.parametrize("is_engine", [True, False])
 def test_a_model_that_fails_leaves_no_lines_and_the_next_run_asks_again(batch, files, is_engine, capsys, monkeypatch):
-    from faster_chatglm_6b.serving.rows.plain import PlainRows
-
     @contextlib.contextmanager
     def turn(rows):
-        yield
+        with torch.inference_mode():
+            yield
         raise OSError("the device is gone")
 
     def step(rows):
         raise RuntimeError("the device is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(PlainRows, *(("turn", turn) if is_engine else ("step", step)))
+        for kind in (CapturedRows, PlainRows):
+            patch.setattr(kind, *(("turn", turn) if is_engine else ("step", step)))
         assert run(batch, files) == 1
     said = capsys.readouterr().err
     assert "the device is gone" in said and "4 lines have no answer yet" in said and "Traceback" not in said

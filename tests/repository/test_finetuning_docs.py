@@ -87,6 +87,7 @@ def test_the_programs(place, kind, with_trl):
         ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
         settings = {"do_sample": False, "max_new_tokens": 8}
         expected = model.generate(input_ids=ids, **settings)
-        assert again.generate(input_ids=ids, **settings).tolist() == expected.tolist()
+        if not tolerance:
+            assert again.generate(input_ids=ids, **settings).tolist() == expected.tolist()
         with torch.no_grad():
             torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=tolerance)

@@ -55,7 +55,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def wait_until(holds, seconds=20.0):
+def wait_until(holds, seconds=60.0):
     """Wait until something holds, and fail if it never does."""
     end = time.monotonic() + seconds
     while not holds():
